@@ -1,0 +1,160 @@
+//! The customer's policy document: one text, settings on top, Cedar rules below, signed as a whole by the customer's
+//! policy key:
+//!
+//! ```text
+//! {
+//!   "version": 3, "customer": "acme",
+//!   "lease": { "seconds": 3600, "quiesce_seconds": 10 }
+//! }
+//! ---
+//! permit (principal, action == Action::"vm.power-on", resource);
+//! ```
+
+use crate::id::CustomerId;
+use crate::lease::{LeaseError, LeaseTerms};
+use serde::{Deserialize, Serialize};
+
+/// The longest policy document, in bytes.
+pub const DOCUMENT_LIMIT: usize = 256 * 1024;
+
+/// A policy document, split but its rules not yet parsed.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct PolicyDocument {
+    /// The settings.
+    pub settings: Settings,
+    /// Cedar rules, as text.
+    pub rules: String,
+}
+
+/// The settings on top of a policy document.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Settings {
+    /// Rising with each document; the provider never goes back.
+    pub version: u64,
+    /// Whose policy it is.
+    pub customer: CustomerId,
+    /// Terms of every lease.
+    pub lease: LeaseTerms,
+    /// Whether a host must run with `kernel.yama.ptrace_scope=3`; a demonstration waives it, visibly.
+    #[serde(default = "yes")]
+    pub require_ptrace_closed: bool,
+    /// Whether a host must keep keys in memfd_secret pages.
+    #[serde(default = "yes")]
+    pub require_memfd_secret: bool,
+    /// Seconds that a VM may run while its reports can't be delivered: 1 to 604800.
+    #[serde(default = "an_hour")]
+    pub unreported_seconds: u32,
+}
+
+fn yes() -> bool {
+    true
+}
+
+fn an_hour() -> u32 {
+    3600
+}
+
+/// A document that is none.
+#[derive(Debug, thiserror::Error)]
+pub enum DocumentError {
+    /// Too long.
+    #[error("a policy document is at most {DOCUMENT_LIMIT} bytes")]
+    Length,
+    /// No separator.
+    #[error("a policy document is settings (JSON), a line '---', and Cedar rules")]
+    Shape,
+    /// Settings that can't be read.
+    #[error("the policy's settings can't be read")]
+    Settings(#[source] serde_json::Error),
+    /// Terms that can't be kept.
+    #[error("the policy's lease can't be kept")]
+    Lease(#[source] LeaseError),
+    /// A number out of range.
+    #[error("unreported_seconds is 1 to 604800")]
+    Unreported,
+}
+
+impl PolicyDocument {
+    /// Reads a document.
+    pub fn parse(text: &str) -> Result<Self, DocumentError> {
+        if text.len() > DOCUMENT_LIMIT {
+            return Err(DocumentError::Length);
+        }
+        let (head, rules) = text.split_once("\n---\n").ok_or(DocumentError::Shape)?;
+        let settings: Settings = serde_json::from_str(head).map_err(DocumentError::Settings)?;
+        settings.lease.check().map_err(DocumentError::Lease)?;
+        if !(1..=604_800).contains(&settings.unreported_seconds) {
+            return Err(DocumentError::Unreported);
+        }
+        Ok(Self { settings, rules: rules.to_owned() })
+    }
+}
+
+/// What a host says of itself that no PCR holds; bound into the quote. Claims of the VM process: worth what the measured
+/// layers are worth.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Claims {
+    /// How keys are kept.
+    pub key_memory: KeyMemory,
+    /// `kernel.yama.ptrace_scope`, where the kernel has it.
+    pub ptrace_scope: Option<u8>,
+}
+
+/// How a process keeps keys.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum KeyMemory {
+    /// memfd_secret pages.
+    MemfdSecret,
+    /// Locked pages left out of core dumps.
+    Mlock,
+}
+
+/// Claims that the settings don't accept.
+#[derive(Debug, thiserror::Error, PartialEq, Eq)]
+pub enum ClaimsError {
+    /// Root may trace VM processes.
+    #[error("the host lets root trace processes (kernel.yama.ptrace_scope is not 3)")]
+    Ptrace,
+    /// Keys lie in ordinary locked memory.
+    #[error("the host's kernel has no memfd_secret")]
+    KeyMemory,
+}
+
+impl Settings {
+    /// Whether a host with these claims may get keys.
+    pub fn judge(&self, claims: &Claims) -> Result<(), ClaimsError> {
+        if self.require_ptrace_closed && claims.ptrace_scope != Some(3) {
+            return Err(ClaimsError::Ptrace);
+        }
+        if self.require_memfd_secret && claims.key_memory != KeyMemory::MemfdSecret {
+            return Err(ClaimsError::KeyMemory);
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const GOOD: &str = "{\"version\":1,\"customer\":\"acme\",\"lease\":{\"seconds\":60,\"quiesce_seconds\":10}}\n---\n";
+
+    #[test]
+    fn strictness_is_the_default() {
+        let document = PolicyDocument::parse(GOOD).expect("good");
+        let claims = |key_memory, ptrace_scope| Claims { key_memory, ptrace_scope };
+        let judge = |c| document.settings.judge(&c);
+        assert_eq!(judge(claims(KeyMemory::MemfdSecret, Some(3))), Ok(()));
+        assert_eq!(judge(claims(KeyMemory::MemfdSecret, None)), Err(ClaimsError::Ptrace));
+        assert_eq!(judge(claims(KeyMemory::Mlock, Some(3))), Err(ClaimsError::KeyMemory));
+    }
+
+    #[test]
+    fn unknown_settings_are_refused() {
+        assert!(PolicyDocument::parse(&GOOD.replacen('{', "{\"x\":1,", 1)).is_err());
+        assert!(PolicyDocument::parse("{}").is_err());
+    }
+}
