@@ -223,10 +223,10 @@ fn check_machine(cpus: Cpus, memory: Memory, cmdline: &str) -> Result<(), Config
     if !(1..=16).contains(&cpus.boot_vcpus) {
         return Err(ConfigError::Cpus(cpus.boot_vcpus));
     }
-    if memory.size % UNIT != 0 || !(16 << 20..=TIB).contains(&memory.size) {
+    if !memory.size.is_multiple_of(UNIT) || !(16 << 20..=TIB).contains(&memory.size) {
         return Err(ConfigError::Memory(memory.size));
     }
-    if memory.hotplug_size % UNIT != 0 || memory.hotplug_size > TIB {
+    if !memory.hotplug_size.is_multiple_of(UNIT) || memory.hotplug_size > TIB {
         return Err(ConfigError::Hotplug(memory.hotplug_size));
     }
     if cmdline.len() > 2047 || cmdline.contains('\0') {
