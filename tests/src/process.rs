@@ -1,0 +1,193 @@
+//! Running the project's own programs in tests: found beside the test, bounded in time, never left behind.
+
+use std::io::Read;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::time::{Duration, Instant};
+
+/// The path of a program of the project, beside the running test's own executable.
+///
+/// # Panics
+/// Where it was not built.
+pub fn program(name: &str) -> PathBuf {
+    let me = std::env::current_exe().expect("the test knows its own path");
+    let found = me.ancestors().skip(1).take(3).map(|folder| folder.join(name)).find(|path| path.is_file());
+    found.unwrap_or_else(|| panic!("{name} is not built; run: cargo build --workspace --bins"))
+}
+
+/// What a program that ended left.
+#[derive(Debug)]
+pub struct Ended {
+    /// Exit code; `None` after a signal.
+    pub code: Option<i32>,
+    /// Standard output, lossy.
+    pub out: String,
+    /// Standard error, lossy.
+    pub err: String,
+}
+
+impl Ended {
+    /// Itself, where the program succeeded.
+    ///
+    /// # Panics
+    /// Where it did not.
+    #[track_caller]
+    pub fn good(self) -> Self {
+        assert_eq!(self.code, Some(0), "it failed:\n{}\n{}", self.out, self.err);
+        self
+    }
+
+    /// Itself, where the program refused: a code above 0, no signal, no panic.
+    ///
+    /// # Panics
+    /// Where it succeeded, panicked or died.
+    #[track_caller]
+    pub fn refused(self) -> Self {
+        let code = self.code.unwrap_or_else(|| panic!("it died of a signal:\n{}\n{}", self.out, self.err));
+        assert!(code != 0 && code != 101, "it ended with {code}:\n{}\n{}", self.out, self.err);
+        assert!(!self.err.contains("panicked"), "it panicked:\n{}", self.err);
+        self
+    }
+}
+
+/// Runs `command` to its end; kills it after `limit`.
+///
+/// # Panics
+/// Where it can't be started or runs longer.
+#[track_caller]
+pub fn run(command: &mut Command, limit: Duration) -> Ended {
+    Background::start(command).end(limit)
+}
+
+/// A program that runs beside the test, killed when dropped.
+#[derive(Debug)]
+pub struct Background {
+    child: Child,
+    out: std::sync::Arc<std::sync::Mutex<Vec<u8>>>,
+    err: std::sync::Arc<std::sync::Mutex<Vec<u8>>>,
+    readers: Vec<std::thread::JoinHandle<()>>,
+}
+
+impl Background {
+    /// Starts `command`, collecting what it prints.
+    ///
+    /// # Panics
+    /// Where it can't be started.
+    #[track_caller]
+    pub fn start(command: &mut Command) -> Self {
+        command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        let mut child = command.spawn().unwrap_or_else(|e| panic!("{command:?}: {e}"));
+        let (out, err) = (Default::default(), Default::default());
+        let stdout = child.stdout.take().expect("piped");
+        let stderr = child.stderr.take().expect("piped");
+        let readers = vec![collect(stdout, &out), collect(stderr, &err)];
+        Self { child, out, err, readers }
+    }
+
+    /// Its process id.
+    pub fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// What it printed so far on standard output.
+    pub fn out(&self) -> String {
+        text(&self.out)
+    }
+
+    /// What it printed so far on standard error.
+    pub fn err(&self) -> String {
+        text(&self.err)
+    }
+
+    /// Waits until standard output or error holds `needle`.
+    ///
+    /// # Panics
+    /// Where it does not come within `limit`, or the program ends before.
+    #[track_caller]
+    pub fn until(&mut self, needle: &str, limit: Duration) {
+        let start = Instant::now();
+        loop {
+            let ended = self.child.try_wait().ok().flatten();
+            if self.out().contains(needle) || self.err().contains(needle) {
+                return;
+            }
+            let shown = || format!("{}\n{}", self.out(), self.err());
+            assert!(ended.is_none(), "it ended ({ended:?}) before {needle:?}:\n{}", shown());
+            assert!(start.elapsed() < limit, "{needle:?} did not come:\n{}", shown());
+            std::thread::sleep(Duration::from_millis(10));
+        }
+    }
+
+    /// Sends a signal by its number.
+    pub fn signal(&self, signal: i32) {
+        let pid = rustix::process::Pid::from_raw(self.child.id() as i32).expect("a pid");
+        let signal = rustix::process::Signal::from_named_raw(signal).expect("a named signal");
+        let _ = rustix::process::kill_process(pid, signal);
+    }
+
+    /// Waits for its end; kills it after `limit`.
+    ///
+    /// # Panics
+    /// Where it runs longer.
+    #[track_caller]
+    pub fn end(mut self, limit: Duration) -> Ended {
+        let Some(status) = self.wait(limit) else {
+            let _ = self.child.kill();
+            panic!("it still ran after {limit:?}:\n{}\n{}", self.out(), self.err());
+        };
+        for reader in self.readers.drain(..) {
+            let _ = reader.join();
+        }
+        Ended { code: status.code(), out: self.out(), err: self.err() }
+    }
+
+    fn wait(&mut self, limit: Duration) -> Option<ExitStatus> {
+        let start = Instant::now();
+        while start.elapsed() < limit {
+            if let Ok(Some(status)) = self.child.try_wait() {
+                return Some(status);
+            }
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        None
+    }
+}
+
+impl Drop for Background {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+fn text(bytes: &std::sync::Mutex<Vec<u8>>) -> String {
+    String::from_utf8_lossy(&bytes.lock().unwrap_or_else(|e| e.into_inner())).into_owned()
+}
+
+fn collect(
+    mut from: impl Read + Send + 'static,
+    to: &std::sync::Arc<std::sync::Mutex<Vec<u8>>>,
+) -> std::thread::JoinHandle<()> {
+    let to = to.clone();
+    std::thread::spawn(move || {
+        let mut chunk = [0; 4096];
+        while let Ok(n @ 1..) = from.read(&mut chunk) {
+            to.lock().unwrap_or_else(|e| e.into_inner()).extend_from_slice(&chunk[..n]);
+        }
+    })
+}
+
+/// Copies a folder's files, one level deep.
+///
+/// # Errors
+/// Those of the file system.
+pub fn copy_files(from: &Path, to: &Path) -> std::io::Result<()> {
+    std::fs::create_dir_all(to)?;
+    for entry in std::fs::read_dir(from)? {
+        let entry = entry?;
+        if entry.file_type()?.is_file() {
+            std::fs::copy(entry.path(), to.join(entry.file_name()))?;
+        }
+    }
+    Ok(())
+}
