@@ -1,1 +1,4 @@
-//! (to be written)
+//! What the tests that cross packages share: software TPMs, firmware played on them, the small guest, a whole laboratory.
+
+pub mod lab;
+pub mod process;

@@ -1,0 +1,75 @@
+//! Operations on a running VM: free ones are done and reported, restricted ones need the customer.
+
+use fealty_tests::lab::{LIMIT, Lab, POWER_ON_ONLY, Plan, lease};
+use fealty_tests::process::{Background, Ended, program, run};
+use std::process::Command;
+
+fn start(lab: &Lab) -> Background {
+    let mut vm = Background::start(&mut lab.vm(&["--api-socket", &lab.text("api.sock")]));
+    vm.until("tick", LIMIT);
+    vm
+}
+
+#[track_caller]
+fn ctl(lab: &Lab, words: &[&str]) -> Ended {
+    let socket = lab.text("api.sock");
+    let mut all = vec!["ctl", &socket];
+    all.extend(words);
+    run(Command::new(program("fealty")).args(all), LIMIT)
+}
+
+#[test]
+fn a_vm_is_paused_resumed_and_ended_through_its_socket() {
+    let lab = Lab::new(&Plan { words: "hello,tick".into(), ..Plan::default() });
+    let vm = start(&lab);
+    let info = ctl(&lab, &["info"]).good();
+    assert!(info.out.to_lowercase().contains("running"), "{}", info.out);
+    ctl(&lab, &["pause"]).good();
+    std::thread::sleep(std::time::Duration::from_millis(300));
+    let stopped = vm.out().matches("tick").count();
+    std::thread::sleep(std::time::Duration::from_secs(3));
+    assert_eq!(vm.out().matches("tick").count(), stopped, "it ran while paused");
+    ctl(&lab, &["resume"]).good();
+    ctl(&lab, &["shutdown"]).good();
+    vm.end(LIMIT).good();
+    let log = lab.audit();
+    let reports: Vec<String> = log.iter().filter(|e| e["kind"] == "report").map(ToString::to_string).collect();
+    for operation in ["vm.pause", "vm.resume", "vm.shutdown"] {
+        assert!(reports.iter().any(|r| r.contains(operation)), "no {operation} in {reports:#?}");
+    }
+}
+
+#[test]
+fn a_core_dump_is_refused_by_default_and_sealed_when_permitted() {
+    let mut lab = Lab::new(&Plan { words: "hello,tick".into(), ..Plan::default() });
+    let vm = start(&lab);
+    let refused = ctl(&lab, &["coredump", "--out", &lab.text("core")]).refused();
+    assert!(refused.err.contains("policy"), "{}", refused.err);
+    assert!(lab.audit_kinds().contains(&"operation-refused".into()));
+
+    let rules = format!("{POWER_ON_ONLY}\npermit (principal, action == Action::\"vm.coredump\", resource);");
+    lab.set_policy(&lease(600, 10), &rules);
+    ctl(&lab, &["coredump", "--out", &lab.text("core.sealed")]).good();
+    let sealed = std::fs::read(lab.path("core.sealed")).expect("the dump");
+    assert!(sealed.len() > 1 << 20, "it holds the guest's memory: {}", sealed.len());
+    let needle = b"fealty.do=hello";
+    assert!(!sealed.windows(needle.len()).any(|w| w == needle), "plain text in the sealed dump");
+
+    lab.keys(&["dump", "open", "acme", "--in", &lab.text("core.sealed"), "--out", &lab.text("core.elf")]).good();
+    let core = std::fs::read(lab.path("core.elf")).expect("the opened dump");
+    assert_eq!(&core[..4], b"\x7fELF");
+    assert!(core.windows(needle.len()).any(|w| w == needle), "the guest's command line stands in its memory");
+
+    let mut touched = sealed;
+    let at = touched.len() / 2;
+    touched[at] ^= 1;
+    std::fs::write(lab.path("core.touched"), touched).expect("written");
+    lab.keys(&["dump", "open", "acme", "--in", &lab.text("core.touched"), "--out", &lab.text("core.bad")]).refused();
+
+    ctl(&lab, &["shutdown"]).good();
+    vm.end(LIMIT).good();
+    let kinds = lab.audit_kinds();
+    let before = kinds.iter().position(|k| k == "operation-permitted").expect("a before");
+    assert!(kinds[before..].iter().any(|k| k == "report"), "its outcome: {kinds:?}");
+    assert!(kinds.contains(&"dump-opened".into()), "{kinds:?}");
+}

@@ -1,0 +1,103 @@
+//! The main job: an attested guest boots, and only its owner's files come out of it.
+
+use fealty_tests::lab::{Lab, Plan};
+use fealty_tests::process::Background;
+use policy::Digest;
+
+#[test]
+fn an_attested_guest_reads_changes_and_flushes_its_encrypted_disk() {
+    let plan = Plan { words: "hello,hash,write:7:0xab,flush,poweroff".into(), ..Plan::default() };
+    let lab = Lab::new(&plan);
+    let ran = lab.run_vm(&[]).good();
+    let expected = Digest::of(&plan.disk).to_string();
+    assert!(ran.out.contains(&expected), "no {expected} in:\n{}\n{}", ran.out, ran.err);
+
+    let exported = lab.export();
+    let mut changed = plan.disk.clone();
+    changed[7 * 4096..8 * 4096].fill(0xab);
+    assert!(exported == changed, "the exported image is not the old one with block 7 changed");
+
+    let kinds = lab.audit_kinds();
+    let at = |kind: &str| kinds.iter().position(|k| k == kind).unwrap_or_else(|| panic!("no {kind} in {kinds:?}"));
+    assert!(at("keys-released") < at("report"), "{kinds:?}");
+    assert!(kinds.iter().filter(|k| *k == "report").count() >= 2, "it runs, and it ended: {kinds:?}");
+    assert!(!kinds.iter().any(|k| k == "report-gap"), "{kinds:?}");
+}
+
+#[test]
+fn the_volume_and_the_vm_file_hold_no_plain_text() {
+    let marker = b"the quick brown fox is paid a salary";
+    let mut disk = vec![0u8; 1 << 20];
+    for block in disk.chunks_mut(4096) {
+        block[100..100 + marker.len()].copy_from_slice(marker);
+    }
+    let lab = Lab::new(&Plan { disk, words: "hello,secret-word-of-the-command-line,poweroff".into(), ..Plan::default() });
+    let holds = |bytes: &[u8], text: &[u8]| bytes.windows(text.len()).any(|w| w == text);
+    let image = std::fs::read(lab.path("root.img")).expect("read");
+    assert!(holds(&image, marker), "the image itself does hold it");
+    let volume = std::fs::read(lab.path("store/root.vol")).expect("read");
+    assert!(!holds(&volume, marker));
+    let file = std::fs::read(lab.path("store/payroll.vm")).expect("read");
+    assert!(!holds(&file, b"secret-word"));
+}
+
+#[test]
+fn a_guest_that_powers_off_can_start_again_as_the_next_instance() {
+    let lab = Lab::new(&Plan { words: "hello,hash,poweroff".into(), ..Plan::default() });
+    lab.run_vm(&[]).good();
+    lab.run_vm(&[]).good();
+    let instances: Vec<u64> = lab
+        .audit()
+        .iter()
+        .filter(|e| e["kind"] == "keys-released")
+        .filter_map(|e| e["instance"].as_u64())
+        .collect();
+    assert_eq!(instances.len(), 2);
+    assert!(instances[1] > instances[0], "{instances:?}");
+}
+
+#[test]
+fn attack_44_no_key_stands_in_any_output_log_or_file() {
+    // The only 32-byte secrets that a file may hold are the provider's own; what the operator sees is searched for them.
+    let lab = Lab::new(&Plan { words: "hello,hash,poweroff".into(), ..Plan::default() });
+    let ran = lab.run_vm(&["--json"]).good();
+    let master = std::fs::read(lab.path("keys/master.key")).expect("the master key file");
+    let provider = lab.provider.as_ref().map(|p| p.out() + &p.err()).unwrap_or_default();
+    let seen = [ran.out.as_bytes(), ran.err.as_bytes(), provider.as_bytes()].concat();
+    for piece in master.windows(16) {
+        assert!(!seen.windows(16).any(|w| w == piece), "a piece of the master key was printed");
+    }
+    let database = std::fs::read(lab.path("keys/keys.db")).expect("the database");
+    for piece in master.windows(16) {
+        assert!(!database.windows(16).any(|w| w == piece), "a piece of the master key lies in the database");
+    }
+}
+
+#[test]
+fn every_thread_runs_under_its_filter_and_no_key_can_be_read_by_root() {
+    let lab = Lab::new(&Plan { words: "hello,tick".into(), ..Plan::default() });
+    let mut vm = Background::start(&mut lab.vm(&[]));
+    vm.until("fealty-guest", fealty_tests::lab::LIMIT);
+    let tasks = format!("/proc/{}/task", vm.pid());
+    let mut threads = 0;
+    for task in std::fs::read_dir(tasks).expect("tasks").flatten() {
+        let status = std::fs::read_to_string(task.path().join("status")).expect("status");
+        assert!(status.contains("Seccomp:\t2"), "{status}");
+        assert!(status.contains("NoNewPrivs:\t1"), "{status}");
+        threads += 1;
+    }
+    assert!(threads >= 3, "main, vCPU and disk threads at least");
+    let maps = std::fs::read_to_string(format!("/proc/{}/maps", vm.pid())).expect("root may read the map");
+    let secret: Vec<&str> = maps.lines().filter(|l| l.contains("secretmem")).collect();
+    assert!(!secret.is_empty(), "keys lie in memfd_secret pages:\n{maps}");
+    let mem = std::fs::File::open(format!("/proc/{}/mem", vm.pid())).expect("root may open it");
+    let read_at = |line: &str| {
+        let start = u64::from_str_radix(line.split('-').next().unwrap_or_default(), 16).expect("an address");
+        std::os::unix::fs::FileExt::read_at(&mem, &mut [0; 16], start)
+    };
+    for line in &secret {
+        assert!(read_at(line).is_err(), "root read {line}");
+    }
+    let stack = maps.lines().find(|l| l.contains("[stack]")).expect("a stack");
+    assert!(read_at(stack).is_ok(), "the same way does read ordinary memory");
+}

@@ -1,0 +1,64 @@
+//! Killed in the middle: the VM, the provider, the TPM.
+
+use fealty_tests::lab::{LIMIT, Lab, Plan, lease};
+use fealty_tests::process::Background;
+
+#[test]
+fn a_vm_killed_while_it_writes_starts_again_with_nothing_lost() {
+    let lab = Lab::new(&Plan { words: "hello,write:5:0x55,flush,load:600".into(), ..Plan::default() });
+    let mut vm = Background::start(&mut lab.vm(&[]));
+    vm.until("load", LIMIT);
+    std::thread::sleep(std::time::Duration::from_millis(700));
+    vm.signal(9);
+    drop(vm);
+    lab.seal("hello,verify:5:0x55,poweroff", "interval");
+    let again = lab.run_vm(&[]).good();
+    assert!(again.out.contains("verify 5 ok"), "{}", again.out);
+}
+
+#[test]
+fn a_provider_killed_and_restarted_reissues_no_number() {
+    let mut lab = Lab::new(&Plan { words: "hello,poweroff".into(), ..Plan::default() });
+    lab.run_vm(&[]).good();
+    lab.stop_provider(9);
+    lab.start_provider();
+    lab.run_vm(&[]).good();
+    let mut seen: Vec<u64> =
+        lab.audit().iter().filter(|e| e["kind"] == "keys-released").filter_map(|e| e["instance"].as_u64()).collect();
+    let count = seen.len();
+    seen.dedup();
+    assert_eq!((count, seen.len()), (2, 2));
+}
+
+#[test]
+fn a_provider_restored_from_a_backup_asks_before_it_trusts_an_older_anchor() {
+    let mut lab = Lab::new(&Plan { words: "hello,write:4:0x44,flush,poweroff".into(), ..Plan::default() });
+    lab.keys(&["backup", "--out", &lab.text("backup.db")]).good();
+    lab.run_vm(&[]).good();
+    lab.stop_provider(15);
+    lab.keys_local(&["restore", "--dir", &lab.text("keys"), "--from", &lab.text("backup.db")]).good();
+    lab.start_provider();
+    let refused = lab.run_vm(&[]).refused();
+    assert!(!refused.out.contains("fealty-guest"), "{}", refused.out);
+    lab.keys(&["volume", "confirm", "acme", "root"]).good();
+    lab.run_vm(&[]).good();
+    assert!(lab.export()[4 * 4096..5 * 4096].iter().all(|b| *b == 0x44));
+    let kinds = lab.audit_kinds();
+    assert!(kinds.contains(&"provider-restored".into()) && kinds.contains(&"anchor-confirmed".into()), "{kinds:?}");
+}
+
+#[test]
+fn a_tpm_that_goes_away_stops_renewals_not_the_disk() {
+    let mut lab = Lab::new(&Plan { words: "hello,tick".into(), settings: lease(6, 2), ..Plan::default() });
+    let mut vm = Background::start(&mut lab.vm(&[]));
+    vm.until("tick", LIMIT);
+    lab.tpm.kill();
+    std::thread::sleep(std::time::Duration::from_secs(7));
+    let stopped = vm.out().matches("tick").count();
+    std::thread::sleep(std::time::Duration::from_secs(3));
+    assert_eq!(vm.out().matches("tick").count(), stopped, "it ran on without a lease");
+    vm.signal(15);
+    vm.signal(15);
+    let ended = vm.end(LIMIT);
+    assert!(!ended.err.contains("panicked"), "{}", ended.err);
+}
