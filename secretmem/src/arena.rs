@@ -47,6 +47,8 @@ struct Pool {
     region: Region,
     taken: Vec<u64>,
     used: usize,
+    /// No granule below is free.
+    low: usize,
 }
 
 /// Bytes of an arena that one owner has: zero at first, wiped and given back on drop.
@@ -139,7 +141,7 @@ impl State {
 impl Pool {
     fn new(region: Region) -> Self {
         let words = (region.len() / GRANULE).div_ceil(64);
-        Self { region, taken: vec![0; words], used: 0 }
+        Self { region, taken: vec![0; words], used: 0, low: 0 }
     }
 
     fn granules(&self) -> usize {
@@ -157,7 +159,7 @@ impl Pool {
 
     /// First fit: the lowest multiple of `step` from which `granules` are free.
     fn take(&mut self, granules: usize, step: usize) -> Option<NonNull<u8>> {
-        let mut at = 0;
+        let mut at = self.low.next_multiple_of(step);
         while at + granules <= self.granules() {
             match (at..at + granules).rev().find(|g| self.is_taken(*g)) {
                 None => {
@@ -186,6 +188,11 @@ impl Pool {
             self.taken[granule / 64] ^= 1 << (granule % 64);
         }
         self.used = if taken { self.used + granules } else { self.used - granules };
+        self.low = match taken {
+            true if at <= self.low => at + granules,
+            true => self.low,
+            false => self.low.min(at),
+        };
     }
 }
 
@@ -228,8 +235,13 @@ mod tests {
     use super::*;
     use proptest::prelude::*;
 
-    fn arenas() -> [&'static Arena; 2] {
-        [Arena::with_protection(Protection::MemfdSecret), Arena::with_protection(Protection::Mlock)]
+    fn arenas() -> Vec<&'static Arena> {
+        crate::attacks::offered().into_iter().map(Arena::with_protection).collect()
+    }
+
+    #[test]
+    fn the_process_uses_the_best_there_is() {
+        assert_eq!(protection().ok(), crate::attacks::offered().first().copied());
     }
 
     #[test]

@@ -183,7 +183,7 @@ mod tests {
     use super::*;
 
     fn each(test: impl Fn(Region)) {
-        for protection in [Protection::MemfdSecret, Protection::Mlock] {
+        for protection in crate::attacks::offered() {
             test(Region::map(1, protection).expect("mapped"));
         }
     }
