@@ -1,0 +1,305 @@
+//! What the command line may ask for: `fealty.do=word,word,...`, carried out in order, each reported in one line.
+//!
+//! | word | does | reports |
+//! | --- | --- | --- |
+//! | `hello` | | `hello` |
+//! | `info` | | `info entry=linux64 memory=134086656 disks=1 bytes=16777216` |
+//! | `initrd` | hashes the initial ramdisk | `initrd sha256 HEX` |
+//! | `disk:N` | the following words are about disk N (0 at first) | `disk 1 bytes=4194304` |
+//! | `hash` | reads the whole disk | `sha256 HEX` |
+//! | `read:BLOCK` | reads 4 KiB | `read 5 first=abababab sha256=HEX` |
+//! | `write:BLOCK:BYTE` | fills 4 KiB | `wrote 5 0xab` |
+//! | `verify:BLOCK:BYTE` | reads and compares | `verified 5 0xab` |
+//! | `flush` | | `flushed` |
+//! | `load:SECONDS` | random writes, flushes and verification for so long | `load writes=9000 flushes=300 verified=9000` |
+//! | `tick`, `tick:COUNT` | a line each second, for ever or so many | `tick 1` |
+//! | `spin` | computes for ever, without a pause | |
+//! | `sleep` | sleeps for ever, taking interrupts | |
+//! | `echo` | repeats each line it reads until `quit` | `echo LINE` |
+//! | `wait-button` | waits for the power button | `waiting for the power button`, `power button` |
+//! | `poweroff`, `reset`, `panic` | ends; `panic` by a triple fault | `powering off`, `resetting`, `panicking` |
+//!
+//! Numbers are decimal or, after `0x`, hexadecimal. What fails is reported as `failed WORD: why`, and the guest powers off without
+//! looking at the words after it. After the last word it prints `done` and sleeps.
+
+mod load;
+
+use core::fmt;
+
+use sha2::{Digest, Sha256};
+
+use crate::acpi::{Acpi, AcpiError};
+use crate::apic::{self, TICKS_PER_SECOND};
+use crate::boot::BootInfo;
+use crate::interrupts::{DISKS, Source, sleep_forever};
+use crate::memory::left_by_firmware;
+use crate::power::Power;
+use crate::serial::{self, line};
+use crate::tables::triple_fault;
+use crate::virtio::block::{BLOCK, Disk, DiskError};
+
+/// Longest line that `echo` repeats.
+const LONGEST_LINE: usize = 128;
+
+/// Carries out what the command line asks for.
+pub fn run(boot: &BootInfo) {
+    let prefix = b"fealty.do=";
+    let list = boot.command_line.split(|byte| *byte == b' ').find_map(|word| word.strip_prefix(prefix));
+    let Ok(list) = core::str::from_utf8(list.unwrap_or_default()) else {
+        return line(format_args!("failed: the command line is not text"));
+    };
+    let mut guest = Guest { boot, disks: [const { None }; DISKS], chosen: 0 };
+    for word in list.split(',').filter(|word| !word.is_empty()) {
+        if let Err(error) = guest.carry_out(word) {
+            line(format_args!("failed {word}: {error}"));
+            guest.power_off();
+        }
+    }
+    line(format_args!("done"));
+}
+
+struct Guest<'a> {
+    boot: &'a BootInfo,
+    /// Those that were started.
+    disks: [Option<Disk>; DISKS],
+    chosen: usize,
+}
+
+enum CommandError {
+    Unknown,
+    Number,
+    NoInitrd,
+    /// Byte of a block, what it is, what it should be.
+    Differs(usize, u8, u8),
+    Acpi(AcpiError),
+    Disk(DiskError),
+}
+
+impl Guest<'_> {
+    fn carry_out(&mut self, word: &str) -> Result<(), CommandError> {
+        let mut parts = word.split(':');
+        let name = parts.next().unwrap_or_default();
+        let mut next = || parts.next().map(parse).transpose();
+        let numbers = [next()?, next()?];
+        if parts.next().is_some() {
+            return Err(CommandError::Unknown);
+        }
+        match (name, numbers) {
+            ("hello", [None, _]) => line(format_args!("hello")),
+            ("info", [None, _]) => self.info(),
+            ("initrd", [None, _]) => self.initrd()?,
+            ("disk", [Some(number), None]) => self.choose(number as usize)?,
+            ("hash", [None, _]) => self.hash()?,
+            ("read", [Some(block), None]) => self.read(block)?,
+            ("write", [Some(block), Some(byte)]) => self.write(block, narrow(byte)?)?,
+            ("verify", [Some(block), Some(byte)]) => self.verify(block, narrow(byte)?)?,
+            ("flush", [None, _]) => self.flush()?,
+            ("load", [Some(seconds), None]) => load::run(self.disk()?, seconds)?,
+            ("tick", [count, None]) => tick(count.unwrap_or(u64::MAX)),
+            ("spin", [None, _]) => spin(),
+            ("sleep", [None, _]) => sleep_forever(),
+            ("echo", [None, _]) => echo(),
+            ("wait-button", [None, _]) => self.wait_for_button()?,
+            ("poweroff", [None, _]) => {
+                line(format_args!("powering off"));
+                self.power_off()
+            }
+            ("reset", [None, _]) => {
+                let power = self.power()?;
+                line(format_args!("resetting"));
+                power.reset()
+            }
+            ("panic", [None, _]) => {
+                line(format_args!("panicking"));
+                triple_fault()
+            }
+            _ => return Err(CommandError::Unknown),
+        }
+        Ok(())
+    }
+
+    fn info(&mut self) {
+        let (entry, memory) = (self.boot.entry.name(), self.boot.memory);
+        let disks = (0..DISKS).take_while(|number| self.disk_at(*number).is_ok()).count();
+        let bytes = self.disk_at(0).map_or(0, |disk| disk.length);
+        line(format_args!("info entry={entry} memory={memory} disks={disks} bytes={bytes}"));
+    }
+
+    fn initrd(&self) -> Result<(), CommandError> {
+        let (address, length) = self.boot.initrd.ok_or(CommandError::NoInitrd)?;
+        let digest = Sha256::digest(left_by_firmware(address, length));
+        line(format_args!("initrd sha256 {}", Hex(&digest)));
+        Ok(())
+    }
+
+    fn choose(&mut self, number: usize) -> Result<(), CommandError> {
+        let bytes = self.disk_at(number)?.length;
+        self.chosen = number;
+        line(format_args!("disk {number} bytes={bytes}"));
+        Ok(())
+    }
+
+    fn hash(&mut self) -> Result<(), CommandError> {
+        let mut hasher = Sha256::new();
+        self.disk()?.read_all(|bytes| hasher.update(bytes))?;
+        line(format_args!("sha256 {}", Hex(&hasher.finalize())));
+        Ok(())
+    }
+
+    fn read(&mut self, block: u64) -> Result<(), CommandError> {
+        let mut bytes = [0; BLOCK];
+        self.disk()?.read(block, &mut bytes)?;
+        line(format_args!("read {block} first={} sha256={}", Hex(&bytes[..4]), Hex(&Sha256::digest(bytes))));
+        Ok(())
+    }
+
+    fn write(&mut self, block: u64, byte: u8) -> Result<(), CommandError> {
+        self.disk()?.write(block, &[byte; BLOCK])?;
+        line(format_args!("wrote {block} {byte:#04x}"));
+        Ok(())
+    }
+
+    fn verify(&mut self, block: u64, byte: u8) -> Result<(), CommandError> {
+        let mut bytes = [0; BLOCK];
+        self.disk()?.read(block, &mut bytes)?;
+        if let Some(at) = bytes.iter().position(|found| *found != byte) {
+            return Err(CommandError::Differs(at, bytes[at], byte));
+        }
+        line(format_args!("verified {block} {byte:#04x}"));
+        Ok(())
+    }
+
+    fn flush(&mut self) -> Result<(), CommandError> {
+        self.disk()?.flush()?;
+        line(format_args!("flushed"));
+        Ok(())
+    }
+
+    fn wait_for_button(&self) -> Result<(), CommandError> {
+        let power = self.power()?;
+        line(format_args!("waiting for the power button"));
+        power.wait_for_button();
+        line(format_args!("power button"));
+        Ok(())
+    }
+
+    fn power(&self) -> Result<Power, CommandError> {
+        Ok(Power::find(Acpi::find(self.boot.rsdp)?)?)
+    }
+
+    fn power_off(&self) -> ! {
+        match self.power() {
+            Ok(power) => power.off(),
+            Err(error) => {
+                line(format_args!("failed poweroff: {error}"));
+                Power::last_resort()
+            }
+        }
+    }
+
+    /// The disk that the words are about.
+    fn disk(&mut self) -> Result<&Disk, CommandError> {
+        self.disk_at(self.chosen)
+    }
+
+    fn disk_at(&mut self, number: usize) -> Result<&Disk, CommandError> {
+        let place = self.disks.get_mut(number).ok_or(DiskError::NoDisk(number))?;
+        match place {
+            Some(disk) => Ok(disk),
+            None => {
+                let ecam = Acpi::find(self.boot.rsdp)?.ecam()?;
+                Ok(place.insert(Disk::start(ecam, number)?))
+            }
+        }
+    }
+}
+
+impl From<AcpiError> for CommandError {
+    fn from(error: AcpiError) -> Self {
+        Self::Acpi(error)
+    }
+}
+
+impl From<DiskError> for CommandError {
+    fn from(error: DiskError) -> Self {
+        Self::Disk(error)
+    }
+}
+
+impl fmt::Display for CommandError {
+    fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
+        match self {
+            Self::Unknown => write!(f, "no such word"),
+            Self::Number => write!(f, "not a number that fits"),
+            Self::NoInitrd => write!(f, "the loader gave no initial ramdisk"),
+            Self::Differs(at, found, wanted) => write!(f, "byte {at} is {found:#04x}, not {wanted:#04x}"),
+            Self::Acpi(error) => error.fmt(f),
+            Self::Disk(error) => error.fmt(f),
+        }
+    }
+}
+
+/// Prints bytes in hexadecimal.
+struct Hex<'a>(&'a [u8]);
+
+impl fmt::Display for Hex<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
+        self.0.iter().try_for_each(|byte| write!(f, "{byte:02x}"))
+    }
+}
+
+fn parse(text: &str) -> Result<u64, CommandError> {
+    let parsed = match text.strip_prefix("0x") {
+        Some(digits) => u64::from_str_radix(digits, 16),
+        None => text.parse(),
+    };
+    parsed.map_err(|_| CommandError::Number)
+}
+
+fn narrow(number: u64) -> Result<u8, CommandError> {
+    u8::try_from(number).map_err(|_| CommandError::Number)
+}
+
+fn tick(count: u64) {
+    apic::start_timer();
+    for n in 1..=count {
+        while apic::ticks() < n * TICKS_PER_SECOND {
+            Source::Timer.sleep();
+        }
+        line(format_args!("tick {n}"));
+    }
+    apic::stop_timer();
+}
+
+fn spin() -> ! {
+    line(format_args!("spinning"));
+    apic::start_timer();
+    loop {
+        apic::ticks();
+        core::hint::spin_loop();
+    }
+}
+
+fn echo() {
+    serial::listen();
+    line(format_args!("echoing"));
+    let mut text = [0; LONGEST_LINE];
+    loop {
+        let mut length = 0;
+        loop {
+            match serial::read() {
+                b'\r' | b'\n' if length == 0 => {}
+                b'\r' | b'\n' => break,
+                byte if length < LONGEST_LINE => {
+                    text[length] = byte;
+                    length += 1;
+                }
+                _ => {}
+            }
+        }
+        match &text[..length] {
+            b"quit" => return,
+            bytes => line(format_args!("echo {}", bytes.escape_ascii())),
+        }
+    }
+}
