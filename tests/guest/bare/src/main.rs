@@ -1,4 +1,4 @@
-//! `bare [--pvh] GUEST.elf COMMAND-LINE`: starts the small guest with the KVM calls that any VMM has to make, and nothing else: no
+//! `bare [--pvh | --linux32] GUEST.elf COMMAND-LINE`: starts the small guest with the KVM calls that any VMM has to make, and nothing else: no
 //! devices but a serial port that prints to standard output, no ACPI, no second thread. A VMM's start is measured against it.
 //!
 //! It ends with 0 when the guest powers off through fealty's sleep control port, and with 1 and a line otherwise.
@@ -8,9 +8,7 @@ use std::io::{self, Write};
 use std::process::ExitCode;
 use std::{env, fs, ptr, slice};
 
-use kvm_bindings::{
-    KVM_MAX_CPUID_ENTRIES, Msrs, kvm_msr_entry, kvm_pit_config, kvm_segment, kvm_userspace_memory_region,
-};
+use kvm_bindings::{KVM_MAX_CPUID_ENTRIES, Msrs, kvm_msr_entry, kvm_segment, kvm_userspace_memory_region};
 use kvm_ioctls::{Kvm, VcpuExit, VcpuFd};
 
 const MEMORY: usize = 128 << 20;
@@ -27,15 +25,19 @@ const OFF: u8 = 5 << 2 | 1 << 5;
 
 fn main() -> ExitCode {
     let mut arguments: Vec<String> = env::args().skip(1).collect();
-    let pvh = arguments.first().is_some_and(|first| first == "--pvh");
-    if pvh {
+    let way = match arguments.first().map(String::as_str) {
+        Some("--pvh") => Way::Pvh,
+        Some("--linux32") => Way::Linux32,
+        _ => Way::Linux64,
+    };
+    if way != Way::Linux64 {
         arguments.remove(0);
     }
     let [image, command_line] = arguments.as_slice() else {
-        eprintln!("usage: bare [--pvh] GUEST.elf COMMAND-LINE");
+        eprintln!("usage: bare [--pvh | --linux32] GUEST.elf COMMAND-LINE");
         return ExitCode::from(2);
     };
-    match run(image, command_line, pvh) {
+    match run(image, command_line, way) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("bare: {error}");
@@ -44,7 +46,15 @@ fn main() -> ExitCode {
     }
 }
 
-fn run(image: &str, command_line: &str, pvh: bool) -> Result<(), Box<dyn Error>> {
+/// How the guest is entered.
+#[derive(Clone, Copy, PartialEq)]
+enum Way {
+    Linux64,
+    Linux32,
+    Pvh,
+}
+
+fn run(image: &str, command_line: &str, way: Way) -> Result<(), Box<dyn Error>> {
     let kvm = Kvm::new()?;
     let vm = kvm.create_vm()?;
     let memory = guest_memory()?;
@@ -60,7 +70,6 @@ fn run(image: &str, command_line: &str, pvh: bool) -> Result<(), Box<dyn Error>>
     vm.set_identity_map_address(0xfffb_c000)?;
     vm.set_tss_address(0xfffb_d000)?;
     vm.create_irq_chip()?;
-    let _ = kvm_pit_config::default();
 
     let entry = load(memory, &fs::read(image)?)?;
     memory[COMMAND_LINE as usize..][..command_line.len()].copy_from_slice(command_line.as_bytes());
@@ -71,10 +80,10 @@ fn run(image: &str, command_line: &str, pvh: bool) -> Result<(), Box<dyn Error>>
     vcpu.set_lapic(&lapic)?;
     const MISC_ENABLE: u32 = 0x1a0;
     vcpu.set_msrs(&Msrs::from_entries(&[kvm_msr_entry { index: MISC_ENABLE, data: 1, ..Default::default() }])?)?;
-    if pvh {
-        enter_pvh(&vcpu, memory, entry.pvh)?;
-    } else {
-        enter_linux64(&vcpu, memory, entry.linux64)?;
+    match way {
+        Way::Linux64 => enter_long(&vcpu, memory, entry.linux64)?,
+        Way::Linux32 => enter_protected(&vcpu, memory, entry.linux64 - 0x200)?,
+        Way::Pvh => enter_protected(&vcpu, memory, entry.pvh)?,
     }
     serve(&mut vcpu)
 }
@@ -92,11 +101,7 @@ fn serve(vcpu: &mut VcpuFd) -> Result<(), Box<dyn Error>> {
             VcpuExit::IoOut(..) => {}
             VcpuExit::IoIn(SERIAL_STATUS, bytes) => bytes.fill(0x60),
             VcpuExit::IoIn(_, bytes) | VcpuExit::MmioRead(_, bytes) => bytes.fill(0xff),
-            other => {
-                let t = format!("{other:?}");
-                let r = vcpu.get_regs();
-                return Err(format!("the vCPU stopped: {t} {r:x?} {:x?}", vcpu.get_sregs()).into());
-            }
+            other => return Err(format!("the vCPU stopped: {other:?}").into()),
         }
     }
 }
@@ -145,7 +150,7 @@ fn load(memory: &mut [u8], elf: &[u8]) -> Result<Entry, Box<dyn Error>> {
     Ok(entry)
 }
 
-fn enter_linux64(vcpu: &VcpuFd, memory: &mut [u8], entry: u64) -> Result<(), Box<dyn Error>> {
+fn enter_long(vcpu: &VcpuFd, memory: &mut [u8], entry: u64) -> Result<(), Box<dyn Error>> {
     let mut put = |at: u64, value: u64| memory[at as usize..][..8].copy_from_slice(&value.to_le_bytes());
     put(PAGE_TABLES, PAGE_TABLES + 0x1003);
     for gib in 0..4 {
@@ -170,10 +175,12 @@ fn enter_linux64(vcpu: &VcpuFd, memory: &mut [u8], entry: u64) -> Result<(), Box
     Ok(vcpu.set_regs(&registers)?)
 }
 
-fn enter_pvh(vcpu: &VcpuFd, memory: &mut [u8], entry: u64) -> Result<(), Box<dyn Error>> {
+/// For PVH (ebx) and for Linux (esi).
+fn enter_protected(vcpu: &VcpuFd, memory: &mut [u8], entry: u64) -> Result<(), Box<dyn Error>> {
     let mut put = |at: u64, value: u64| memory[at as usize..][..8].copy_from_slice(&value.to_le_bytes());
     put(START_INFO, 1 << 32 | 0x336e_c578);
     put(START_INFO + 24, COMMAND_LINE);
+    put(ZERO_PAGE + 0x228, COMMAND_LINE);
 
     let mut special = vcpu.get_sregs()?;
     special.cs = kvm_segment { db: 1, ..segment(0x10, 11) };
@@ -182,7 +189,7 @@ fn enter_pvh(vcpu: &VcpuFd, memory: &mut [u8], entry: u64) -> Result<(), Box<dyn
     special.cr0 = 0x11;
     vcpu.set_sregs(&special)?;
     let mut registers = vcpu.get_regs()?;
-    (registers.rip, registers.rbx, registers.rflags) = (entry, START_INFO, 2);
+    (registers.rip, registers.rbx, registers.rsi, registers.rflags) = (entry, START_INFO, ZERO_PAGE, 2);
     Ok(vcpu.set_regs(&registers)?)
 }
 
