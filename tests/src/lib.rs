@@ -3,3 +3,4 @@
 pub mod guest;
 pub mod lab;
 pub mod process;
+pub mod swtpm;
