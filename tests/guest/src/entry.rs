@@ -68,7 +68,9 @@ start64:
     mov     cr0, rax
 
 descend:                                        // edi, rsi: what ring3_main gets
-    mov     dword ptr [0xfffffffffee00350], 0x10000 // LINT0: no interrupts from an 8259 that firmware left on
+    mov     al, 0xff                            // nothing from an 8259 that firmware left on
+    out     0x21, al
+    out     0xa1, al
     mov     eax, offset tss                     // its descriptor's base lies in three pieces
     mov     word ptr [gdt + {tss} + 2], ax
     shr     eax, 16

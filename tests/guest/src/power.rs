@@ -21,8 +21,9 @@ const FLAG_HARDWARE_REDUCED: u64 = 1 << 20;
 const EVENT_PORT: u16 = 0x603;
 const EVENT_LINE: u8 = 16;
 const EVENT_BUTTON: u8 = 1;
-/// The button's bit in a PC's PM1 status.
+/// The button's bit in a PC's PM1 status, and in the enable register after it.
 const PM1_BUTTON: u16 = 1 << 8;
+const PM1_ENABLE: u16 = 2;
 
 /// How this machine ends.
 pub struct Power {
@@ -98,6 +99,7 @@ impl Power {
                 }
             }
             Button::Pm1(status) => {
+                port::write16(status + PM1_ENABLE, PM1_BUTTON);
                 apic::start_timer();
                 while port::read16(status) & PM1_BUTTON == 0 {
                     apic::ticks();
