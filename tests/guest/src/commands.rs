@@ -7,20 +7,20 @@
 //! | `initrd` | hashes the initial ramdisk | `initrd sha256 HEX` |
 //! | `disk:N` | the following words are about disk N (0 at first) | `disk 1 bytes=4194304` |
 //! | `hash` | reads the whole disk | `sha256 HEX` |
-//! | `read:BLOCK` | reads 4 KiB | `read 5 first=abababab sha256=HEX` |
-//! | `write:BLOCK:BYTE` | fills 4 KiB | `wrote 5 0xab` |
-//! | `verify:BLOCK:BYTE` | reads and compares | `verified 5 0xab` |
-//! | `flush` | | `flushed` |
-//! | `load:SECONDS` | random writes, flushes and verification for so long | `load writes=9000 flushes=300 verified=9000` |
+//! | `read:BLOCK` | reads 4 KiB | `read 5 HEX`, the block's SHA-256 |
+//! | `write:BLOCK:BYTE` | fills 4 KiB | `write 5 ok` |
+//! | `verify:BLOCK:BYTE` | reads and compares | `verify 5 ok`, `verify 5 wrong: byte 0 is 0x00, not 0xab` |
+//! | `flush` | | `flush ok` |
+//! | `load:SECONDS` | random writes, flushes and checks for so long | `load started`, `load ok 9000` (blocks compared) |
 //! | `tick`, `tick:COUNT` | a line each second, for ever or so many | `tick 1` |
-//! | `spin` | computes for ever, without a pause | |
+//! | `spin` | computes for ever, without a pause | `spinning` |
 //! | `sleep` | sleeps for ever, taking interrupts | |
-//! | `echo` | repeats each line it reads until `quit` | `echo LINE` |
-//! | `wait-button` | waits for the power button | `waiting for the power button`, `power button` |
+//! | `echo` | repeats each line it reads until `quit` | `echoing`, `echo LINE` |
+//! | `wait-button` | waits for the power button | `waiting for the button`, `button pressed` |
 //! | `poweroff`, `reset`, `panic` | ends; `panic` by a triple fault | `powering off`, `resetting`, `panicking` |
 //!
-//! Numbers are decimal or, after `0x`, hexadecimal. What fails is reported as `failed WORD: why`, and the guest powers off without
-//! looking at the words after it. After the last word it prints `done` and sleeps.
+//! Numbers are decimal or, after `0x`, hexadecimal. A word that fails says `disk error WORD: why` or `failed WORD: why`, and the next
+//! one follows. After the last word the guest prints `done` and sleeps.
 
 mod load;
 
@@ -50,9 +50,10 @@ pub fn run(boot: &BootInfo) {
     };
     let mut guest = Guest { boot, disks: [const { None }; DISKS], chosen: 0 };
     for word in list.split(',').filter(|word| !word.is_empty()) {
-        if let Err(error) = guest.carry_out(word) {
-            line(format_args!("failed {word}: {error}"));
-            guest.power_off();
+        match guest.carry_out(word) {
+            Ok(()) => {}
+            Err(CommandError::Disk(error)) => line(format_args!("disk error {word}: {error}")),
+            Err(error) => line(format_args!("failed {word}: {error}")),
         }
     }
     line(format_args!("done"));
@@ -69,8 +70,6 @@ enum CommandError {
     Unknown,
     Number,
     NoInitrd,
-    /// Byte of a block, what it is, what it should be.
-    Differs(usize, u8, u8),
     Acpi(AcpiError),
     Disk(DiskError),
 }
@@ -149,37 +148,34 @@ impl Guest<'_> {
     fn read(&mut self, block: u64) -> Result<(), CommandError> {
         let mut bytes = [0; BLOCK];
         self.disk()?.read(block, &mut bytes)?;
-        line(format_args!("read {block} first={} sha256={}", Hex(&bytes[..4]), Hex(&Sha256::digest(bytes))));
+        line(format_args!("read {block} {}", Hex(&Sha256::digest(bytes))));
         Ok(())
     }
 
     fn write(&mut self, block: u64, byte: u8) -> Result<(), CommandError> {
         self.disk()?.write(block, &[byte; BLOCK])?;
-        line(format_args!("wrote {block} {byte:#04x}"));
+        line(format_args!("write {block} ok"));
         Ok(())
     }
 
     fn verify(&mut self, block: u64, byte: u8) -> Result<(), CommandError> {
-        let mut bytes = [0; BLOCK];
-        self.disk()?.read(block, &mut bytes)?;
-        if let Some(at) = bytes.iter().position(|found| *found != byte) {
-            return Err(CommandError::Differs(at, bytes[at], byte));
+        if is_as_written(self.disk()?, block, &[byte; BLOCK])? {
+            line(format_args!("verify {block} ok"));
         }
-        line(format_args!("verified {block} {byte:#04x}"));
         Ok(())
     }
 
     fn flush(&mut self) -> Result<(), CommandError> {
         self.disk()?.flush()?;
-        line(format_args!("flushed"));
+        line(format_args!("flush ok"));
         Ok(())
     }
 
     fn wait_for_button(&self) -> Result<(), CommandError> {
         let power = self.power()?;
-        line(format_args!("waiting for the power button"));
+        line(format_args!("waiting for the button"));
         power.wait_for_button();
-        line(format_args!("power button"));
+        line(format_args!("button pressed"));
         Ok(())
     }
 
@@ -232,7 +228,6 @@ impl fmt::Display for CommandError {
             Self::Unknown => write!(f, "no such word"),
             Self::Number => write!(f, "not a number that fits"),
             Self::NoInitrd => write!(f, "the loader gave no initial ramdisk"),
-            Self::Differs(at, found, wanted) => write!(f, "byte {at} is {found:#04x}, not {wanted:#04x}"),
             Self::Acpi(error) => error.fmt(f),
             Self::Disk(error) => error.fmt(f),
         }
@@ -258,6 +253,17 @@ fn parse(text: &str) -> Result<u64, CommandError> {
 
 fn narrow(number: u64) -> Result<u8, CommandError> {
     u8::try_from(number).map_err(|_| CommandError::Number)
+}
+
+/// Whether the block holds what was written; says so where it does not.
+fn is_as_written(disk: &Disk, block: u64, wanted: &[u8; BLOCK]) -> Result<bool, DiskError> {
+    let mut found = [0; BLOCK];
+    disk.read(block, &mut found)?;
+    let wrong = (0..BLOCK).find(|at| found[*at] != wanted[*at]);
+    if let Some(at) = wrong {
+        line(format_args!("verify {block} wrong: byte {at} is {:#04x}, not {:#04x}", found[at], wanted[at]));
+    }
+    Ok(wrong.is_none())
 }
 
 fn tick(count: u64) {
