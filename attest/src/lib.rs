@@ -8,6 +8,8 @@
 //! | [`protocol`] | bodies of the provider's HTTP API as VM processes use it |
 //! | [`service`] | messages of the host's TPM service, and its client |
 //! | [`qualify`] | H, the qualifying data of a quote: one canonical encoding for both ends |
+pub mod eventlog;
 pub mod protocol;
 pub mod qualify;
 pub mod service;
+pub mod tpm;

@@ -106,6 +106,10 @@ pub struct Evidence {
     pub wrap_certify: Base64Url,
     /// TPMT_SIGNATURE over it.
     pub wrap_signature: Base64Url,
+    /// Values of the quoted PCRs, in the selection's order, or none. The quote's digest decides; these only let the
+    /// verifier name the PCR whose log is wrong.
+    #[serde(default)]
+    pub pcr_values: Vec<Digest>,
     /// Whether an earlier process of this VM lives on this host.
     pub earlier_peer: EarlierPeer,
     /// TCG crypto-agile event log of the firmware.

@@ -5,6 +5,13 @@
 //! no VM process has, serves [`ControlRequest`]; `Register` brings two descriptors (SCM_RIGHTS): the service's end of the
 //! VM's socket pair, and a pidfd of the VM process.
 
+pub mod client;
+pub mod frame;
+pub mod start;
+
+pub use client::{Client, ControlClient, ServiceError};
+pub use start::{StartError, spawn_or_join};
+
 use policy::{AttestationId, Base64Url, CustomerId, Digest, HostId, Nonce, VmId};
 use policy::{instance::EarlierPeer, operation::OperationRequest};
 use serde::{Deserialize, Serialize};
@@ -157,6 +164,10 @@ pub struct Quoted {
     pub signature: Base64Url,
     /// The wrap key that H names; it may have changed since `CertifyWrapKey` was asked.
     pub wrap_key: WrapKey,
+    /// Values of the quoted PCRs, in the selection's order, as the service knows them; empty where it does not. The
+    /// quote's digest decides; these only let the verifier name the PCR whose log is wrong.
+    #[serde(default)]
+    pub pcr_values: Vec<Digest>,
     /// As bound.
     pub earlier_peer: EarlierPeer,
     /// As bound.

@@ -1,0 +1,210 @@
+//! Clients of the TPM service: a VM process's, and that of whoever measures layers and starts VM processes.
+
+use super::frame::{self, FrameError};
+use super::{ANSWER_LIMIT, Answer, ControlRequest, Identity, Quoted, Status, VmRequest, WrapKey};
+use crate::protocol::Credential;
+use policy::{CustomerId, Digest, VmId};
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+use std::time::Duration;
+
+/// Commands of a discrete TPM can take seconds, and other VMs may be served first.
+const ANSWER_TIMEOUT: Duration = Duration::from_secs(60);
+
+/// Why the service did not do what it was asked.
+#[derive(Debug, thiserror::Error)]
+pub enum ServiceError {
+    /// It said no.
+    #[error("the host's TPM service refuses: {reason}")]
+    Refused {
+        /// Why, and what to do.
+        reason: String,
+        /// Whether the same request may succeed later.
+        again: bool,
+    },
+    /// It can't be reached or does not answer.
+    #[error("the host's TPM service does not answer")]
+    Away(#[from] FrameError),
+    /// It is not there.
+    #[error("the host's TPM service is not reachable at {0}")]
+    Connect(String, #[source] io::Error),
+    /// It answered something else.
+    #[error("the host's TPM service gave an answer that does not belong to the request")]
+    Confused,
+}
+
+/// A VM process's client: the five requests of [`VmRequest`].
+#[derive(Debug)]
+pub struct Client {
+    stream: UnixStream,
+}
+
+impl Client {
+    /// A client over the VM process's end of its registered socket pair.
+    pub fn new(stream: UnixStream) -> Self {
+        // A socket that can't take a timeout fails at its first use as well.
+        let _ = stream.set_read_timeout(Some(ANSWER_TIMEOUT));
+        let _ = stream.set_write_timeout(Some(ANSWER_TIMEOUT));
+        Self { stream }
+    }
+
+    /// The host's identity: EK and AK.
+    pub fn identity(&mut self) -> Result<Identity, ServiceError> {
+        match self.ask(&VmRequest::Identity)? {
+            Answer::Identity(identity) => Ok(identity),
+            _ => Err(ServiceError::Confused),
+        }
+    }
+
+    /// Opens a credential: its secret, at most 32 bytes.
+    pub fn activate(&mut self, credential: &Credential) -> Result<Vec<u8>, ServiceError> {
+        let request = VmRequest::Activate { blob: credential.blob.clone(), secret: credential.secret.clone() };
+        match self.ask(&request)? {
+            Answer::Activated { secret } if secret.len() <= 32 => Ok(secret.0),
+            _ => Err(ServiceError::Confused),
+        }
+    }
+
+    /// The wrap key of this boot.
+    pub fn certify_wrap_key(&mut self) -> Result<WrapKey, ServiceError> {
+        match self.ask(&VmRequest::CertifyWrapKey)? {
+            Answer::WrapKey(key) => Ok(key),
+            _ => Err(ServiceError::Confused),
+        }
+    }
+
+    /// A quote; `request` is a [`VmRequest::Quote`].
+    pub fn quote(&mut self, request: &VmRequest) -> Result<Quoted, ServiceError> {
+        match self.ask(request)? {
+            Answer::Quoted(quoted) => Ok(*quoted),
+            _ => Err(ServiceError::Confused),
+        }
+    }
+
+    /// ECDH of the wrap key with `point` (uncompressed, 65 bytes): the shared point, uncompressed. What it returns opens
+    /// nothing alone.
+    pub fn ecdh(&mut self, point: &[u8; 65]) -> Result<[u8; 65], ServiceError> {
+        match self.ask(&VmRequest::Ecdh { point: point[..].into() })? {
+            Answer::Shared { point } => point.0.try_into().map_err(|_| ServiceError::Confused),
+            _ => Err(ServiceError::Confused),
+        }
+    }
+
+    fn ask(&mut self, request: &VmRequest) -> Result<Answer, ServiceError> {
+        frame::write(&mut self.stream, request)?;
+        accepted(frame::read(&mut self.stream, ANSWER_LIMIT)?)
+    }
+}
+
+impl AsFd for Client {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.stream.as_fd()
+    }
+}
+
+/// A client of the control socket.
+#[derive(Debug)]
+pub struct ControlClient {
+    stream: UnixStream,
+}
+
+impl ControlClient {
+    /// Connects to the control socket at `path`.
+    pub fn connect(path: &Path) -> Result<Self, ServiceError> {
+        let connect = UnixStream::connect(path).and_then(|stream| {
+            stream.set_read_timeout(Some(ANSWER_TIMEOUT))?;
+            stream.set_write_timeout(Some(ANSWER_TIMEOUT))?;
+            Ok(stream)
+        });
+        let stream = connect.map_err(|e| ServiceError::Connect(path.display().to_string(), e))?;
+        Ok(Self { stream })
+    }
+
+    /// Has the service serve a VM process: its socket end and a pidfd of it go along. The process is bound to customer,
+    /// VM and the SHA-256 of the VM file's bytes, as read once by the caller.
+    pub fn register(
+        &mut self,
+        customer: &CustomerId,
+        vm: &VmId,
+        vm_file: Digest,
+        service_end: BorrowedFd<'_>,
+        pidfd: BorrowedFd<'_>,
+    ) -> Result<(), ServiceError> {
+        let request = ControlRequest::Register { customer: customer.clone(), vm: vm.clone(), vm_file };
+        frame::write_with_fds(&mut self.stream, &request, &[service_end, pidfd])?;
+        self.done()
+    }
+
+    /// Measures a layer.
+    pub fn extend(&mut self, layer: &str, version: &str, digest: Digest) -> Result<(), ServiceError> {
+        frame::write(
+            &mut self.stream,
+            &ControlRequest::Extend { layer: layer.to_owned(), version: version.to_owned(), digest },
+        )?;
+        self.done()
+    }
+
+    /// Seals the layer log and has a new wrap key made.
+    pub fn reseal(&mut self) -> Result<(), ServiceError> {
+        frame::write(&mut self.stream, &ControlRequest::Reseal)?;
+        self.done()
+    }
+
+    /// What the service is and serves.
+    pub fn status(&mut self) -> Result<Status, ServiceError> {
+        frame::write(&mut self.stream, &ControlRequest::Status)?;
+        match accepted(frame::read(&mut self.stream, ANSWER_LIMIT)?)? {
+            Answer::Status(status) => Ok(status),
+            _ => Err(ServiceError::Confused),
+        }
+    }
+
+    fn done(&mut self) -> Result<(), ServiceError> {
+        match accepted(frame::read(&mut self.stream, ANSWER_LIMIT)?)? {
+            Answer::Done => Ok(()),
+            _ => Err(ServiceError::Confused),
+        }
+    }
+}
+
+fn accepted(answer: Answer) -> Result<Answer, ServiceError> {
+    match answer {
+        Answer::Refused { reason, again } => Err(ServiceError::Refused { reason, again }),
+        other => Ok(other),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::service::REQUEST_LIMIT;
+
+    fn serve(answers: Vec<Answer>) -> Client {
+        let (ours, mut theirs) = UnixStream::pair().expect("pair");
+        std::thread::spawn(move || {
+            for answer in answers {
+                if frame::read::<VmRequest>(&mut theirs, REQUEST_LIMIT).is_err() {
+                    return;
+                }
+                let _ = frame::write(&mut theirs, &answer);
+            }
+        });
+        Client::new(ours)
+    }
+
+    #[test]
+    fn an_answer_must_belong_to_its_request() {
+        let mut client = serve(vec![Answer::Done, Answer::Shared { point: vec![4; 64].into() }]);
+        assert!(matches!(client.identity(), Err(ServiceError::Confused)));
+        assert!(matches!(client.ecdh(&[4; 65]), Err(ServiceError::Confused)));
+        assert!(matches!(client.identity(), Err(ServiceError::Away(_))));
+    }
+
+    #[test]
+    fn a_refusal_says_whether_to_try_again() {
+        let mut client = serve(vec![Answer::Refused { reason: "PCR 14 moved".into(), again: true }]);
+        assert!(matches!(client.ecdh(&[4; 65]), Err(ServiceError::Refused { again: true, .. })));
+    }
+}

@@ -1,0 +1,109 @@
+//! Finding the TPM service of a TPM, or starting it: for hosts without a daemon.
+
+use super::client::{ControlClient, ServiceError};
+use policy::Digest;
+use std::io::Read;
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+
+/// Name of the control socket in the runtime folder.
+pub const CONTROL_SOCKET: &str = "control.sock";
+
+/// Environment variable that names the folder of runtime folders.
+pub const RUNTIME_VARIABLE: &str = "FEALTY_RUNTIME_DIR";
+
+/// Why no service could be had.
+#[derive(Debug, thiserror::Error)]
+pub enum StartError {
+    /// The program is not there, or does not start.
+    #[error("the TPM service {0} could not be started")]
+    Spawn(String, #[source] std::io::Error),
+    /// It ended before it was ready; it said why on its standard error.
+    #[error("the TPM service ended before it was ready ({0}); see its message above")]
+    Ended(String),
+    /// It is ready but does not answer.
+    #[error(transparent)]
+    Service(#[from] ServiceError),
+}
+
+/// The runtime folder of the service for the TPM behind `tcti`: `runtime_dir` where it is given, otherwise a folder of its
+/// own, named after the TCTI string, in `$FEALTY_RUNTIME_DIR` or `/run/fealty`.
+pub fn runtime_dir(tcti: &str, runtime_dir: Option<&Path>) -> PathBuf {
+    if let Some(dir) = runtime_dir {
+        return dir.to_owned();
+    }
+    let base = std::env::var_os(RUNTIME_VARIABLE).map_or_else(|| PathBuf::from("/run/fealty"), PathBuf::from);
+    base.join(format!("tpm-{}", &Digest::of(tcti.as_bytes()).to_string()[..16]))
+}
+
+/// Joins the service that serves the TPM behind `tcti`, or starts `service_binary` (`fealty-host`, which the caller finds
+/// beside its own executable) and waits until it is ready. A started service ends by itself when the last process it
+/// serves has ended. One lock per TPM decides between two that start at once: the loser ends, and its caller joins.
+pub fn spawn_or_join(tcti: &str, runtime: Option<&Path>, service_binary: &Path) -> Result<ControlClient, StartError> {
+    let dir = runtime_dir(tcti, runtime);
+    let socket = dir.join(CONTROL_SOCKET);
+    if let Ok(client) = ControlClient::connect(&socket) {
+        return Ok(client);
+    }
+    let spawned = |e| StartError::Spawn(service_binary.display().to_string(), e);
+    let (ready, theirs) = rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC).map_err(|e| spawned(e.into()))?;
+    let mut child = spawn(tcti, &dir, service_binary, &theirs).map_err(spawned)?;
+    drop(theirs);
+    let mut byte = [0];
+    if std::fs::File::from(ready).read(&mut byte).map_err(spawned)? == 1 {
+        return Ok(ControlClient::connect(&socket)?);
+    }
+    let status = child.wait().map_err(spawned)?;
+    // It may have ended because another one holds the lock: that one is ready, or will be in a moment.
+    for _ in 0..50 {
+        if let Ok(client) = ControlClient::connect(&socket) {
+            return Ok(client);
+        }
+        if status.success() {
+            std::thread::sleep(std::time::Duration::from_millis(100));
+        } else {
+            std::thread::sleep(std::time::Duration::from_millis(10));
+        }
+    }
+    Err(StartError::Ended(status.to_string()))
+}
+
+fn spawn(tcti: &str, dir: &Path, binary: &Path, ready: &OwnedFd) -> std::io::Result<Child> {
+    // The child needs the pipe's end under some number: without close-on-exec it keeps this one.
+    rustix::io::fcntl_setfd(ready, rustix::io::FdFlags::empty())?;
+    let mut command = Command::new(binary);
+    command.arg("tpm").arg("--tcti").arg(tcti).arg("--runtime-dir").arg(dir);
+    command.arg("--exit-when-idle").arg("--ready-fd").arg(ready.as_raw_fd().to_string());
+    // A group of its own: a Ctrl-C meant for this VM must not end the service that other VMs use.
+    let child = command.process_group(0).stdin(Stdio::null()).stdout(Stdio::null()).spawn();
+    let restored = rustix::io::fcntl_setfd(ready, rustix::io::FdFlags::CLOEXEC);
+    let child = child?;
+    restored?;
+    Ok(child)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::unix::fs::PermissionsExt;
+
+    #[test]
+    fn each_tpm_has_a_runtime_folder_of_its_own() {
+        assert_ne!(runtime_dir("device:/dev/tpm0", None), runtime_dir("device:/dev/tpm1", None));
+        assert_eq!(runtime_dir("x", Some(Path::new("/a"))), Path::new("/a"));
+    }
+
+    #[test]
+    fn a_service_that_fails_at_once_is_told() {
+        let dir = tempfile::tempdir().expect("tempdir");
+        let program = dir.path().join("fealty-host");
+        std::fs::write(&program, "#!/bin/sh\nexit 3\n").expect("written");
+        std::fs::set_permissions(&program, std::fs::Permissions::from_mode(0o755)).expect("executable");
+        let started = spawn_or_join("swtpm:path=/nowhere", Some(dir.path()), &program);
+        assert!(matches!(started, Err(StartError::Ended(_))), "{started:?}");
+        let missing = spawn_or_join("swtpm:path=/nowhere", Some(dir.path()), &dir.path().join("none"));
+        assert!(matches!(missing, Err(StartError::Spawn(..))), "{missing:?}");
+    }
+}
