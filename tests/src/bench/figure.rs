@@ -1,0 +1,152 @@
+//! One figure, and how figures are printed: a table for people, or one JSON object a line.
+
+use super::sample::Samples;
+use serde::Serialize;
+
+/// A figure. Benchmarks of later issues keep these fields.
+#[derive(Debug, Clone, Serialize)]
+pub(super) struct Figure {
+    name: String,
+    /// Median.
+    value: f64,
+    unit: &'static str,
+    /// First and third quartile.
+    spread: [f64; 2],
+    /// What it is compared with, in the same run.
+    against: Option<String>,
+    against_value: Option<f64>,
+    /// `value` by `against_value`.
+    ratio: Option<f64>,
+    /// What the ratio should not exceed; for a figure without `against`, what the value should not exceed by: value by target.
+    target_ratio: Option<f64>,
+}
+
+impl Figure {
+    /// A figure by itself.
+    pub(super) fn new(name: impl Into<String>, unit: &'static str, samples: &Samples) -> Self {
+        Self {
+            name: name.into(),
+            value: rounded(samples.median()),
+            unit,
+            spread: samples.quartiles().map(rounded),
+            against: None,
+            against_value: None,
+            ratio: None,
+            target_ratio: None,
+        }
+    }
+
+    /// Compared with `other`; the ratio should be at most `target`, where there is one.
+    pub(super) fn against(mut self, name: impl Into<String>, other: &Samples, target: Option<f64>) -> Self {
+        let other = rounded(other.median());
+        self.against = Some(name.into());
+        self.against_value = Some(other);
+        self.ratio = Some(rounded(self.value / other));
+        self.target_ratio = target;
+        self
+    }
+
+    /// Compared with a fixed limit, which it should not exceed.
+    pub(super) fn limit(self, limit: f64) -> Self {
+        self.against("limit", &[limit].into_iter().collect(), Some(1.0))
+    }
+
+    fn row(&self) -> [String; 6] {
+        let number = |value: Option<f64>| value.map(|v| format!("{v}")).unwrap_or_default();
+        let verdict = match (self.ratio, self.target_ratio) {
+            (Some(ratio), Some(target)) if ratio <= target => format!("at most {target}: met"),
+            (Some(_), Some(target)) => format!("at most {target}: MISSED"),
+            _ => String::new(),
+        };
+        let against = self.against.as_ref().map(|name| format!("{name} {}", number(self.against_value)));
+        [
+            self.name.clone(),
+            format!("{} {}", self.value, self.unit),
+            format!("{} to {}", self.spread[0], self.spread[1]),
+            against.unwrap_or_default(),
+            number(self.ratio),
+            verdict,
+        ]
+    }
+}
+
+/// Prints figures as they come (JSON) or together (the table).
+#[derive(Debug)]
+pub(super) struct Printer {
+    json: bool,
+    rows: Vec<[String; 6]>,
+}
+
+impl Printer {
+    /// One of the two ways.
+    pub(super) fn new(json: bool) -> Self {
+        Self { json, rows: Vec::new() }
+    }
+
+    /// Says what the figures were measured on; beside the JSON lines, not among them.
+    pub(super) fn machine(&self, description: &str) {
+        if self.json {
+            eprintln!("{description}");
+        } else {
+            println!("{description}\n");
+        }
+    }
+
+    /// Adds a figure.
+    pub(super) fn add(&mut self, figure: &Figure) {
+        if self.json {
+            match serde_json::to_string(figure) {
+                Ok(line) => println!("{line}"),
+                Err(error) => eprintln!("bench: {}: {error}", figure.name),
+            }
+        } else {
+            self.rows.push(figure.row());
+        }
+    }
+
+    /// Prints the table.
+    pub(super) fn finish(&self) {
+        if self.json {
+            return;
+        }
+        let head = ["what", "median", "quartiles", "against", "ratio", "target"].map(str::to_owned);
+        let rows: Vec<_> = std::iter::once(&head).chain(&self.rows).collect();
+        let widths: [usize; 6] =
+            std::array::from_fn(|n| rows.iter().map(|row| row[n].chars().count()).max().unwrap_or(0));
+        for row in rows {
+            let cells: Vec<String> = row.iter().zip(widths).map(|(cell, width)| format!("{cell:width$}")).collect();
+            println!("{}", cells.join("  ").trim_end());
+        }
+    }
+}
+
+/// Four significant digits: more would be noise.
+fn rounded(value: f64) -> f64 {
+    if value == 0.0 || !value.is_finite() {
+        return value;
+    }
+    let scale = 10f64.powi(3 - value.abs().log10().floor() as i32);
+    (value * scale).round() / scale
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_figure_has_the_fields_that_scripts_read() {
+        let (a, b): (Samples, Samples) = ([3.0].into_iter().collect(), [2.0].into_iter().collect());
+        let figure = Figure::new("start unattested", "ms", &a).against("bare", &b, Some(1.7));
+        let value = serde_json::to_value(&figure).expect("plain data");
+        let expected = serde_json::json!({"name": "start unattested", "value": 3.0, "unit": "ms", "spread": [3.0, 3.0],
+            "against": "bare", "against_value": 2.0, "ratio": 1.5, "target_ratio": 1.7});
+        assert_eq!(value, expected);
+        assert!(figure.row()[5].ends_with("met"));
+        assert!(Figure::new("memory", "MiB", &a).limit(2.0).row()[5].ends_with("MISSED"));
+    }
+
+    #[test]
+    fn four_digits_are_kept() {
+        assert_eq!((rounded(123_456.0), rounded(0.012_344_9), rounded(0.0)), (123_500.0, 0.012_34, 0.0));
+    }
+}
