@@ -1,0 +1,176 @@
+//! TLS over a socket as `ureq` wants it: a connector that pins, and a transport that keeps time limits.
+
+use super::ClientError;
+use policy::header::ProviderUrl;
+use rustls::pki_types::ServerName;
+use rustls::{CertificateError, ClientConfig, ClientConnection, StreamOwned};
+use std::io::{self, Read, Write};
+use std::net::TcpStream;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+use ureq::unversioned::transport::{Buffers, ConnectionDetails, Connector, LazyBuffers, NextTimeout, Transport};
+
+/// Opens TLS connections to the pinned provider, and nothing else.
+#[derive(Debug)]
+pub(super) struct PinnedConnector {
+    config: Arc<ClientConfig>,
+}
+
+impl PinnedConnector {
+    pub(super) fn new(config: Arc<ClientConfig>) -> Self {
+        Self { config }
+    }
+}
+
+/// Says of a failed request whose fault it was.
+pub(super) fn explain(url: &ProviderUrl, error: ureq::Error) -> ClientError {
+    let url = url.to_string();
+    let tls = |e: &rustls::Error| match e {
+        rustls::Error::InvalidCertificate(CertificateError::NotValidForName) => {
+            "its certificate is for another name".to_owned()
+        }
+        rustls::Error::InvalidCertificate(CertificateError::UnknownIssuer) => {
+            "its certificate does not come from the CA that the VM file pins".to_owned()
+        }
+        rustls::Error::InvalidCertificate(CertificateError::Expired) => "its certificate has expired".to_owned(),
+        rustls::Error::InvalidCertificate(CertificateError::NotValidYet) => {
+            "its certificate is not valid yet; is this host's clock right?".to_owned()
+        }
+        rustls::Error::General(text) => text.clone(),
+        other => format!("TLS failed: {other}"),
+    };
+    match error {
+        ureq::Error::Io(e) => match e.get_ref().and_then(|inner| inner.downcast_ref::<rustls::Error>()) {
+            Some(e) => ClientError::WrongProvider { url, reason: tls(e) },
+            None => ClientError::Unreachable { url, reason: e.to_string() },
+        },
+        ureq::Error::Timeout(_) => ClientError::Unreachable { url, reason: "no answer in time".into() },
+        ureq::Error::HostNotFound => ClientError::Unreachable { url, reason: "its name can't be resolved".into() },
+        ureq::Error::Other(e) => ClientError::Unreachable { url, reason: e.to_string() },
+        ureq::Error::ConnectionFailed => ClientError::Unreachable { url, reason: "no connection".into() },
+        other => ClientError::BadAnswer { url, reason: other.to_string() },
+    }
+}
+
+impl Connector<()> for PinnedConnector {
+    type Out = TlsTransport;
+
+    fn connect(&self, details: &ConnectionDetails<'_>, _: Option<()>) -> Result<Option<TlsTransport>, ureq::Error> {
+        let host = details.uri.host().unwrap_or_default().trim_matches(['[', ']']).to_owned();
+        let name = ServerName::try_from(host).map_err(|_| ureq::Error::HostNotFound)?;
+        let limit = details.timeout.not_zero().map_or(super::CONNECT, |t| *t).min(super::CONNECT);
+        let start = Instant::now();
+        let mut last = io::Error::from(io::ErrorKind::AddrNotAvailable);
+        for address in details.addrs.iter() {
+            let left = limit.saturating_sub(start.elapsed()).max(Duration::from_millis(1));
+            match TcpStream::connect_timeout(address, left) {
+                Ok(socket) => {
+                    let left = limit.saturating_sub(start.elapsed()).max(Duration::from_millis(1));
+                    return self.handshake(socket, name, left).map(Some).map_err(ureq::Error::Io);
+                }
+                Err(error) => last = error,
+            }
+        }
+        Err(ureq::Error::Io(last))
+    }
+}
+
+impl PinnedConnector {
+    fn handshake(&self, socket: TcpStream, name: ServerName<'static>, left: Duration) -> io::Result<TlsTransport> {
+        socket.set_nodelay(true)?;
+        socket.set_read_timeout(Some(left))?;
+        socket.set_write_timeout(Some(left))?;
+        let mut connection = ClientConnection::new(self.config.clone(), name).map_err(io::Error::other)?;
+        // A limit (the library's default) on what an unread peer can make this process hold.
+        connection.set_buffer_limit(Some(64 * 1024));
+        let start = Instant::now();
+        let mut socket = socket;
+        while connection.is_handshaking() {
+            connection.complete_io(&mut socket).map_err(in_time)?;
+            if start.elapsed() > left {
+                return Err(io::ErrorKind::TimedOut.into());
+            }
+        }
+        let buffers = LazyBuffers::new(16 * 1024, 16 * 1024);
+        Ok(TlsTransport { buffers, stream: StreamOwned::new(connection, socket), limits: (left, left) })
+    }
+}
+
+fn in_time(error: io::Error) -> io::Error {
+    if error.kind() == io::ErrorKind::WouldBlock { io::ErrorKind::TimedOut.into() } else { error }
+}
+
+/// One TLS connection.
+#[derive(Debug)]
+pub(super) struct TlsTransport {
+    buffers: LazyBuffers,
+    stream: StreamOwned<ClientConnection, TcpStream>,
+    /// The read and the write limit that the socket has now.
+    limits: (Duration, Duration),
+}
+
+impl TlsTransport {
+    fn limit(&mut self, timeout: NextTimeout) -> io::Result<()> {
+        let left = timeout.not_zero().map_or(super::REQUEST, |t| *t).max(Duration::from_millis(1));
+        if self.limits != (left, left) {
+            self.stream.sock.set_read_timeout(Some(left))?;
+            self.stream.sock.set_write_timeout(Some(left))?;
+            self.limits = (left, left);
+        }
+        Ok(())
+    }
+}
+
+impl Transport for TlsTransport {
+    fn buffers(&mut self) -> &mut dyn Buffers {
+        &mut self.buffers
+    }
+
+    fn transmit_output(&mut self, amount: usize, timeout: NextTimeout) -> Result<(), ureq::Error> {
+        self.limit(timeout)?;
+        let output = self.buffers.output().get(..amount).unwrap_or_default();
+        self.stream.write_all(output).map_err(in_time)?;
+        self.stream.flush().map_err(in_time)?;
+        Ok(())
+    }
+
+    fn await_input(&mut self, timeout: NextTimeout) -> Result<bool, ureq::Error> {
+        if timeout.after.is_zero() {
+            return Err(ureq::Error::Timeout(timeout.reason));
+        }
+        self.limit(timeout)?;
+        let input = self.buffers.input_append_buf();
+        let count = match self.stream.read(input) {
+            Ok(count) => count,
+            // A peer that ends the connection without a close_notify: the length of the body decides whether all came.
+            Err(e) if e.kind() == io::ErrorKind::UnexpectedEof => 0,
+            Err(e) if matches!(e.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut) => {
+                return Err(ureq::Error::Timeout(timeout.reason));
+            }
+            Err(e) => return Err(ureq::Error::Io(e)),
+        };
+        self.buffers.input_appended(count);
+        Ok(count > 0)
+    }
+
+    /// Whether an idle connection still stands: nothing but TLS housekeeping may have come on it.
+    fn is_open(&mut self) -> bool {
+        if self.stream.sock.set_nonblocking(true).is_err() {
+            return false;
+        }
+        let idle = match self.stream.conn.read_tls(&mut self.stream.sock) {
+            Ok(0) => false,
+            Ok(_) => self
+                .stream
+                .conn
+                .process_new_packets()
+                .is_ok_and(|state| state.plaintext_bytes_to_read() == 0 && !state.peer_has_closed()),
+            Err(e) => e.kind() == io::ErrorKind::WouldBlock,
+        };
+        self.stream.sock.set_nonblocking(false).is_ok() && idle
+    }
+
+    fn is_tls(&self) -> bool {
+        true
+    }
+}
