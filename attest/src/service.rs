@@ -10,7 +10,7 @@ pub mod frame;
 pub mod start;
 
 pub use client::{Client, ControlClient, ServiceError};
-pub use start::{StartError, spawn_or_join};
+pub use start::{StartError, spawn_or_join, spawn_or_join_with};
 
 use policy::{AttestationId, Base64Url, CustomerId, Digest, HostId, Nonce, VmId};
 use policy::{instance::EarlierPeer, operation::OperationRequest};

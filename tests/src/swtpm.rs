@@ -175,8 +175,11 @@ fn write_configuration(dir: &Path) {
     );
     fs::write(dir.join("setup.conf"), setup).expect("written");
     fs::write(dir.join("localca.conf"), authority).expect("written");
-    fs::write(dir.join("localca.options"), "--platform-manufacturer fealty\n--platform-version 1\n--platform-model test\n")
-        .expect("written");
+    fs::write(
+        dir.join("localca.options"),
+        "--platform-manufacturer fealty\n--platform-version 1\n--platform-model test\n",
+    )
+    .expect("written");
 }
 
 fn set_up(dir: &Path, banks: &str) -> Ended {

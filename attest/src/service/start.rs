@@ -2,6 +2,7 @@
 
 use super::client::{ControlClient, ServiceError};
 use policy::Digest;
+use std::ffi::OsString;
 use std::io::Read;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::process::CommandExt;
@@ -42,6 +43,16 @@ pub fn runtime_dir(tcti: &str, runtime_dir: Option<&Path>) -> PathBuf {
 /// beside its own executable) and waits until it is ready. A started service ends by itself when the last process it
 /// serves has ended. One lock per TPM decides between two that start at once: the loser ends, and its caller joins.
 pub fn spawn_or_join(tcti: &str, runtime: Option<&Path>, service_binary: &Path) -> Result<ControlClient, StartError> {
+    spawn_or_join_with(tcti, runtime, service_binary, &[])
+}
+
+/// The same, with further arguments for a service that has to be started.
+pub fn spawn_or_join_with(
+    tcti: &str,
+    runtime: Option<&Path>,
+    service_binary: &Path,
+    more: &[OsString],
+) -> Result<ControlClient, StartError> {
     let dir = runtime_dir(tcti, runtime);
     let socket = dir.join(CONTROL_SOCKET);
     if let Ok(client) = ControlClient::connect(&socket) {
@@ -49,7 +60,7 @@ pub fn spawn_or_join(tcti: &str, runtime: Option<&Path>, service_binary: &Path) 
     }
     let spawned = |e| StartError::Spawn(service_binary.display().to_string(), e);
     let (ready, theirs) = rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC).map_err(|e| spawned(e.into()))?;
-    let mut child = spawn(tcti, &dir, service_binary, &theirs).map_err(spawned)?;
+    let mut child = spawn(tcti, &dir, service_binary, more, &theirs).map_err(spawned)?;
     drop(theirs);
     let mut byte = [0];
     if std::fs::File::from(ready).read(&mut byte).map_err(spawned)? == 1 {
@@ -70,12 +81,12 @@ pub fn spawn_or_join(tcti: &str, runtime: Option<&Path>, service_binary: &Path) 
     Err(StartError::Ended(status.to_string()))
 }
 
-fn spawn(tcti: &str, dir: &Path, binary: &Path, ready: &OwnedFd) -> std::io::Result<Child> {
+fn spawn(tcti: &str, dir: &Path, binary: &Path, more: &[OsString], ready: &OwnedFd) -> std::io::Result<Child> {
     // The child needs the pipe's end under some number: without close-on-exec it keeps this one.
     rustix::io::fcntl_setfd(ready, rustix::io::FdFlags::empty())?;
     let mut command = Command::new(binary);
     command.arg("tpm").arg("--tcti").arg(tcti).arg("--runtime-dir").arg(dir);
-    command.arg("--exit-when-idle").arg("--ready-fd").arg(ready.as_raw_fd().to_string());
+    command.arg("--exit-when-idle").arg("--ready-fd").arg(ready.as_raw_fd().to_string()).args(more);
     // A group of its own: a Ctrl-C meant for this VM must not end the service that other VMs use.
     let child = command.process_group(0).stdin(Stdio::null()).stdout(Stdio::null()).spawn();
     let restored = rustix::io::fcntl_setfd(ready, rustix::io::FdFlags::CLOEXEC);

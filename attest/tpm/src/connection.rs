@@ -56,9 +56,8 @@ impl Tpm {
         let mut values = BTreeMap::new();
         for chunk in pcrs.chunks(PCRS_PER_READ) {
             let list = selection(chunk)?;
-            let (_, _, digests) = self
-                .without_sessions(|c| c.pcr_read(list))
-                .map_err(|e| TpmError::of("TPM2_PCR_Read", e))?;
+            let (_, _, digests) =
+                self.without_sessions(|c| c.pcr_read(list)).map_err(|e| TpmError::of("TPM2_PCR_Read", e))?;
             if digests.len() != chunk.len() {
                 return Err(TpmError::Answer("TPM2_PCR_Read: is the SHA-256 bank active?"));
             }
@@ -128,9 +127,8 @@ impl Tpm {
     }
 
     fn flush_foreign(&mut self, handle: TpmHandle) -> Result<(), TpmError> {
-        let object = self
-            .without_sessions(|c| c.tr_from_tpm_public(handle))
-            .map_err(|e| TpmError::of("TPM2_ReadPublic", e))?;
+        let object =
+            self.without_sessions(|c| c.tr_from_tpm_public(handle)).map_err(|e| TpmError::of("TPM2_ReadPublic", e))?;
         match self.context.flush_context(object) {
             // The library believes that policy sessions can't be flushed, but says so only after it flushed one.
             Ok(()) | Err(tss_esapi::Error::WrapperError(tss_esapi::WrapperErrorKind::InvalidHandleState)) => Ok(()),

@@ -16,10 +16,14 @@ pub enum TpmError {
     #[error("the TPM was not started: firmware has not run on this machine")]
     NotStarted,
     /// TPM_RC_FAILURE.
-    #[error("the TPM is in failure mode and does nothing more: reset the machine, replace the TPM if that does not help")]
+    #[error(
+        "the TPM is in failure mode and does nothing more: reset the machine, replace the TPM if that does not help"
+    )]
     FailureMode,
     /// TPM_RC_LOCKOUT.
-    #[error("the TPM is in dictionary-attack lockout: wait for its recovery time, or clear it with the lockout authorization")]
+    #[error(
+        "the TPM is in dictionary-attack lockout: wait for its recovery time, or clear it with the lockout authorization"
+    )]
     LockedOut,
     /// TPM_RC_OBJECT_MEMORY and its like.
     #[error("the TPM holds too many objects or sessions of other programs: end those that use it")]
@@ -67,19 +71,17 @@ pub enum TpmError {
 }
 
 impl TpmError {
-    /// Whether the connection to the TPM is of no more use.
-    pub fn is_away(&self) -> bool {
-        matches!(self, Self::Away(_) | Self::Answer(_))
+    /// Whether the connection should be closed and opened anew, because it broke or its keys and sessions may be gone.
+    pub fn spoils_connection(&self) -> bool {
+        !matches!(
+            self,
+            Self::PcrsChanged | Self::PcrsMoving | Self::WrongCredential | Self::WrongPoint | Self::LockedOut
+        )
     }
 
     /// Whether the same request may succeed later.
     pub fn is_passing(&self) -> bool {
         matches!(self, Self::Away(_) | Self::PcrsMoving | Self::Full)
-    }
-
-    /// Whether the host must be rebooted before this TPM serves again.
-    pub fn is_final(&self) -> bool {
-        matches!(self, Self::Reset | Self::Exchanged)
     }
 
     /// The error of `command`, which failed with `error`.

@@ -9,6 +9,7 @@ use crate::ek::{self, EkChoice, EkKind};
 use crate::error::TpmError;
 use crate::tcti::Tcti;
 use crate::template;
+use attest::tpm::WRAP_PCRS;
 use policy::Digest;
 use tss_esapi::attributes::SessionAttributesBuilder;
 use tss_esapi::constants::SessionType;
@@ -21,10 +22,6 @@ use tss_esapi::structures::{
     SignatureScheme, SymmetricDefinition,
 };
 use tss_esapi::traits::Marshall;
-
-/// PCRs that the wrap key's policy covers, always these, whichever of them a provider asks to be quoted: 0 to 7, which
-/// firmware extends, and 14, the host's own layers. Never 10, which moves while the host runs.
-pub const BOOT_PCRS: [u8; 9] = [0, 1, 2, 3, 4, 5, 6, 7, 14];
 
 /// A TPM with the service's keys loaded.
 pub struct HostTpm {
@@ -100,8 +97,7 @@ impl HostTpm {
         let wrap_policy = salted(&mut tpm, ek, SessionType::Policy, HashingAlgorithm::Sha256)?;
         encrypting(&mut tpm, wrap_policy)?;
         let (ak, ak_public) = primary(&mut tpm, authorize, Hierarchy::Endorsement, template::ak()?)?;
-        let identity =
-            TpmIdentity { ek_kind: record.kind, ek_certificate: record.certificate, ek_public, ak_public };
+        let identity = TpmIdentity { ek_kind: record.kind, ek_certificate: record.certificate, ek_public, ak_public };
         let boot = BootCount { reset: 0, restart: 0 };
         let mut host = Self { tpm, ek, ak, wrap: None, authorize, wrap_policy, identity, boot };
         host.boot = host.quote(&Digest([0; 32]), &[0])?.boot;
@@ -210,7 +206,7 @@ impl HostTpm {
         self.tpm.without_sessions(|c| c.policy_or(policy, branches)).map_err(fail)
     }
 
-    /// Makes the wrap key anew under the present values of [`BOOT_PCRS`] and lets the AK certify it. In the same boot, the
+    /// Makes the wrap key anew under the present values of [`WRAP_PCRS`] and lets the AK certify it. In the same boot, the
     /// same values give the same key.
     pub fn make_wrap_key(&mut self) -> Result<CertifiedKey, TpmError> {
         if let Some(old) = self.wrap.take() {
@@ -280,7 +276,7 @@ impl HostTpm {
 
     fn restart_wrap_policy(&mut self) -> Result<(), TpmError> {
         let policy = policy_session(self.wrap_policy)?;
-        let list = selection(&BOOT_PCRS)?;
+        let list = selection(&WRAP_PCRS)?;
         self.tpm
             .without_sessions(|c| {
                 c.policy_restart(policy)?;

@@ -19,6 +19,6 @@ mod template;
 pub use connection::{Lockout, Tpm};
 pub use ek::{EkChoice, EkKind, EkKindError};
 pub use error::TpmError;
-pub use host::{BOOT_PCRS, BootCount, CertifiedKey, HostTpm, Quote, Signed, TpmIdentity};
+pub use host::{BootCount, CertifiedKey, HostTpm, Quote, Signed, TpmIdentity};
 pub use quiet::silence_library;
 pub use tcti::{Tcti, TctiError};

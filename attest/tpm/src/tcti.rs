@@ -122,7 +122,8 @@ mod tests {
 
     #[test]
     fn what_is_accepted_comes_back_as_written() {
-        for text in ["device:/dev/tpmrm0", "device:/dev/tpm0", "swtpm:host=127.0.0.1,port=2321", "swtpm:host=a.b,port=1"]
+        for text in
+            ["device:/dev/tpmrm0", "device:/dev/tpm0", "swtpm:host=127.0.0.1,port=2321", "swtpm:host=a.b,port=1"]
         {
             let tcti: Tcti = text.parse().expect("accepted");
             assert_eq!(tcti.to_string(), text);
