@@ -1,0 +1,2 @@
+//! `fealty-disk`.
+fn main() {}
