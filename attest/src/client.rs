@@ -230,10 +230,13 @@ fn to_json(body: &impl Serialize) -> Result<Vec<u8>, ClientError> {
 
 /// A problem whose texts are one short line each, so that nobody writes to the operator's terminal.
 fn clean(mut problem: Problem) -> Problem {
-    let line = |text: &str| text.chars().filter(|c| !c.is_control()).take(400).collect::<String>();
-    problem.title = line(&problem.title);
-    problem.detail = problem.detail.as_deref().map(line);
+    problem.title = one_line(&problem.title);
+    problem.detail = problem.detail.as_deref().map(one_line);
     problem
+}
+
+fn one_line(text: &str) -> String {
+    text.chars().filter(|c| !c.is_control()).take(400).collect()
 }
 
 /// The methods that the protocol uses.

@@ -6,10 +6,28 @@
 //! | module | what it holds |
 //! | --- | --- |
 //! | [`protocol`] | bodies of the provider's HTTP API as VM processes use it |
+//! | [`client`] | the blocking client: TLS 1.3 to a pinned provider |
 //! | [`service`] | messages of the host's TPM service, and its client |
 //! | [`qualify`] | H, the qualifying data of a quote: one canonical encoding for both ends |
+//! | [`flow`] | the VM process's side, whole: from the question for a nonce to keys in locked memory |
+//! | [`tpm`], [`ek`] | TPM structures, their checks, and endorsement keys with their certificates |
+//! | [`eventlog`] | firmware logs, layer logs, IMA logs: read, replayed, made |
+//! | [`hpke`], [`bundle`] | the two layers in which keys travel |
+//! | [`note`] | signed notes: receipts of the audit log |
+//! | [`vmfile`], [`stream`] | what is sealed at rest and on its way: VM files and streams |
+
+mod aead;
+pub mod bundle;
+pub mod client;
+mod der;
+pub mod ek;
 pub mod eventlog;
+pub mod flow;
+pub mod hpke;
+pub mod note;
 pub mod protocol;
 pub mod qualify;
 pub mod service;
+pub mod stream;
 pub mod tpm;
+pub mod vmfile;

@@ -86,8 +86,10 @@ fn serve(mut socket: TcpStream, config: Arc<rustls::ServerConfig>, answer: &[u8]
         let length = text.split("content-length: ").nth(1).and_then(|t| t.split("\r\n").next()?.parse::<usize>().ok());
         stream.read_exact(&mut vec![0; length.unwrap_or(0)]).ok()?;
         stream.write_all(answer).ok()?;
-        while endless {
-            stream.write_all(&[b'x'; 4096]).ok()?;
+        if endless {
+            loop {
+                stream.write_all(&[b'x'; 4096]).ok()?;
+            }
         }
     }
 }

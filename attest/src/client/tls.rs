@@ -23,11 +23,9 @@ pub(super) fn client_config(
     let setup = |e: rustls::Error| ClientError::Setup(e.to_string());
     let provider = Arc::new(provider());
     let authority = authority.map(CertificateDer::from);
-    if let Some(given) = &authority {
-        if spki_digest(given) != Some(pin) {
-            let reason = "the given CA certificate is not the one that the VM file pins";
-            return Err(ClientError::Setup(reason.into()));
-        }
+    if authority.as_ref().is_some_and(|given| spki_digest(given) != Some(pin)) {
+        let reason = "the given CA certificate is not the one that the VM file pins";
+        return Err(ClientError::Setup(reason.into()));
     }
     let verifier = Arc::new(PinnedVerifier { pin, authority, provider: provider.clone() });
     let mut config = ClientConfig::builder_with_provider(provider)
