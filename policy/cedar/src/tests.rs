@@ -212,7 +212,12 @@ fn the_deepest_rules_overflow_no_stack() {
     for condition in [chain("true && ", 240), chain("false || ", 240), sum, deep, ifs, negated, record, mixed] {
         let rules = when(condition);
         let policy = CedarPolicy::parse(&rules).unwrap_or_else(|e| panic!("{e}: {rules}"));
-        ask(ALL, |question| drop(policy.decide(question)));
+        ask(ALL, |question| match policy.decide(question) {
+            Verdict::Refuse { reason } => {
+                assert!(reason.starts_with("no rule of the policy permits"), "{reason}: {rules}")
+            }
+            Verdict::Permit { .. } => {}
+        });
     }
 }
 
