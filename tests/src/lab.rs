@@ -125,9 +125,13 @@ impl Lab {
     /// Starts the provider, on the address it had before if it ran already.
     #[track_caller]
     pub fn start_provider(&mut self) {
-        let mut provider = Background::start(
-            Command::new(program("fealty-keys")).args(["serve", "--dir", &self.text("keys"), "--listen", &self.listen]),
-        );
+        let mut provider = Background::start(Command::new(program("fealty-keys")).args([
+            "serve",
+            "--dir",
+            &self.text("keys"),
+            "--listen",
+            &self.listen,
+        ]));
         provider.until("ready https://", LIMIT);
         let printed = provider.out() + &provider.err();
         let port = printed.split("ready https://").nth(1).and_then(|rest| rest.lines().next());
@@ -169,7 +173,14 @@ impl Lab {
     #[track_caller]
     pub fn set_reference(&self) {
         let layers = self.layer_log().display().to_string();
-        let learned = self.keys_local(&["reference", "learn", "--firmware-log", &self.text("firmware.log"), "--layer-log", &layers]);
+        let learned = self.keys_local(&[
+            "reference",
+            "learn",
+            "--firmware-log",
+            &self.text("firmware.log"),
+            "--layer-log",
+            &layers,
+        ]);
         std::fs::write(self.path("values.json"), learned.good().out).expect("written");
         self.keys(&["reference", "set", "acme", &self.text("values.json")]).good();
     }
@@ -184,9 +195,11 @@ impl Lab {
     #[track_caller]
     pub fn set_policy(&mut self, settings: &str, rules: &str) {
         self.policy_version += 1;
-        let text = format!("{{\"version\": {}, \"customer\": \"acme\", {settings}}}\n---\n{rules}", self.policy_version);
+        let text =
+            format!("{{\"version\": {}, \"customer\": \"acme\", {settings}}}\n---\n{rules}", self.policy_version);
         std::fs::write(self.path("policy.txt"), text).expect("written");
-        self.keys(&["policy", "set", "acme", &self.text("policy.txt"), "--policy-key", &self.text("policy.key")]).good();
+        self.keys(&["policy", "set", "acme", &self.text("policy.txt"), "--policy-key", &self.text("policy.key")])
+            .good();
     }
 
     #[track_caller]

@@ -55,7 +55,8 @@ fn attack_45_without_its_provider_a_vm_pauses_loses_its_keys_and_goes_on_when_th
 
 #[test]
 fn a_policy_may_power_a_vm_off_at_its_leases_end() {
-    let settings = lease(3, 1).replace("\"quiesce_seconds\": 1", "\"quiesce_seconds\": 1, \"on_expiry\": \"power-off\"");
+    let settings =
+        lease(3, 1).replace("\"quiesce_seconds\": 1", "\"quiesce_seconds\": 1, \"on_expiry\": \"power-off\"");
     let mut lab = Lab::new(&Plan { words: "hello,tick".into(), settings, ..Plan::default() });
     let mut vm = Background::start(&mut lab.vm(&[]));
     vm.until("tick", LIMIT);

@@ -31,7 +31,8 @@ fn the_volume_and_the_vm_file_hold_no_plain_text() {
     for block in disk.chunks_mut(4096) {
         block[100..100 + marker.len()].copy_from_slice(marker);
     }
-    let lab = Lab::new(&Plan { disk, words: "hello,secret-word-of-the-command-line,poweroff".into(), ..Plan::default() });
+    let lab =
+        Lab::new(&Plan { disk, words: "hello,secret-word-of-the-command-line,poweroff".into(), ..Plan::default() });
     let holds = |bytes: &[u8], text: &[u8]| bytes.windows(text.len()).any(|w| w == text);
     let image = std::fs::read(lab.path("root.img")).expect("read");
     assert!(holds(&image, marker), "the image itself does hold it");
@@ -46,12 +47,8 @@ fn a_guest_that_powers_off_can_start_again_as_the_next_instance() {
     let lab = Lab::new(&Plan { words: "hello,hash,poweroff".into(), ..Plan::default() });
     lab.run_vm(&[]).good();
     lab.run_vm(&[]).good();
-    let instances: Vec<u64> = lab
-        .audit()
-        .iter()
-        .filter(|e| e["kind"] == "keys-released")
-        .filter_map(|e| e["instance"].as_u64())
-        .collect();
+    let instances: Vec<u64> =
+        lab.audit().iter().filter(|e| e["kind"] == "keys-released").filter_map(|e| e["instance"].as_u64()).collect();
     assert_eq!(instances.len(), 2);
     assert!(instances[1] > instances[0], "{instances:?}");
 }

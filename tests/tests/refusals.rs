@@ -12,7 +12,8 @@ fn lab(words: &str) -> Lab {
 fn no_guest(ended: Ended, words: &[&str]) {
     let ended = ended.refused();
     assert!(!ended.out.contains("fealty-guest"), "the guest ran:\n{}", ended.out);
-    let line = ended.err.lines().rfind(|l| l.starts_with("fealty: ")).unwrap_or_else(|| panic!("no line:\n{}", ended.err));
+    let line =
+        ended.err.lines().rfind(|l| l.starts_with("fealty: ")).unwrap_or_else(|| panic!("no line:\n{}", ended.err));
     let lower = line.to_lowercase();
     assert!(words.iter().any(|w| lower.contains(w)), "{line:?} says none of {words:?}");
 }
@@ -26,8 +27,14 @@ fn attack_17_a_host_with_a_changed_layer_gets_no_keys() {
     let (firmware, ima) = (lab.text("firmware.log"), lab.text("ima.log"));
     let tcti = lab.tpm.tcti();
     fealty_tests::process::run(
-        std::process::Command::new(fealty_tests::process::program("play-firmware"))
-            .args(["--tcti", &tcti, "--firmware-log", &firmware, "--ima-log", &ima]),
+        std::process::Command::new(fealty_tests::process::program("play-firmware")).args([
+            "--tcti",
+            &tcti,
+            "--firmware-log",
+            &firmware,
+            "--ima-log",
+            &ima,
+        ]),
         LIMIT,
     )
     .good();
