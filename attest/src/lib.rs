@@ -1,7 +1,7 @@
 //! Both ends of attestation.
 //!
 //! A host's evidence travels as [`protocol`] says, is made with the answers of the host's TPM service ([`service`]), is
-//! judged by [`verify`], and is answered by a key bundle ([`bundle`]) that only that VM process on that host opens.
+//! judged by [`verify`](mod@verify), and is answered by a key bundle ([`bundle`]) that only that VM process on that host opens.
 //!
 //! | module | what it holds |
 //! | --- | --- |
@@ -12,6 +12,7 @@
 //! | [`flow`] | the VM process's side, whole: from the question for a nonce to keys in locked memory |
 //! | [`tpm`], [`ek`] | TPM structures, their checks, and endorsement keys with their certificates |
 //! | [`eventlog`] | firmware logs, layer logs, IMA logs: read, replayed, made |
+//! | [`verify`](mod@verify) | what evidence must prove, every check of it |
 //! | [`hpke`], [`bundle`] | the two layers in which keys travel |
 //! | [`note`] | signed notes: receipts of the audit log |
 //! | [`vmfile`], [`stream`] | what is sealed at rest and on its way: VM files and streams |
@@ -30,4 +31,8 @@ pub mod qualify;
 pub mod service;
 pub mod stream;
 pub mod tpm;
+pub mod verify;
 pub mod vmfile;
+
+#[cfg(test)]
+mod testing;

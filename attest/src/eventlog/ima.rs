@@ -86,7 +86,7 @@ struct Entry<'a> {
 
 fn read<'a>(rest: &mut &'a [u8], offset: usize) -> Result<Entry<'a>, LogError> {
     let truncated = LogError::Truncated { log: "IMA", offset };
-    let (pcr, sha1, name, data) = frame(rest).ok_or(truncated)?;
+    let Frame { pcr, sha1, name, data } = frame(rest).ok_or(truncated)?;
     if pcr != u32::from(IMA_PCR) {
         return Err(LogError::Pcr { log: "IMA", pcr });
     }
@@ -97,12 +97,19 @@ fn read<'a>(rest: &mut &'a [u8], offset: usize) -> Result<Entry<'a>, LogError> {
     Ok(Entry { extended: Digest::of(data), digest, path })
 }
 
-fn frame<'a>(rest: &mut &'a [u8]) -> Option<(u32, &'a [u8], &'a [u8], &'a [u8])> {
+struct Frame<'a> {
+    pcr: u32,
+    sha1: &'a [u8],
+    name: &'a [u8],
+    data: &'a [u8],
+}
+
+fn frame<'a>(rest: &mut &'a [u8]) -> Option<Frame<'a>> {
     let pcr = u32::from_le_bytes(take(rest, 4)?.try_into().ok()?);
     let sha1 = take(rest, 20)?;
     let name = sized(rest)?;
     let data = sized(rest)?;
-    Some((pcr, sha1, name, data))
+    Some(Frame { pcr, sha1, name, data })
 }
 
 fn template(data: &[u8]) -> Option<(Digest, &[u8])> {

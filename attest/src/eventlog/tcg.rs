@@ -42,7 +42,7 @@ pub fn parse<'a>(log: &'a [u8], name: &'static str) -> Result<Vec<Event<'a>>, Lo
     }
     let mut cursor = Cursor { log, at: 0 };
     let banks = cursor.header().ok_or(LogError::Header(name))?;
-    if !banks.iter().any(|bank| *bank == (ALG_SHA256, 32)) {
+    if !banks.contains(&(ALG_SHA256, 32)) {
         return Err(LogError::NoSha256(name));
     }
     let mut events = Vec::new();
