@@ -19,7 +19,7 @@ mod transport;
 pub use identity::ClientIdentity;
 
 use crate::protocol::{
-    ANSWER_LIMIT, AnchorUpdate, AttestationRequest, Challenge, Evidence, Problem, ProblemType, Released,
+    ANSWER_LIMIT, AnchorUpdate, AttestationRequest, Challenge, Evidence, Opinion, Problem, ProblemType, Released,
 };
 use policy::report::Report;
 use policy::{AttestationId, Digest, InstanceNumber, VmHeader, VmId, header::ProviderUrl};
@@ -311,6 +311,15 @@ impl ProviderClient {
             other => other?,
         };
         serde_json::from_slice(&answer).map_err(|e| self.https.bad(&e))
+    }
+
+    /// Asks what the provider thinks of evidence, without asking for keys.
+    ///
+    /// # Errors
+    /// See [`challenge`](Self::challenge).
+    pub fn opinion(&mut self, id: &AttestationId, evidence: &Evidence) -> Result<Opinion, ClientError> {
+        let path = format!("/v1/vms/{}/attestations/{id}/opinion", self.vm);
+        self.https.json(Method::Put, &path, Some(evidence), ANSWER_LIMIT)
     }
 
     /// Sends one report, as the exact bytes that the chain's next digest covers.

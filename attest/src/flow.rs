@@ -5,7 +5,7 @@ use crate::bundle::{self, BundleError, BundleKey};
 use crate::client::{ClientError, ProviderClient};
 use crate::note::{NoteError, Receipt};
 use crate::protocol::{
-    AttestationRequest, Challenge, Evidence, KeyName, PROTOCOL_VERSION, ProblemType, Release, Released,
+    AttestationRequest, Challenge, Evidence, KeyName, Opinion, PROTOCOL_VERSION, ProblemType, Release, Released,
 };
 use crate::qualify::Qualified;
 use crate::service::{Client, Identity, Quoted, ServiceError, VmRequest};
@@ -114,7 +114,7 @@ impl OpenedRelease {
     }
 }
 
-/// What was sent, and what the provider would have done, for `fealty attest`.
+/// What was sent, and what the provider would do, for `fealty attest --dry-run`.
 #[derive(Debug)]
 pub struct Examined {
     /// The provider's challenge.
@@ -123,6 +123,8 @@ pub struct Examined {
     pub evidence: Evidence,
     /// H, the quote's qualifying data.
     pub qualified: Digest,
+    /// What the provider thinks.
+    pub opinion: Opinion,
 }
 
 /// Attests for one VM process, again and again with the same client key.
@@ -137,7 +139,10 @@ pub struct Attester {
 
 /// A question and everything that its answer must fit.
 struct Asked {
-    examined: Examined,
+    challenge: Challenge,
+    evidence: Evidence,
+    /// H.
+    qualified: Digest,
     bundle_key: BundleKey,
     wrap_public: Public,
     asked_ms: u64,
@@ -175,7 +180,7 @@ impl Attester {
     ) -> Result<OpenedRelease, FlowError> {
         let asked = self.ask(request, tell)?;
         let start = Instant::now();
-        let released = self.provider.evidence(&asked.examined.challenge.id, &asked.examined.evidence)?;
+        let released = self.provider.evidence(&asked.challenge.id, &asked.evidence)?;
         tell(step("evidence", start, "accepted".into()));
         let start = Instant::now();
         let opened = self.open(&asked, &released)?;
@@ -183,12 +188,16 @@ impl Attester {
         Ok(opened)
     }
 
-    /// Gathers evidence as for `request` and sends it nowhere: what would be sent.
+    /// Gathers evidence as for `request` and asks the provider what it thinks of it, without asking for keys.
     ///
     /// # Errors
-    /// As [`attest`](Self::attest).
+    /// As [`attest`](Self::attest); a provider that would refuse the evidence is no error, but one that refuses the challenge is.
     pub fn examine(&mut self, request: &OperationRequest, tell: &mut dyn FnMut(Step)) -> Result<Examined, FlowError> {
-        self.ask(request, tell).map(|asked| asked.examined)
+        let Asked { challenge, evidence, qualified, .. } = self.ask(request, tell)?;
+        let start = Instant::now();
+        let opinion = self.provider.opinion(&challenge.id, &evidence)?;
+        tell(step("opinion", start, if opinion.would_release { "yes" } else { "no" }.into()));
+        Ok(Examined { challenge, evidence, qualified, opinion })
     }
 
     fn ask(&mut self, request: &OperationRequest, tell: &mut dyn FnMut(Step)) -> Result<Asked, FlowError> {
@@ -249,8 +258,7 @@ impl Attester {
             ima_offset: quoted.ima_offset,
             claims: self.claims.clone().into(),
         };
-        let examined = Examined { challenge, evidence, qualified };
-        Ok(Asked { examined, bundle_key, wrap_public, asked_ms })
+        Ok(Asked { challenge, evidence, qualified, bundle_key, wrap_public, asked_ms })
     }
 
     fn identity(&mut self) -> Result<Identity, FlowError> {
@@ -328,7 +336,7 @@ impl Attester {
     }
 
     fn check_release(&self, asked: &Asked, release: &Release) -> Result<(), FlowError> {
-        let Examined { challenge, evidence, qualified } = &asked.examined;
+        let Asked { challenge, evidence, qualified, .. } = asked;
         let checks = [
             (release.version == PROTOCOL_VERSION, "another version"),
             (release.customer == self.header.customer, "another customer"),

@@ -4,6 +4,7 @@
 //! ```text
 //! POST /v1/vms/{vm}/attestations                  AttestationRequest  -> 201 Challenge
 //! PUT  /v1/vms/{vm}/attestations/{id}/evidence    Evidence            -> 200 Released
+//! PUT  /v1/vms/{vm}/attestations/{id}/opinion     Evidence            -> 200 Opinion
 //! POST /v1/vms/{vm}/instances/{instance}/reports  policy::report::Report (one a request, in order) -> 204
 //! PUT  /v1/vms/{vm}/instances/{instance}/anchors  AnchorUpdate        -> 204
 //! ```
@@ -138,6 +139,18 @@ pub struct Released {
     pub event: Base64Url,
     /// C2SP signed note by the audit key over origin, sequence and SHA-256 of the event.
     pub receipt: String,
+}
+
+/// What the provider would answer to evidence, were it sent for keys. Asking uses the nonce up; nothing else changes, nothing is
+/// released, and the audit log is told that somebody asked.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Opinion {
+    /// Whether keys would be released.
+    pub would_release: bool,
+    /// Why not.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub problem: Option<Problem>,
 }
 
 /// The readable part of a release.
