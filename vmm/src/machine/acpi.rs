@@ -1,0 +1,238 @@
+//! ACPI tables of reduced hardware (ACPI 6.5, 4.1): no fixed registers, no PIT, RTC or 8042; what is there is a local APIC for
+//! each processor, an I/O APIC, a PCI host bridge with ECAM, COM1, and a power button.
+
+use super::layout::{
+    ACPI_TABLES, ACPI_TABLES_END, ECAM, ECAM_SIZE, IO_APIC, LOCAL_APIC, PCI_CONFIG_PORT, PCI_CONFIG_PORTS, PCI_WINDOW,
+    PCI_WINDOW_SIZE, POWER_GSI, POWER_PORT, SERIAL_GSI, SERIAL_PORT, SERIAL_PORTS,
+};
+use super::memory::GuestRam;
+use super::power::{EVENT_BUTTON, RESET_VALUE, SLEEP_TYPE_OFF};
+use acpi_tables::aml::{
+    AddressSpace, AddressSpaceCacheable, And, Device, EISAName, Field, FieldAccessType, FieldEntry, FieldLockRule,
+    FieldUpdateRule, IO, If, Interrupt, Local, Memory32Fixed, Method, Name, Notify, ONE, OpRegion, OpRegionSpace, Package,
+    Path, ResourceTemplate, Scope, Store, ZERO,
+};
+use acpi_tables::fadt::{FADTBuilder, Flags};
+use acpi_tables::gas::{AccessSize, AddressSpace as Space, GAS};
+use acpi_tables::madt::{EnabledStatus, IoApic, LocalInterruptController, MADT, ProcessorLocalApic};
+use acpi_tables::mcfg::MCFG;
+use acpi_tables::rsdp::Rsdp;
+use acpi_tables::sdt::Sdt;
+use acpi_tables::xsdt::XSDT;
+use acpi_tables::{Aml, AmlSink};
+use vm_memory::{Bytes, GuestAddress};
+
+const OEM: [u8; 6] = *b"FEALTY";
+const OEM_TABLE: [u8; 8] = *b"FEALTYVM";
+const OEM_REVISION: u32 = 1;
+/// FADT, IA-PC boot architecture: no VGA, no RTC in CMOS; and a legacy device, the serial port.
+const BOOT_ARCHITECTURE: u16 = 1 << 5 | 1 << 2 | 1;
+const RSDP_SPACE: u64 = 64;
+
+/// The tables do not fit: there is a bug, or a processor too many.
+#[derive(Debug, thiserror::Error, PartialEq, Eq)]
+#[error("the ACPI tables need {0} bytes, more than there is room for")]
+pub struct AcpiError(usize);
+
+/// Writes all tables for `processors` processors, the RSDP at [`ACPI_TABLES`].
+pub(super) fn write(ram: &GuestRam, processors: u8) -> Result<(), AcpiError> {
+    let tables = build(processors);
+    let room = (ACPI_TABLES_END - ACPI_TABLES) as usize;
+    let fits = tables.len() <= room && ram.write_slice(&tables, GuestAddress(ACPI_TABLES)).is_ok();
+    fits.then_some(()).ok_or(AcpiError(tables.len()))
+}
+
+/// All tables as they lie in memory: RSDP, DSDT, FADT, MADT, MCFG, XSDT.
+fn build(processors: u8) -> Vec<u8> {
+    let mut out = vec![0; RSDP_SPACE as usize];
+    let dsdt = append(&mut out, &dsdt());
+    let tables = [append(&mut out, &fadt(dsdt)), append(&mut out, &madt(processors)), append(&mut out, &mcfg())];
+    let mut xsdt = XSDT::new(OEM, OEM_TABLE, OEM_REVISION);
+    tables.iter().for_each(|at| xsdt.add_entry(*at));
+    let xsdt = append(&mut out, &xsdt);
+    let mut rsdp = vec![];
+    Rsdp::new(OEM, xsdt).to_aml_bytes(&mut rsdp);
+    out[..rsdp.len()].copy_from_slice(&rsdp);
+    out
+}
+
+/// Appends a table at a multiple of 16 and gives its guest address.
+fn append(out: &mut Vec<u8>, table: &dyn Aml) -> u64 {
+    out.resize(out.len().next_multiple_of(16), 0);
+    let at = ACPI_TABLES + out.len() as u64;
+    table.to_aml_bytes(out);
+    at
+}
+
+fn fadt(dsdt: u64) -> impl Aml {
+    let register = |at: u16| GAS::new(Space::SystemIo, 8, 0, AccessSize::ByteAccess, at.into());
+    let mut fadt = FADTBuilder::new(OEM, OEM_TABLE, OEM_REVISION)
+        .dsdt_64(dsdt)
+        .flag(Flags::HwReducedAcpi)
+        .flag(Flags::ResetRegSup)
+        .flag(Flags::Wbinvd)
+        .flag(Flags::PwrButton)
+        .flag(Flags::SlpButton);
+    fadt.iapc_boot_arch = BOOT_ARCHITECTURE.into();
+    fadt.sleep_control_reg = register(POWER_PORT);
+    fadt.sleep_status_reg = register(POWER_PORT + 1);
+    fadt.reset_reg = register(POWER_PORT + 2);
+    fadt.reset_value = RESET_VALUE;
+    fadt.hypervisor_vendor_identity = u64::from_le_bytes(OEM_TABLE).into();
+    fadt.finalize()
+}
+
+fn madt(processors: u8) -> impl Aml {
+    let mut madt =
+        MADT::new(OEM, OEM_TABLE, OEM_REVISION, LocalInterruptController::Address(LOCAL_APIC as u32));
+    for index in 0..processors {
+        madt.add_structure(ProcessorLocalApic::new(index, index, EnabledStatus::Enabled));
+    }
+    madt.add_structure(IoApic::new(0, IO_APIC as u32, 0));
+    madt
+}
+
+fn mcfg() -> impl Aml {
+    let mut mcfg = MCFG::new(OEM, OEM_TABLE, OEM_REVISION);
+    mcfg.add_ecam(ECAM, 0, 0, 0);
+    mcfg
+}
+
+fn dsdt() -> impl Aml {
+    let mut body = vec![];
+    for object in [host_bridge, ecam_reservation, serial, power_button, power_events, power_off] {
+        object(&mut body);
+    }
+    let mut dsdt = Sdt::new(*b"DSDT", 36, 6, OEM, OEM_TABLE, OEM_REVISION);
+    dsdt.append_slice(&body);
+    dsdt.update_checksum();
+    Table(dsdt)
+}
+
+struct Table(Sdt);
+
+impl Aml for Table {
+    fn to_aml_bytes(&self, sink: &mut dyn AmlSink) {
+        sink.vec(self.0.as_slice());
+    }
+}
+
+fn device(out: &mut Vec<u8>, name: &str, children: Vec<&dyn Aml>) {
+    Scope::new("\\_SB_".into(), vec![&Device::new(name.into(), children)]).to_aml_bytes(out);
+}
+
+fn host_bridge(out: &mut Vec<u8>) {
+    let window_end = (PCI_WINDOW + PCI_WINDOW_SIZE - 1) as u32;
+    let memory =
+        AddressSpace::new_memory(AddressSpaceCacheable::NotCacheable, true, PCI_WINDOW as u32, window_end, None);
+    let buses = AddressSpace::new_bus_number(0_u16, 0_u16);
+    let ports = IO::new(PCI_CONFIG_PORT, PCI_CONFIG_PORT, 1, PCI_CONFIG_PORTS as u8);
+    let resources: Vec<&dyn Aml> = vec![&buses, &ports, &memory];
+    device(out, "PCI0", vec![
+        &Name::new("_HID".into(), &EISAName::new("PNP0A08")),
+        &Name::new("_CID".into(), &EISAName::new("PNP0A03")),
+        &Name::new("_SEG".into(), &ZERO),
+        &Name::new("_BBN".into(), &ZERO),
+        &Name::new("_UID".into(), &ZERO),
+        &Name::new("_CRS".into(), &ResourceTemplate::new(resources)),
+    ]);
+}
+
+/// ECAM must belong to a motherboard resource, or Linux does not use it (PCI firmware 3.3, 4.1.2).
+fn ecam_reservation(out: &mut Vec<u8>) {
+    let memory = Memory32Fixed::new(true, ECAM as u32, ECAM_SIZE as u32);
+    device(out, "MRES", vec![
+        &Name::new("_HID".into(), &EISAName::new("PNP0C02")),
+        &Name::new("_UID".into(), &ZERO),
+        &Name::new("_CRS".into(), &ResourceTemplate::new(vec![&memory])),
+    ]);
+}
+
+fn serial(out: &mut Vec<u8>) {
+    let ports = IO::new(SERIAL_PORT, SERIAL_PORT, 1, SERIAL_PORTS as u8);
+    let interrupt = Interrupt::new(true, true, false, false, SERIAL_GSI);
+    device(out, "COM1", vec![
+        &Name::new("_HID".into(), &EISAName::new("PNP0501")),
+        &Name::new("_UID".into(), &ZERO),
+        &Name::new("_DDN".into(), &"COM1"),
+        &Name::new("_CRS".into(), &ResourceTemplate::new(vec![&interrupt, &ports])),
+    ]);
+}
+
+fn power_button(out: &mut Vec<u8>) {
+    device(out, "PWRB", vec![&Name::new("_HID".into(), &EISAName::new("PNP0C0C")), &Name::new("_UID".into(), &ZERO)]);
+}
+
+/// The generic event device (ACPI 6.5, 5.6.9): its method reads the event register, which clears it, and tells each device.
+fn power_events(out: &mut Vec<u8>) {
+    let interrupt = Interrupt::new(true, true, false, false, POWER_GSI);
+    let register = POWER_PORT + 3;
+    let region = OpRegion::new("EVTR".into(), OpRegionSpace::SystemIO, &register, &ONE);
+    let field = Field::new(
+        "EVTR".into(),
+        FieldAccessType::Byte,
+        FieldLockRule::NoLock,
+        FieldUpdateRule::Preserve,
+        vec![FieldEntry::Named(*b"EVTS", 8)],
+    );
+    let events = Path::new("EVTS");
+    let read = Store::new(&Local(0), &events);
+    let test = And::new(&Local(1), &Local(0), &EVENT_BUTTON);
+    let button = Path::new("\\_SB_.PWRB");
+    let tell = Notify::new(&button, &0x80_u8);
+    let pressed = If::new(&Local(1), vec![&tell]);
+    let method = Method::new("_EVT".into(), 1, true, vec![&read, &test, &pressed]);
+    device(out, "GED_", vec![
+        &Name::new("_HID".into(), &"ACPI0013"),
+        &Name::new("_UID".into(), &ZERO),
+        &Name::new("_CRS".into(), &ResourceTemplate::new(vec![&interrupt])),
+        &region,
+        &field,
+        &method,
+    ]);
+}
+
+fn power_off(out: &mut Vec<u8>) {
+    let package = Package::new(vec![&SLEEP_TYPE_OFF, &ZERO, &ZERO, &ZERO]);
+    Name::new("_S5_".into(), &package).to_aml_bytes(out);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn table(tables: &[u8], address: u64) -> &[u8] {
+        let at = (address - ACPI_TABLES) as usize;
+        let length = u32::from_le_bytes(tables[at + 4..at + 8].try_into().expect("four bytes")) as usize;
+        &tables[at..at + length]
+    }
+
+    fn quad(bytes: &[u8], at: usize) -> u64 {
+        u64::from_le_bytes(bytes[at..at + 8].try_into().expect("eight bytes"))
+    }
+
+    #[test]
+    fn the_tables_lead_to_one_another() {
+        let tables = build(4);
+        let sum = |bytes: &[u8]| bytes.iter().fold(0_u8, |sum, byte| sum.wrapping_add(*byte));
+        assert_eq!((&tables[..8], sum(&tables[..20]), sum(&tables[..36])), (&b"RSD PTR "[..], 0, 0));
+        let xsdt = table(&tables, quad(&tables, 24));
+        let entries: Vec<_> = xsdt[36..].chunks(8).map(|entry| table(&tables, quad(entry, 0))).collect();
+        let names: Vec<_> = entries.iter().map(|table| &table[..4]).collect();
+        assert_eq!(names, [b"FACP", b"APIC", b"MCFG"]);
+        let dsdt = table(&tables, quad(entries[0], 140));
+        assert_eq!(&dsdt[..4], b"DSDT");
+        for table in entries.iter().chain([&xsdt, &dsdt]) {
+            assert_eq!(sum(table), 0, "{:?}", &table[..4]);
+        }
+        assert_eq!(entries[1].len(), 44 + 4 * 8 + 12);
+        assert_eq!(quad(entries[2], 44), ECAM);
+        assert!(tables.len() < 4096, "{}", tables.len());
+    }
+
+    #[test]
+    fn there_is_room_for_all_processors() {
+        let ram = GuestRam::from_ranges(&[(GuestAddress(0), 1 << 20)]).expect("1 MiB");
+        assert_eq!(write(&ram, 255), Ok(()));
+    }
+}

@@ -1,0 +1,140 @@
+//! The handle to a machine that runs.
+
+use super::block::{BlockCounters, BlockDevice};
+use super::bus::Bus;
+use super::control::Control;
+use super::event::Events;
+use super::memory::Memory;
+use super::power::Power;
+use super::serial::SerialPort;
+use super::sync::lock;
+use super::thread::Background;
+use super::vcpu::{Vcpu, VcpuError, VcpuState};
+use serde::Serialize;
+use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
+use vm_memory::{Bytes, GuestAddress};
+
+/// A machine whose vCPUs were started. Clones are handles to the same machine. It runs on when the last handle is dropped:
+/// only [`stop`](Self::stop), the guest, or a failure end it.
+#[derive(Clone)]
+pub struct Running(pub(super) Arc<Parts>);
+
+pub(super) struct Parts {
+    pub(super) control: Arc<Control>,
+    pub(super) vcpus: Vec<Arc<Mutex<Vcpu>>>,
+    pub(super) exits: Vec<Arc<AtomicU64>>,
+    pub(super) background: Vec<Arc<dyn Background>>,
+    pub(super) power: Arc<Power>,
+    pub(super) serial: Arc<SerialPort>,
+    pub(super) disks: Vec<Arc<BlockDevice>>,
+    pub(super) bus: Arc<Bus>,
+    pub(super) memory: Arc<Memory>,
+    /// One pause, resume, stop or inspection at a time.
+    pub(super) turn: Mutex<()>,
+}
+
+/// What a machine did since it started.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize)]
+pub struct Counters {
+    /// How often each vCPU left the guest.
+    pub vcpu_exits: Vec<u64>,
+    /// Accesses to ports and memory that no device answers for.
+    pub stray_accesses: u64,
+    /// Bytes that the console's other end did not take.
+    pub console_bytes_lost: u64,
+    /// Each disk, by its name.
+    pub disks: BTreeMap<String, BlockCounters>,
+}
+
+/// Why a machine can't be inspected.
+#[derive(Debug, thiserror::Error)]
+pub enum InspectError {
+    /// It runs.
+    #[error("the machine must be paused first")]
+    Runs,
+    /// KVM gives no registers.
+    #[error("the registers of a vCPU can't be read")]
+    Registers(#[from] VcpuError),
+    /// Not RAM.
+    #[error("there is no memory at {0:#x}")]
+    Address(u64),
+}
+
+/// A paused machine, held still while it is looked at.
+pub struct Frozen<'a> {
+    parts: &'a Parts,
+}
+
+impl Running {
+    /// Pauses: returns when every vCPU is out of the guest and every device quiet.
+    pub fn pause(&self) {
+        let _turn = lock(&self.0.turn);
+        self.0.control.pause();
+        self.0.background.iter().for_each(|device| device.pause());
+    }
+
+    /// Resumes; devices go on with what waits in their queues. Also to be called after keys were put back, and after the
+    /// lease's gate was opened again: vCPUs and requests that found it closed wait for this.
+    pub fn resume(&self) {
+        let _turn = lock(&self.0.turn);
+        self.0.background.iter().for_each(|device| device.resume());
+        self.0.control.resume();
+    }
+
+    /// Presses the power button.
+    pub fn power_button(&self) {
+        self.0.power.press();
+    }
+
+    /// Ends vCPUs and devices; returns when all their threads have ended. Requests in hand are finished, others stay
+    /// unanswered. No event follows.
+    pub fn stop(&self) {
+        let _turn = lock(&self.0.turn);
+        self.0.control.stop();
+        self.0.background.iter().for_each(|device| device.stop());
+    }
+
+    /// How the machine tells its end.
+    pub fn events(&self) -> &Arc<Events> {
+        self.0.control.events()
+    }
+
+    /// What it did.
+    pub fn counters(&self) -> Counters {
+        let parts = &self.0;
+        Counters {
+            vcpu_exits: parts.exits.iter().map(|exits| exits.load(Ordering::Relaxed)).collect(),
+            stray_accesses: parts.bus.stray(),
+            console_bytes_lost: parts.serial.lost(),
+            disks: parts.disks.iter().map(|disk| (disk.name().to_owned(), disk.counters())).collect(),
+        }
+    }
+
+    /// Looks at memory and registers of a paused machine, which can't be resumed meanwhile.
+    pub fn inspect<R>(&self, look: impl FnOnce(&Frozen<'_>) -> R) -> Result<R, InspectError> {
+        let _turn = lock(&self.0.turn);
+        if !self.0.control.resting() {
+            return Err(InspectError::Runs);
+        }
+        Ok(look(&Frozen { parts: &self.0 }))
+    }
+}
+
+impl Frozen<'_> {
+    /// RAM as (guest address, length in bytes), rising.
+    pub fn regions(&self) -> Vec<(u64, u64)> {
+        self.parts.memory.ranges().collect()
+    }
+
+    /// Copies guest memory from `address` on; the range must lie in RAM.
+    pub fn read(&self, address: u64, data: &mut [u8]) -> Result<(), InspectError> {
+        self.parts.memory.ram().read_slice(data, GuestAddress(address)).map_err(|_| InspectError::Address(address))
+    }
+
+    /// Registers of all vCPUs, by index.
+    pub fn vcpus(&self) -> Result<Vec<VcpuState>, InspectError> {
+        self.parts.vcpus.iter().map(|vcpu| lock(vcpu).state().map_err(Into::into)).collect()
+    }
+}

@@ -1,0 +1,152 @@
+//! What the guest learns of its processors: what KVM supports, with numbers and places put right.
+
+use kvm_bindings::{CpuId, KVM_CPUID_FLAG_SIGNIFCANT_INDEX, kvm_cpuid_entry2};
+
+const ECX1_VMX: u32 = 1 << 5;
+const ECX1_TSC_DEADLINE: u32 = 1 << 24;
+const ECX1_HYPERVISOR: u32 = 1 << 31;
+const EDX1_HTT: u32 = 1 << 28;
+const ECX8000_0001_SVM: u32 = 1 << 2;
+const KVM_BASE: u32 = 0x4000_0000;
+const KVM_TIMING: u32 = 0x4000_0010;
+/// KVM's local APIC timer ticks each nanosecond.
+const APIC_BUS_KHZ: u32 = 1_000_000;
+
+/// What stands behind the table.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Facts {
+    /// Processors of the machine.
+    pub count: u8,
+    /// Whether KVM's local APIC has the TSC deadline timer.
+    pub tsc_deadline: bool,
+}
+
+/// The table for all vCPUs, from what KVM supports: one package, a core for each processor, no nested virtualization.
+pub(crate) fn common(supported: &CpuId, facts: Facts) -> Vec<kvm_cpuid_entry2> {
+    let topology = |entry: &kvm_cpuid_entry2| matches!(entry.function, 0xb | 0x1f | KVM_TIMING);
+    let mut entries: Vec<_> = supported.as_slice().iter().copied().filter(|entry| !topology(entry)).collect();
+    entries.iter_mut().for_each(|entry| adapt(entry, facts));
+    // Two levels each: a thread a core, and all cores (Intel SDM 2A, CPUID).
+    let shift = id_bits(facts.count);
+    entries.push(level(0, 0, 1, 1));
+    entries.push(level(1, shift, facts.count.into(), 2));
+    entries.push(level(2, 0, 0, 0));
+    entries
+}
+
+/// Puts the APIC id of vCPU `index` into its table, and the frequency of its TSC where KVM knows it, so that no guest needs
+/// to measure it with a PIT.
+pub(crate) fn personalize(entries: &mut Vec<kvm_cpuid_entry2>, index: u8, tsc_khz: Option<u32>) {
+    if let Some(eax) = tsc_khz {
+        entries.push(kvm_cpuid_entry2 { function: KVM_TIMING, eax, ebx: APIC_BUS_KHZ, ..Default::default() });
+    }
+    for entry in entries {
+        match entry.function {
+            KVM_BASE if tsc_khz.is_some() => entry.eax = entry.eax.max(KVM_TIMING),
+            0x1 => entry.ebx = entry.ebx & 0x00ff_ffff | u32::from(index) << 24,
+            0xb => entry.edx = index.into(),
+            0x8000_001e => {
+                entry.eax = index.into();
+                entry.ebx = index.into();
+            }
+            _ => {}
+        }
+    }
+}
+
+fn adapt(entry: &mut kvm_cpuid_entry2, facts: Facts) {
+    let count = u32::from(facts.count);
+    match entry.function {
+        0x0 => entry.eax = entry.eax.max(0xb),
+        0x1 => {
+            entry.ebx = entry.ebx & 0xff00_ffff | count << 16;
+            entry.ecx = entry.ecx & !ECX1_VMX | ECX1_HYPERVISOR;
+            if facts.tsc_deadline {
+                entry.ecx |= ECX1_TSC_DEADLINE;
+            }
+            entry.edx = if count > 1 { entry.edx | EDX1_HTT } else { entry.edx & !EDX1_HTT };
+        }
+        // Intel's caches: none is shared by threads, the largest by all; and cores in the package.
+        0x4 if entry.eax & 0x1f != 0 => {
+            let last = entry.eax >> 5 & 7 == 3;
+            let sharers = if last { (1 << id_bits(facts.count)) - 1 } else { 0 };
+            entry.eax = entry.eax & 0x3fff | sharers << 14 | ((1 << id_bits(facts.count)) - 1) << 26;
+        }
+        // AMD's, likewise.
+        0x8000_001d if entry.eax & 0x1f != 0 => {
+            let last = entry.eax >> 5 & 7 == 3;
+            entry.eax = entry.eax & 0x3fff | if last { (count - 1) << 14 } else { 0 };
+        }
+        0x8000_0001 => entry.ecx &= !ECX8000_0001_SVM,
+        0x8000_0008 => entry.ecx = entry.ecx & !0xf0ff | id_bits(facts.count) << 12 | (count - 1),
+        0x8000_000a => (entry.eax, entry.ebx, entry.ecx, entry.edx) = (0, 0, 0, 0),
+        // A thread a core, one node.
+        0x8000_001e => (entry.ebx, entry.ecx) = (0, 0),
+        _ => {}
+    }
+}
+
+fn level(index: u32, shift: u32, processors: u32, kind: u32) -> kvm_cpuid_entry2 {
+    kvm_cpuid_entry2 {
+        function: 0xb,
+        index,
+        flags: KVM_CPUID_FLAG_SIGNIFCANT_INDEX,
+        eax: shift,
+        ebx: processors,
+        ecx: index | kind << 8,
+        ..Default::default()
+    }
+}
+
+/// Bits that number `count` processors.
+fn id_bits(count: u8) -> u32 {
+    u32::from(count.max(1)).next_power_of_two().trailing_zeros()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn table(count: u8) -> Vec<kvm_cpuid_entry2> {
+        let entry = |function, eax, ecx| kvm_cpuid_entry2 { function, eax, ecx, ..Default::default() };
+        let supported = [
+            entry(0, 0x7, 0),
+            entry(1, 0, ECX1_VMX),
+            entry(0xb, 9, 9),
+            entry(0x8000_0001, 0, u32::MAX),
+            entry(0x8000_0008, 0x3030, 0x7001),
+            entry(KVM_BASE, 0x4000_0001, 0),
+        ];
+        let supported = CpuId::from_entries(&supported).expect("a small table");
+        let mut entries = common(&supported, Facts { count, tsc_deadline: true });
+        personalize(&mut entries, 2, Some(2_000_000));
+        entries
+    }
+
+    fn get(entries: &[kvm_cpuid_entry2], function: u32, index: u32) -> kvm_cpuid_entry2 {
+        *entries.iter().find(|e| (e.function, e.index) == (function, index)).expect("an entry")
+    }
+
+    #[test]
+    fn each_processor_has_its_place() {
+        let four = table(4);
+        let one = get(&four, 1, 0);
+        assert_eq!((one.ebx >> 24, one.ebx >> 16 & 0xff, one.edx >> 28 & 1), (2, 4, 1));
+        let cores = get(&four, 0xb, 1);
+        assert_eq!((cores.eax, cores.ebx, cores.ecx, cores.edx), (2, 4, 0x201, 2));
+        assert_eq!(get(&four, 0xb, 0).eax, 0);
+        assert_eq!(get(&four, 0x8000_0008, 0).ecx, 0x2003);
+        assert_eq!(get(&table(3), 0xb, 1).eax, 2, "three processors need two bits");
+        assert_eq!(get(&table(1), 1, 0).edx >> 28 & 1, 0);
+    }
+
+    #[test]
+    fn no_nested_virtualization_but_a_clock() {
+        let table = table(1);
+        let one = get(&table, 1, 0);
+        assert_eq!(one.ecx & (ECX1_VMX | ECX1_HYPERVISOR | ECX1_TSC_DEADLINE), ECX1_HYPERVISOR | ECX1_TSC_DEADLINE);
+        assert_eq!(get(&table, 0x8000_0001, 0).ecx & ECX8000_0001_SVM, 0);
+        assert_eq!((get(&table, KVM_BASE, 0).eax, get(&table, KVM_TIMING, 0).eax), (KVM_TIMING, 2_000_000));
+        assert_eq!(table.iter().filter(|e| e.function == 0xb).count(), 3);
+    }
+}
