@@ -24,6 +24,8 @@ mod der;
 pub mod ek;
 pub mod eventlog;
 pub mod flow;
+#[doc(hidden)]
+pub mod fuzz;
 pub mod hpke;
 pub mod note;
 pub mod protocol;

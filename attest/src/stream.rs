@@ -202,6 +202,9 @@ impl<R: Read> Opener<R> {
     }
 
     fn next_chunk(&mut self) -> Result<[u8; TAG], StreamError> {
+        if self.chunk == u64::MAX {
+            return Err(StreamError::Tampered);
+        }
         let full = CHUNK + TAG;
         let missing = (full + 1).saturating_sub(self.ahead.len());
         (&mut self.from).take(missing as u64).read_to_end(&mut self.ahead)?;
@@ -213,7 +216,11 @@ impl<R: Read> Opener<R> {
         self.plain.extend_from_slice(text);
         let opened = self.cipher.open(&nonce(self.chunk, last), &[], &mut self.plain, &tag);
         if opened.is_err() {
+            // Nothing more is given out, whatever follows: the next read finds no chunk either.
             self.plain.clear();
+            self.ahead.clear();
+            self.given = 0;
+            self.chunk = u64::MAX;
             return Err(StreamError::Tampered);
         }
         self.ahead = rest;
@@ -323,6 +330,20 @@ mod tests {
             let vm = "other".parse().expect("label");
             assert!(!opens(key, StreamInfo { vm: &vm, ..*info }));
             assert!(!opens(&Secret::copy_of(&[4; 32]).expect("memory"), *info));
+        });
+    }
+
+    #[test]
+    fn after_a_tampered_chunk_nothing_is_given_out() {
+        let mut sealed = seal(&[5; 3 * CHUNK]);
+        sealed[40 + CHUNK + TAG] ^= 1;
+        with(|key, info| {
+            let mut opener = Opener::new(&sealed[..], key, info).expect("begun");
+            let mut out = vec![0; CHUNK];
+            opener.read_exact(&mut out).expect("the first chunk is good");
+            for _ in 0..3 {
+                assert!(opener.read(&mut out).is_err());
+            }
         });
     }
 

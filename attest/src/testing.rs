@@ -319,3 +319,66 @@ impl SoftHost {
 pub(crate) fn other_name() -> Name {
     Name(vec![0, 0x0b, 9, 9])
 }
+
+/// Writes seeds for the fuzz targets whose inputs are made of software keys: by hand, when a format changes.
+#[test]
+#[ignore = "writes tests/corpus anew"]
+fn write_corpus() {
+    let (host, mut asked) = (SoftHost::new(), Asked::new());
+    asked.pcrs = vec![0, 4, 7, 10, 14];
+    let evidence = host.evidence(&asked);
+    let frame = |message: &dyn Fn(&mut Vec<u8>)| {
+        let mut bytes = Vec::new();
+        message(&mut bytes);
+        bytes
+    };
+    let request = crate::service::VmRequest::Quote {
+        nonce: asked.nonce,
+        attestation: asked.attestation,
+        operation: asked.operation.clone(),
+        bundle_key: vec![6; 32].into(),
+        client_key: asked.client_key,
+        pin: asked.pin,
+        pcrs: asked.pcrs.clone(),
+        ima_offset: Some(7),
+        claims: evidence.claims.clone(),
+    };
+    let refused = crate::service::Answer::Refused { reason: "PCR 14 moved".into(), again: true };
+    let seed = secretmem::Secret::copy_of(&[1; 32]).expect("memory");
+    let receipt = crate::note::Receipt { origin: "keys.example/acme".into(), sequence: 7, event: Digest::of(b"e") };
+    let ek = SoftEk::new();
+    let dns = b"\xab\xcd\x01\0\0\x01\0\0\0\0\0\0\x04keys\x05local\0\0\x01\0\x01";
+    let mut reply = dns.to_vec();
+    reply[2] = 0x81;
+    reply[7] = 1;
+    reply.extend(b"\xc0\x0c\0\x01\0\x01\0\0\0\x09\0\x04\x0a\0\0\x01");
+    let bundle_key = crate::bundle::BundleKey::generate().expect("memory");
+    let point: [u8; 65] = host.wrap.public().p256_point().expect("P-256");
+    let inner = crate::hpke::seal_p256(&point, b"", b"", b"key").expect("sealed");
+    let outer = crate::hpke::seal_x25519(bundle_key.public(), b"", b"", &inner).expect("sealed");
+    let seeds: [(&str, Vec<u8>); 18] = [
+        ("firmware-log/boot", host.firmware.clone()),
+        ("layer-log/two-layers", host.layers.clone()),
+        ("ima-log/two-entries", host.ima.clone()),
+        ("attest/quote", evidence.quote.0.clone()),
+        ("attest/certify", evidence.wrap_certify.0.clone()),
+        ("public/ak", host.ak.public.as_bytes().to_vec()),
+        ("public/wrap", host.wrap.public().as_bytes().to_vec()),
+        ("public/rsa", rsa_public().as_bytes().to_vec()),
+        ("signature/ecdsa", evidence.quote_signature.0.clone()),
+        ("evidence/power-on", serde_json::to_vec(&evidence).expect("json")),
+        ("evidence/release", serde_json::to_vec(&release()).expect("json")),
+        ("note/receipt", receipt.sign(&seed).expect("signed").into_bytes()),
+        ("vm-request/quote", frame(&|out| crate::service::frame::write(out, &request).expect("written"))),
+        ("service-answer/refused", frame(&|out| crate::service::frame::write(out, &refused).expect("written"))),
+        ("dns-answer/one", [&dns[..], &reply].concat()),
+        ("certificate/ek", ek.certificate),
+        ("bundle/inner", inner),
+        ("bundle/outer", outer),
+    ];
+    for (name, bytes) in seeds {
+        let path = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/corpus").join(name);
+        std::fs::create_dir_all(path.parent().expect("a folder")).expect("made");
+        std::fs::write(path, bytes).expect("written");
+    }
+}
