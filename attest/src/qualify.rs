@@ -75,3 +75,102 @@ impl Qualified<'_> {
         )
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use policy::Operation;
+    use proptest::prelude::*;
+
+    /// The fields as bytes, so that a test can change any of them.
+    #[derive(Clone, Debug)]
+    struct Fields {
+        fixed: [[u8; 32]; 7],
+        id: [u8; 16],
+        customer: String,
+        vm: String,
+        name: Vec<u8>,
+        logs: [Vec<u8>; 3],
+        offset: u64,
+        earlier: u8,
+        claims: Vec<u8>,
+        operation: u8,
+    }
+
+    impl Fields {
+        fn digest(&self) -> Digest {
+            let [nonce, host, file, bundle, client, pin, _] = &self.fixed;
+            let earlier = [EarlierPeer::None, EarlierPeer::Lives, EarlierPeer::Unknown][usize::from(self.earlier % 3)];
+            let operation = Operation::ALL[usize::from(self.operation) % Operation::ALL.len()];
+            Qualified {
+                nonce: &Nonce(*nonce),
+                attestation: &AttestationId(self.id),
+                host: &HostId(Digest(*host)),
+                customer: &self.customer.parse().expect("label"),
+                vm: &self.vm.parse().expect("label"),
+                vm_file: &Digest(*file),
+                operation: &OperationRequest::plain(operation),
+                bundle_key: bundle,
+                client_key: &Digest(*client),
+                wrap_key_name: &self.name,
+                earlier_peer: earlier,
+                firmware_log: &self.logs[0],
+                layer_log: &self.logs[1],
+                ima_log: &self.logs[2],
+                ima_offset: self.offset,
+                pin: &Digest(*pin),
+                claims: &self.claims,
+            }
+            .digest()
+        }
+    }
+
+    fn fields() -> impl Strategy<Value = Fields> {
+        let bytes = || proptest::collection::vec(any::<u8>(), 0..40);
+        (
+            (any::<[[u8; 32]; 7]>(), any::<[u8; 16]>(), "[a-z]{1,20}", "[a-z]{1,20}", bytes()),
+            ([bytes(), bytes(), bytes()], any::<u64>(), 0..3_u8, bytes(), 0..9_u8),
+        )
+            .prop_map(|((fixed, id, customer, vm, name), (logs, offset, earlier, claims, operation))| Fields {
+                fixed,
+                id,
+                customer,
+                vm,
+                name,
+                logs,
+                offset,
+                earlier,
+                claims,
+                operation,
+            })
+    }
+
+    proptest! {
+        #[test]
+        fn attack_12_47_whatever_differs_h_differs(a in fields(), b in fields(), which in 0..16_usize) {
+            let mut changed = a.clone();
+            match which {
+                at @ 0..6 => changed.fixed[at] = b.fixed[at],
+                6 => changed.id = b.id,
+                7 => changed.customer = b.customer,
+                8 => changed.vm = b.vm,
+                9 => changed.name = b.name,
+                at @ 10..13 => changed.logs[at - 10] = b.logs[at - 10].clone(),
+                13 => changed.offset = b.offset,
+                14 => changed.earlier = b.earlier,
+                _ => changed.claims = b.claims,
+            }
+            let same = format!("{a:?}") == format!("{changed:?}");
+            prop_assert_eq!(a.digest() == changed.digest(), same);
+        }
+
+        #[test]
+        fn bytes_moved_from_one_field_to_the_next_change_h(a in fields(), cut in 0..20_usize) {
+            prop_assume!(cut < a.customer.len() && cut > 0);
+            let (left, right) = a.customer.split_at(cut);
+            let moved = Fields { customer: left.to_owned(), vm: format!("{right}{}", a.vm), ..a.clone() };
+            prop_assume!(moved.vm.len() <= 63);
+            prop_assert_ne!(a.digest(), moved.digest());
+        }
+    }
+}
