@@ -89,6 +89,8 @@ pub enum AuditKind {
     VolumeEvent,
     /// An attestation was refused.
     AttestationRefused,
+    /// Somebody asked what would be said to evidence; nothing was released.
+    AttestationExamined,
     /// Keys were released: the event that a receipt names.
     KeysReleased,
     /// A restricted operation was permitted: its "before".

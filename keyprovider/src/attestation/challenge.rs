@@ -1,0 +1,237 @@
+//! Nonces that wait for evidence. They live in memory only: a provider that was restarted, or restored from a backup, knows
+//! none of its predecessor's. Taking one is a single step under one lock, so of two that come at once one wins; the other
+//! waits for the same answer if its bytes are the same, and is stale otherwise.
+
+use crate::server::problem::Refusal;
+use attest::eventlog::ima::ImaState;
+use attest::protocol::ProblemType;
+use policy::operation::OperationRequest;
+use policy::{AttestationId, CustomerId, Digest, HostId, Nonce, VmId};
+use secretmem::Secret;
+use std::collections::HashMap;
+use std::net::IpAddr;
+use std::sync::{Arc, Mutex, PoisonError};
+use tokio::sync::watch;
+
+/// How long a nonce lives, in microseconds.
+pub const NONCE_US: u64 = 60_000_000;
+
+/// The most open attestations of one client key.
+const PER_KEY: usize = 4;
+
+/// The most open attestations of one address.
+const PER_ADDRESS: usize = 2048;
+
+/// The most open attestations.
+const ALL: usize = 16_384;
+
+/// What was asked, and what the answer must prove.
+pub struct Challenge {
+    /// The attestation.
+    pub id: AttestationId,
+    /// To be bound by the quote.
+    pub nonce: Nonce,
+    /// Whose VM.
+    pub customer: CustomerId,
+    /// Which VM.
+    pub vm: VmId,
+    /// What for.
+    pub operation: OperationRequest,
+    /// SHA-256 of the client key.
+    pub client_key: Digest,
+    /// The host, by its endorsement key.
+    pub host: HostId,
+    /// TPMT_PUBLIC of the attestation key: the activated record's, or the one that the credential was made for.
+    pub ak_public: Vec<u8>,
+    /// Its name.
+    pub ak_name: Vec<u8>,
+    /// The credential's secret, where the key has yet to be proved.
+    pub secret: Option<Secret<32>>,
+    /// The PCRs to quote.
+    pub pcrs: Vec<u8>,
+    /// Where the wanted part of the IMA log begins.
+    pub ima: Option<ImaStart>,
+    /// When the nonce ends.
+    pub until_us: u64,
+    /// Who asked.
+    pub address: IpAddr,
+}
+
+/// Where a wanted IMA log begins.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct ImaStart {
+    /// The boot that the state belongs to; none at offset 0.
+    pub reset_count: Option<u32>,
+    /// Bytes already replayed, and PCR 10 after them.
+    pub state: ImaState,
+}
+
+/// An answer to evidence: a body, or a refusal.
+pub type Answer = Result<Arc<Vec<u8>>, Refusal>;
+
+/// What a client gets for its evidence.
+pub enum Taken {
+    /// It is the first: judge it and publish the answer.
+    Judge(Box<Challenge>, watch::Sender<Option<Answer>>),
+    /// The same bytes are being judged or were: here is where their answer appears.
+    Wait(watch::Receiver<Option<Answer>>),
+    /// There is no such nonce here.
+    Unknown,
+    /// The nonce was used with other bytes, or by another key.
+    Stale,
+}
+
+enum Stage {
+    Open(Box<Challenge>),
+    Taken { evidence: Digest, answer: watch::Receiver<Option<Answer>> },
+}
+
+struct Entry {
+    stage: Stage,
+    client_key: Digest,
+    customer: CustomerId,
+    vm: VmId,
+    address: IpAddr,
+    until_us: u64,
+}
+
+/// Every nonce that lives.
+#[derive(Default)]
+pub struct Challenges(Mutex<HashMap<AttestationId, Entry>>);
+
+impl Challenges {
+    /// Keeps a challenge until its nonce's end.
+    pub fn add(&self, challenge: Challenge, now_us: u64) -> Result<(), Refusal> {
+        let mut all = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        all.retain(|_, entry| entry.until_us > now_us);
+        let of_key = all.values().filter(|e| e.client_key == challenge.client_key).count();
+        let of_address = all.values().filter(|e| e.address == challenge.address).count();
+        if all.len() >= ALL || of_key >= PER_KEY || of_address >= PER_ADDRESS {
+            return Err(Refusal::new(ProblemType::TooMuch, "too many attestations are open")
+                .hint("answer the ones that are, or wait a minute until their nonces end"));
+        }
+        let entry = Entry {
+            client_key: challenge.client_key,
+            customer: challenge.customer.clone(),
+            vm: challenge.vm.clone(),
+            address: challenge.address,
+            until_us: challenge.until_us,
+            stage: Stage::Open(Box::new(challenge)),
+        };
+        all.insert(entry.id(), entry);
+        Ok(())
+    }
+
+    /// Whether this client has this attestation of this VM open or answered: asked before its body is read.
+    pub fn knows(&self, id: &AttestationId, client_key: &Digest, vm: &VmId, now_us: u64) -> bool {
+        let all = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        all.get(id).is_some_and(|e| e.client_key == *client_key && e.vm == *vm && e.until_us > now_us)
+    }
+
+    /// Whose VM an open attestation is about.
+    pub fn customer(&self, id: &AttestationId) -> Option<CustomerId> {
+        let all = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        all.get(id).map(|e| e.customer.clone())
+    }
+
+    /// Consumes the nonce for `evidence`, the digest of the evidence's bytes.
+    pub fn take(&self, id: &AttestationId, client_key: &Digest, evidence: &Digest, now_us: u64) -> Taken {
+        let mut all = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let Some(entry) = all.get_mut(id) else { return Taken::Unknown };
+        if entry.client_key != *client_key || entry.until_us <= now_us {
+            return Taken::Stale;
+        }
+        let (sender, receiver) = watch::channel(None);
+        let taken = Stage::Taken { evidence: *evidence, answer: receiver };
+        match &entry.stage {
+            Stage::Taken { evidence: first, answer } if first == evidence => return Taken::Wait(answer.clone()),
+            Stage::Taken { .. } => return Taken::Stale,
+            Stage::Open(_) => {}
+        }
+        match std::mem::replace(&mut entry.stage, taken) {
+            Stage::Open(challenge) => Taken::Judge(challenge, sender),
+            Stage::Taken { .. } => Taken::Stale,
+        }
+    }
+}
+
+impl Entry {
+    fn id(&self) -> AttestationId {
+        match &self.stage {
+            Stage::Open(challenge) => challenge.id,
+            // Only open entries are inserted.
+            Stage::Taken { .. } => AttestationId([0; 16]),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use policy::operation::Operation;
+
+    fn challenge(id: u8, key: u8) -> Challenge {
+        Challenge {
+            id: AttestationId([id; 16]),
+            nonce: Nonce([id; 32]),
+            customer: "acme".parse().expect("label"),
+            vm: "payroll".parse().expect("label"),
+            operation: OperationRequest::plain(Operation::PowerOn),
+            client_key: Digest([key; 32]),
+            host: HostId(Digest([1; 32])),
+            ak_public: vec![],
+            ak_name: vec![],
+            secret: None,
+            pcrs: vec![],
+            ima: None,
+            until_us: 100,
+            address: IpAddr::from([127, 0, 0, 1]),
+        }
+    }
+
+    #[test]
+    fn attack_01_a_nonce_is_consumed_once() {
+        let all = Challenges::default();
+        all.add(challenge(1, 1), 0).expect("room");
+        let (id, key) = (AttestationId([1; 16]), Digest([1; 32]));
+        let (first, other) = (Digest([7; 32]), Digest([8; 32]));
+        assert!(matches!(all.take(&id, &Digest([2; 32]), &first, 1), Taken::Stale), "another key");
+        let Taken::Judge(_, sender) = all.take(&id, &key, &first, 1) else { panic!("the first wins") };
+        assert!(matches!(all.take(&id, &key, &other, 1), Taken::Stale), "other bytes");
+        let Taken::Wait(answer) = all.take(&id, &key, &first, 1) else { panic!("the same bytes wait") };
+        sender.send_replace(Some(Ok(Arc::new(vec![5]))));
+        assert_eq!(answer.borrow().as_ref().and_then(|a| a.as_ref().ok()).map(|b| b.to_vec()), Some(vec![5]));
+        assert!(matches!(all.take(&id, &key, &first, 100), Taken::Stale), "after its end");
+        assert!(matches!(all.take(&AttestationId([9; 16]), &key, &first, 1), Taken::Unknown));
+    }
+
+    #[test]
+    fn of_many_threads_one_takes_the_nonce() {
+        let all = Challenges::default();
+        all.add(challenge(1, 1), 0).expect("room");
+        let won = std::sync::atomic::AtomicUsize::new(0);
+        std::thread::scope(|scope| {
+            for n in 0..16 {
+                let (all, won) = (&all, &won);
+                scope.spawn(move || {
+                    let taken = all.take(&AttestationId([1; 16]), &Digest([1; 32]), &Digest([n; 32]), 1);
+                    if matches!(taken, Taken::Judge(..)) {
+                        won.fetch_add(1, std::sync::atomic::Ordering::SeqCst);
+                    }
+                });
+            }
+        });
+        assert_eq!(won.into_inner(), 1);
+    }
+
+    #[test]
+    fn attack_39_open_attestations_are_bounded_and_expire() {
+        let all = Challenges::default();
+        for id in 0..PER_KEY as u8 {
+            all.add(challenge(id, 1), 0).expect("room");
+        }
+        assert_eq!(all.add(challenge(99, 1), 0).map_err(|r| r.kind), Err(ProblemType::TooMuch));
+        assert!(all.add(challenge(99, 2), 0).is_ok(), "another key has its own bound");
+        assert!(all.add(challenge(98, 1), 100).is_ok(), "the old ones are gone");
+    }
+}

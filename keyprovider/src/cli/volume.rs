@@ -1,0 +1,33 @@
+//! `volume`, but for `exec`.
+
+use super::args::VolumeCommand;
+use super::{CliError, Session};
+use crate::api::{ConfirmVolume, NewVolume, VolumeView};
+
+/// `volume …`
+pub(super) fn volume(mut s: Session, command: VolumeCommand) -> Result<(), CliError> {
+    match command {
+        VolumeCommand::Create { customer, name } => {
+            let view: VolumeView = s.client.post(&format!("/v1/customers/{customer}/volumes"), &NewVolume { name })?;
+            s.out.print(format!("created volume {} {}", view.name, view.volume), &view)
+        }
+        VolumeCommand::List { customer } => {
+            let all: Vec<VolumeView> = s.client.get(&format!("/v1/customers/{customer}/volumes"))?;
+            s.out.list(&all, line)
+        }
+        VolumeCommand::Confirm { customer, name, anchor } => {
+            let path = format!("/v1/customers/{customer}/volumes/{name}/confirm");
+            let view: VolumeView = s.client.post(&path, &ConfirmVolume { anchor })?;
+            s.out.print(format!("the anchor of volume {name} is confirmed"), &view)
+        }
+        // Dispatched before: it ends with its command's code.
+        VolumeCommand::Exec { .. } => Ok(()),
+    }
+}
+
+fn line(volume: &VolumeView) -> String {
+    let writer = volume.writer.map_or("empty".to_owned(), |w| format!("written by opening {w}"));
+    let holder = volume.held_by.as_ref().map_or("free".to_owned(), |h| format!("held by {h}"));
+    let waits = if volume.unconfirmed { ", waits for `volume confirm`" } else { "" };
+    format!("{} {} {writer}, {holder}{waits}", volume.name, volume.volume)
+}

@@ -1,0 +1,261 @@
+//! The provider as one value: what every route works with. It is made once per process from a folder:
+//!
+//! ```text
+//! master.key   32 bytes, 0600: opens every key in the database; keep a copy of it apart from the backups
+//! keys.db      the database; every key in it is wrapped under the master key
+//! ca.pem       the certificate of the authority that VM files pin, for people
+//! admin.json   the first administrator's profile, 0600: move it to that person's machine
+//! lock         held while a provider serves from the folder
+//! ```
+
+use crate::api::TrustView;
+use crate::attestation::challenge::Challenges;
+use crate::attestation::refusals::Refusals;
+use crate::attestation::rules::RulesCache;
+use crate::authority::{Authority, AuthorityError, spki_of};
+use crate::clock::Clock;
+use crate::keystore::{FileKeyStore, KeyLabel, KeyStore, KeyStoreError};
+use crate::store::people::Customer;
+use crate::store::{self, Database, StoreError};
+use aws_lc_rs::signature::{Ed25519KeyPair, KeyPair};
+use policy::config::TrustRoots;
+use policy::{CustomerId, Digest};
+use rustix::fs::{FlockOperation, Mode, OFlags};
+use secretmem::{Secret, SecretBuf};
+use std::os::fd::OwnedFd;
+use std::path::{Path, PathBuf};
+
+/// Common name of the authority that VM files pin.
+const AUTHORITY: &str = "fealty provider authority";
+
+/// Common name of the authority that signs administrators' certificates.
+const ADMIN_AUTHORITY: &str = "fealty administrators authority";
+
+/// The provider.
+pub struct Provider {
+    /// The database.
+    pub db: Database,
+    /// What wraps keys.
+    pub keys: Box<dyn KeyStore>,
+    /// The clock.
+    pub clock: Clock,
+    /// Names and addresses of the server; the first is part of every audit log's origin.
+    pub names: Vec<String>,
+    /// The authority that VM files pin.
+    pub authority: Authority,
+    /// The authority that signs administrators' certificates.
+    pub admin_authority: Authority,
+    /// SHA-256 of the authority's SubjectPublicKeyInfo: the pin.
+    pub pin: Digest,
+    /// Signs receipts.
+    pub audit_key: SigningKey,
+    /// Signs directives.
+    pub directive_key: SigningKey,
+    /// Nonces that wait for evidence.
+    pub challenges: Challenges,
+    /// Parsed policies.
+    pub rules: RulesCache,
+    /// Bounds what refused strangers write into audit logs.
+    pub refusals: Refusals,
+    /// Its folder.
+    pub dir: PathBuf,
+    _lock: OwnedFd,
+}
+
+/// An Ed25519 key of the provider.
+pub struct SigningKey {
+    /// RFC 8032 seed.
+    pub seed: Secret<32>,
+    /// Public key.
+    pub public: [u8; 32],
+}
+
+/// Why a provider can't be made or opened.
+#[derive(Debug, thiserror::Error)]
+pub enum ProviderError {
+    /// The folder can't be used.
+    #[error("{0} can't be used")]
+    Folder(PathBuf, #[source] std::io::Error),
+    /// Something is there already.
+    #[error("{0} exists already; a provider is made in a folder of its own")]
+    Exists(PathBuf),
+    /// Nothing is there.
+    #[error("{0} is missing; make a provider with `fealty-keys init`, or bring one back with `fealty-keys restore`")]
+    Missing(PathBuf),
+    /// Another process serves from it.
+    #[error("another process uses {0}; one provider serves from a folder")]
+    Busy(PathBuf),
+    /// The database.
+    #[error(transparent)]
+    Store(#[from] StoreError),
+    /// The master key.
+    #[error(transparent)]
+    Key(#[from] KeyStoreError),
+    /// A certificate.
+    #[error(transparent)]
+    Authority(#[from] AuthorityError),
+    /// A key that is none.
+    #[error("the provider's own {0} key can't be read")]
+    OwnKey(&'static str),
+    /// No memory for keys.
+    #[error("no protected memory for keys")]
+    Memory(#[from] secretmem::SecretError),
+    /// No name.
+    #[error("a provider needs 1 to 16 names: DNS names or addresses under which hosts reach it")]
+    Names,
+}
+
+impl SigningKey {
+    fn random() -> Result<Self, ProviderError> {
+        Self::from_seed(Secret::random()?)
+    }
+
+    fn from_seed(seed: Secret<32>) -> Result<Self, ProviderError> {
+        let pair = Ed25519KeyPair::from_seed_unchecked(seed.expose()).map_err(|_| ProviderError::OwnKey("signing"))?;
+        let public = pair.public_key().as_ref().try_into().map_err(|_| ProviderError::OwnKey("signing"))?;
+        Ok(Self { seed, public })
+    }
+}
+
+impl Provider {
+    /// Path of the database in a provider's folder.
+    pub fn database_path(dir: &Path) -> PathBuf {
+        dir.join("keys.db")
+    }
+
+    /// Path of the master key in a provider's folder.
+    pub fn master_path(dir: &Path) -> PathBuf {
+        dir.join("master.key")
+    }
+
+    /// Makes a new provider called `names` in `dir`: authorities, keys, an empty database.
+    pub async fn create(dir: &Path, names: &[String]) -> Result<Self, ProviderError> {
+        check_names(names)?;
+        let folder = |e: std::io::Error| ProviderError::Folder(dir.to_owned(), e);
+        std::fs::create_dir_all(dir).map_err(folder)?;
+        rustix::fs::chmod(dir, Mode::RWXU).map_err(|e| folder(e.into()))?;
+        let lock = lock(dir)?;
+        for path in [Self::database_path(dir), Self::master_path(dir)] {
+            if path.exists() {
+                return Err(ProviderError::Exists(path));
+            }
+        }
+        let keys = FileKeyStore::create(&Self::master_path(dir))?;
+        let db = Database::open(&Self::database_path(dir), true).await?;
+        Self::fill(&db, &keys, names).await?;
+        Self::with(dir, lock, Box::new(keys), db).await
+    }
+
+    /// Opens the provider in `dir`.
+    pub async fn open(dir: &Path) -> Result<Self, ProviderError> {
+        for path in [Self::database_path(dir), Self::master_path(dir)] {
+            if !path.exists() {
+                return Err(ProviderError::Missing(path));
+            }
+        }
+        let lock = lock(dir)?;
+        let keys = FileKeyStore::open(&Self::master_path(dir))?;
+        let db = Database::open(&Self::database_path(dir), false).await?;
+        Self::with(dir, lock, Box::new(keys), db).await
+    }
+
+    async fn fill(db: &Database, keys: &dyn KeyStore, names: &[String]) -> Result<(), ProviderError> {
+        let now_us = Clock::start(0).now_us();
+        let mut tx = db.write().await?;
+        for (name, title) in [("authority", AUTHORITY), ("admin-authority", ADMIN_AUTHORITY)] {
+            let (authority, secret) = Authority::create(title, now_us)?;
+            let wrapped = keys.wrap(KeyLabel::Provider(name), secret.expose())?;
+            store::add_provider_key(&mut tx, name, &wrapped, authority.certificate()).await?;
+        }
+        for name in ["audit", "directive"] {
+            let key = SigningKey::random()?;
+            let wrapped = keys.wrap(KeyLabel::Provider(name), key.seed.expose())?;
+            store::add_provider_key(&mut tx, name, &wrapped, &key.public).await?;
+        }
+        store::set_meta(&mut tx, "names", &names.join(",")).await?;
+        tx.commit().await.map_err(StoreError::from)?;
+        Ok(())
+    }
+
+    async fn with(dir: &Path, lock: OwnedFd, keys: Box<dyn KeyStore>, db: Database) -> Result<Self, ProviderError> {
+        let mut reader = db.read().await?;
+        let names = store::meta(&mut reader, "names").await?.ok_or(StoreError::Damaged("set of names"))?;
+        let names: Vec<String> = names.split(',').map(str::to_owned).collect();
+        check_names(&names)?;
+        let clock = Clock::start(store::latest_us(&mut reader).await?);
+        let unwrap = async |reader: &mut sqlx::SqliteConnection, name: &'static str| {
+            let (wrapped, public) = store::provider_key(reader, name).await?;
+            let key = keys.unwrap(KeyLabel::Provider(name), &wrapped)?;
+            Ok::<(SecretBuf, Vec<u8>), ProviderError>((key, public))
+        };
+        let (key, certificate) = unwrap(&mut reader, "authority").await?;
+        let authority = Authority::open(AUTHORITY, &certificate, &key)?;
+        let (key, certificate) = unwrap(&mut reader, "admin-authority").await?;
+        let admin_authority = Authority::open(ADMIN_AUTHORITY, &certificate, &key)?;
+        let mut signing = Vec::new();
+        for name in ["audit", "directive"] {
+            let (wrapped, public) = store::provider_key(&mut reader, name).await?;
+            let key = SigningKey::from_seed(keys.unwrap_32(KeyLabel::Provider(name), &wrapped)?)?;
+            if key.public[..] != public[..] {
+                return Err(ProviderError::OwnKey(name));
+            }
+            signing.push(key);
+        }
+        drop(reader);
+        let directive_key = signing.pop().ok_or(ProviderError::OwnKey("directive"))?;
+        let audit_key = signing.pop().ok_or(ProviderError::OwnKey("audit"))?;
+        let spki = spki_of(authority.certificate()).ok_or(ProviderError::OwnKey("authority"))?;
+        Ok(Self {
+            db,
+            keys,
+            clock,
+            names,
+            pin: Digest::of(&spki),
+            authority,
+            admin_authority,
+            audit_key,
+            directive_key,
+            challenges: Challenges::default(),
+            rules: RulesCache::default(),
+            refusals: Refusals::default(),
+            dir: dir.to_owned(),
+            _lock: lock,
+        })
+    }
+
+    /// Origin line of a customer's audit log.
+    pub fn audit_origin(&self, customer: &CustomerId) -> String {
+        format!("{}/{customer}", self.names[0])
+    }
+
+    /// What the VM files of a customer seal as trust roots.
+    pub fn trust(&self, customer: &Customer) -> TrustView {
+        TrustView {
+            trust: TrustRoots {
+                policy_key: customer.policy_key[..].into(),
+                directive_key: self.directive_key.public[..].into(),
+                audit_origin: self.audit_origin(&customer.id),
+                audit_key: self.audit_key.public[..].into(),
+            },
+            pin: self.pin,
+        }
+    }
+}
+
+fn check_names(names: &[String]) -> Result<(), ProviderError> {
+    let good = |n: &String| !n.is_empty() && n.len() <= 253 && !n.contains([',', '/', ' ', '\n']);
+    if (1..=16).contains(&names.len()) && names.iter().all(good) { Ok(()) } else { Err(ProviderError::Names) }
+}
+
+/// Takes the folder's lock for as long as the descriptor lives.
+pub fn lock(dir: &Path) -> Result<OwnedFd, ProviderError> {
+    let path = dir.join("lock");
+    let failed = |e: rustix::io::Errno| ProviderError::Folder(path.clone(), e.into());
+    let flags = OFlags::RDWR | OFlags::CREATE | OFlags::CLOEXEC | OFlags::NOFOLLOW;
+    let fd = rustix::fs::open(&path, flags, Mode::RUSR | Mode::WUSR).map_err(failed)?;
+    match rustix::fs::flock(&fd, FlockOperation::NonBlockingLockExclusive) {
+        Ok(()) => Ok(fd),
+        Err(rustix::io::Errno::WOULDBLOCK) => Err(ProviderError::Busy(dir.to_owned())),
+        Err(error) => Err(failed(error)),
+    }
+}

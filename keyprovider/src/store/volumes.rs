@@ -1,0 +1,265 @@
+//! Volumes: their key-encryption keys, anchors and open numbers, and who holds them.
+
+use super::{StoreError, key_column, key_id, label, new_key_id, number, time_column};
+use policy::{CustomerId, Digest, InstanceNumber, KeyId, OpenNumber, VmId, VolumeAnchor, VolumeId};
+use sqlx::SqliteConnection;
+
+/// A volume.
+#[derive(Debug, Clone)]
+pub struct Volume {
+    /// Its id.
+    pub id: VolumeId,
+    /// Whose it is.
+    pub customer: CustomerId,
+    /// What the customer calls it.
+    pub name: String,
+    /// Its key-encryption key's id.
+    pub kek_id: KeyId,
+    /// Its key-encryption key, wrapped.
+    pub kek_wrapped: Vec<u8>,
+    /// The id for new writes, once one was issued.
+    pub key_id: Option<KeyId>,
+    /// The number of its next opening.
+    pub next_open: u64,
+    /// Its newest anchor.
+    pub anchor: Option<VolumeAnchor>,
+    /// Whether an administrator has to confirm the anchor first.
+    pub unconfirmed: bool,
+}
+
+/// Who holds a volume.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum HolderKind {
+    /// An instance of a VM.
+    Instance(VmId, InstanceNumber),
+    /// A session of the customer's tool.
+    Session([u8; 16]),
+}
+
+/// A volume's holder.
+#[derive(Debug, Clone)]
+pub struct Holder {
+    /// Who.
+    pub kind: HolderKind,
+    /// SHA-256 of its client key.
+    pub client_key: Digest,
+    /// The number of this opening.
+    pub open_number: OpenNumber,
+    /// When its lease ends.
+    pub until_us: u64,
+}
+
+type VolumeRow = (Vec<u8>, String, String, i64, Vec<u8>, Option<i64>, i64, Option<Vec<u8>>, bool);
+
+fn read((id, customer, name, kek, wrapped, key, next, anchor, unconfirmed): VolumeRow) -> Result<Volume, StoreError> {
+    Ok(Volume {
+        id: VolumeId(id.try_into().map_err(|_| StoreError::Damaged("volume id"))?),
+        customer: label(&customer, "customer")?,
+        name,
+        kek_id: key_id(kek),
+        kek_wrapped: wrapped,
+        key_id: key.map(key_id),
+        next_open: number(next),
+        anchor: anchor
+            .map(|a| VolumeAnchor::from_bytes(&a).map_err(|_| StoreError::Damaged("volume anchor")))
+            .transpose()?,
+        unconfirmed,
+    })
+}
+
+/// Creates a volume; false where the customer has one of that name.
+pub async fn create(c: &mut SqliteConnection, volume: &Volume, now_us: u64) -> Result<bool, StoreError> {
+    let done = sqlx::query(
+        "INSERT OR IGNORE INTO volumes (id, customer, name, kek_id, kek_wrapped, created_us) VALUES (?, ?, ?, ?, ?, ?)",
+    )
+    .bind(&volume.id.0[..])
+    .bind(volume.customer.as_str())
+    .bind(&volume.name)
+    .bind(key_column(volume.kek_id))
+    .bind(&volume.kek_wrapped)
+    .bind(time_column(now_us))
+    .execute(c)
+    .await?;
+    Ok(done.rows_affected() == 1)
+}
+
+/// A customer's volume by id.
+pub async fn by_id(
+    c: &mut SqliteConnection,
+    customer: &CustomerId,
+    id: &VolumeId,
+) -> Result<Option<Volume>, StoreError> {
+    let row: Option<VolumeRow> = sqlx::query_as(
+        "SELECT id, customer, name, kek_id, kek_wrapped, key_id, next_open, anchor, unconfirmed FROM volumes
+         WHERE customer = ? AND id = ?",
+    )
+    .bind(customer.as_str())
+    .bind(&id.0[..])
+    .fetch_optional(c)
+    .await?;
+    row.map(read).transpose()
+}
+
+/// A customer's volume by name.
+pub async fn by_name(
+    c: &mut SqliteConnection,
+    customer: &CustomerId,
+    name: &str,
+) -> Result<Option<Volume>, StoreError> {
+    let row: Option<VolumeRow> = sqlx::query_as(
+        "SELECT id, customer, name, kek_id, kek_wrapped, key_id, next_open, anchor, unconfirmed FROM volumes
+         WHERE customer = ? AND name = ?",
+    )
+    .bind(customer.as_str())
+    .bind(name)
+    .fetch_optional(c)
+    .await?;
+    row.map(read).transpose()
+}
+
+/// Every volume of a customer.
+pub async fn list(c: &mut SqliteConnection, customer: &CustomerId) -> Result<Vec<Volume>, StoreError> {
+    let rows: Vec<VolumeRow> = sqlx::query_as(
+        "SELECT id, customer, name, kek_id, kek_wrapped, key_id, next_open, anchor, unconfirmed FROM volumes
+         WHERE customer = ? ORDER BY name",
+    )
+    .bind(customer.as_str())
+    .fetch_all(c)
+    .await?;
+    rows.into_iter().map(read).collect()
+}
+
+/// Takes the next open number of a volume. It is spent when the transaction commits, whatever becomes of the opening.
+pub async fn next_open(c: &mut SqliteConnection, volume: &Volume) -> Result<OpenNumber, StoreError> {
+    let issued: (i64,) =
+        sqlx::query_as("UPDATE volumes SET next_open = next_open + 1 WHERE id = ? RETURNING next_open - 1")
+            .bind(&volume.id.0[..])
+            .fetch_one(c)
+            .await?;
+    OpenNumber::try_from(number(issued.0)).map_err(|_| StoreError::Exhausted("the volume's open number"))
+}
+
+/// Raises the next open number above `least`.
+pub async fn raise_open(c: &mut SqliteConnection, volume: &Volume, least: u64) -> Result<(), StoreError> {
+    sqlx::query("UPDATE volumes SET next_open = max(next_open, ?) WHERE id = ?")
+        .bind(time_column(least))
+        .bind(&volume.id.0[..])
+        .execute(c)
+        .await?;
+    Ok(())
+}
+
+/// Issues a fresh key id for new writes.
+pub async fn new_write_key(c: &mut SqliteConnection, volume: &Volume) -> Result<KeyId, StoreError> {
+    let id = new_key_id(c).await?;
+    sqlx::query("UPDATE volumes SET key_id = ? WHERE id = ?")
+        .bind(key_column(id))
+        .bind(&volume.id.0[..])
+        .execute(c)
+        .await?;
+    Ok(id)
+}
+
+/// Keeps a newer anchor.
+pub async fn set_anchor(c: &mut SqliteConnection, volume: &VolumeId, anchor: &VolumeAnchor) -> Result<(), StoreError> {
+    sqlx::query("UPDATE volumes SET anchor = ? WHERE id = ?")
+        .bind(&anchor.as_bytes()[..])
+        .bind(&volume.0[..])
+        .execute(c)
+        .await?;
+    Ok(())
+}
+
+/// Takes note that an administrator confirmed the anchor.
+pub async fn confirm(c: &mut SqliteConnection, volume: &Volume) -> Result<(), StoreError> {
+    sqlx::query("UPDATE volumes SET unconfirmed = 0 WHERE id = ?").bind(&volume.id.0[..]).execute(c).await?;
+    Ok(())
+}
+
+/// Who holds a volume, also where its lease is past.
+pub async fn holder(c: &mut SqliteConnection, volume: &VolumeId) -> Result<Option<Holder>, StoreError> {
+    type Row = (Option<String>, Option<i64>, Option<Vec<u8>>, Vec<u8>, i64, i64);
+    let row: Option<Row> =
+        sqlx::query_as("SELECT vm, instance, session, client_key, open_number, until_us FROM holders WHERE volume = ?")
+            .bind(&volume.0[..])
+            .fetch_optional(c)
+            .await?;
+    row.map(|(vm, instance, session, client_key, open, until)| {
+        let kind = match (vm, instance, session) {
+            (Some(vm), Some(instance), None) => {
+                let number = InstanceNumber::try_from(number(instance));
+                HolderKind::Instance(label(&vm, "VM")?, number.map_err(|_| StoreError::Damaged("instance number"))?)
+            }
+            (None, None, Some(session)) => {
+                HolderKind::Session(session.try_into().map_err(|_| StoreError::Damaged("session id"))?)
+            }
+            _ => return Err(StoreError::Damaged("holder")),
+        };
+        Ok(Holder {
+            kind,
+            client_key: super::digest(&client_key, "client key")?,
+            open_number: OpenNumber::try_from(number(open)).map_err(|_| StoreError::Damaged("open number"))?,
+            until_us: number(until),
+        })
+    })
+    .transpose()
+}
+
+/// Gives a volume to a holder, in place of whoever had it.
+pub async fn hold(c: &mut SqliteConnection, volume: &VolumeId, holder: &Holder) -> Result<(), StoreError> {
+    let (vm, instance, session) = match &holder.kind {
+        HolderKind::Instance(vm, number) => (Some(vm.as_str()), Some(time_column(number.get())), None),
+        HolderKind::Session(id) => (None, None, Some(&id[..])),
+    };
+    sqlx::query(
+        "INSERT OR REPLACE INTO holders (volume, vm, instance, session, client_key, open_number, until_us)
+         VALUES (?, ?, ?, ?, ?, ?, ?)",
+    )
+    .bind(&volume.0[..])
+    .bind(vm)
+    .bind(instance)
+    .bind(session)
+    .bind(&holder.client_key.as_bytes()[..])
+    .bind(i64::from(holder.open_number.get()))
+    .bind(time_column(holder.until_us))
+    .execute(c)
+    .await?;
+    Ok(())
+}
+
+/// Frees a volume.
+pub async fn free(c: &mut SqliteConnection, volume: &VolumeId) -> Result<(), StoreError> {
+    sqlx::query("DELETE FROM holders WHERE volume = ?").bind(&volume.0[..]).execute(c).await?;
+    Ok(())
+}
+
+/// Frees every volume that an instance of this VM holds.
+pub async fn free_all(c: &mut SqliteConnection, customer: &CustomerId, vm: &VmId) -> Result<(), StoreError> {
+    sqlx::query("DELETE FROM holders WHERE vm = ? AND volume IN (SELECT id FROM volumes WHERE customer = ?)")
+        .bind(vm.as_str())
+        .bind(customer.as_str())
+        .execute(c)
+        .await?;
+    Ok(())
+}
+
+/// Extends the lease of every volume that this instance holds.
+pub async fn extend_all(
+    c: &mut SqliteConnection,
+    customer: &CustomerId,
+    vm: &VmId,
+    instance: InstanceNumber,
+    until_us: u64,
+) -> Result<(), StoreError> {
+    sqlx::query(
+        "UPDATE holders SET until_us = max(until_us, ?)
+         WHERE vm = ? AND instance = ? AND volume IN (SELECT id FROM volumes WHERE customer = ?)",
+    )
+    .bind(time_column(until_us))
+    .bind(vm.as_str())
+    .bind(time_column(instance.get()))
+    .bind(customer.as_str())
+    .execute(c)
+    .await?;
+    Ok(())
+}
