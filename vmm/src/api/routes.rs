@@ -1,0 +1,94 @@
+//! Paths and bodies: from a request to an operation, and from its outcome to an answer.
+
+use super::http::{Method, Request};
+use crate::operations::{OperationError, Operations};
+use policy::Operation;
+use serde_json::{Value, json};
+use std::fs::File;
+use std::os::fd::OwnedFd;
+
+/// The answer to `request`: status and JSON body.
+pub(super) fn route(
+    request: &Request,
+    descriptor: Option<OwnedFd>,
+    operations: Option<&Operations>,
+) -> (u16, Option<String>) {
+    let path = request.path.strip_prefix("/api/v1/").unwrap_or_default();
+    match (request.method, path) {
+        (Method::Get, "vmm.ping") => ok(&ping()),
+        (Method::Get, "vm.info") => ok(&operations.map_or_else(|| json!({ "state": "Created" }), Operations::info)),
+        (Method::Get, "vm.counters") => ok(&operations.map_or_else(|| json!({}), Operations::counters)),
+        (Method::Get, "fealty/status") => ok(&operations.map_or_else(starting, Operations::status)),
+        (Method::Put, path) => match operation(path) {
+            None => refused(404, "this VM has no such operation"),
+            Some(_) if operations.is_none() => refused(409, "the VM does not run yet"),
+            Some(operation) => perform(operation, descriptor, operations),
+        },
+        _ => refused(404, "there is nothing here; see the control socket's paths in the manual"),
+    }
+}
+
+fn operation(path: &str) -> Option<Result<Operation, &'static str>> {
+    match path {
+        "vm.pause" => Some(Ok(Operation::Pause)),
+        "vm.resume" => Some(Ok(Operation::Resume)),
+        "vm.power-button" => Some(Ok(Operation::PowerButton)),
+        "vm.shutdown" | "vmm.shutdown" => Some(Ok(Operation::Shutdown)),
+        "fealty/vm.coredump" => Some(Ok(Operation::CoreDump)),
+        "vm.coredump" => Some(Err(
+            "this process opens no paths: a core dump goes into a descriptor, by PUT /api/v1/fealty/vm.coredump (fealty ctl)",
+        )),
+        _ => None,
+    }
+}
+
+fn perform(
+    operation: Result<Operation, &'static str>,
+    descriptor: Option<OwnedFd>,
+    operations: Option<&Operations>,
+) -> (u16, Option<String>) {
+    let Some(operations) = operations else { return refused(409, "the VM does not run yet") };
+    match (operation, descriptor) {
+        (Err(why), _) => refused(400, why),
+        (Ok(Operation::CoreDump), None) => refused(400, "a core dump needs a descriptor beside its request"),
+        (Ok(Operation::CoreDump), Some(to)) => match operations.core_dump(File::from(to)) {
+            Ok(done) => ok(&json!({ "attestation": done.attestation, "bytes": done.bytes, "tag": done.tag })),
+            Err(error) => failed(&error),
+        },
+        (Ok(operation), _) => match operations.free(operation) {
+            Ok(()) => (204, None),
+            Err(error) => failed(&error),
+        },
+    }
+}
+
+fn ping() -> Value {
+    json!({
+        "build_version": env!("CARGO_PKG_VERSION"),
+        "version": env!("CARGO_PKG_VERSION"),
+        "pid": std::process::id(),
+        "features": ["fealty"],
+    })
+}
+
+fn starting() -> Value {
+    json!({ "state": "starting" })
+}
+
+fn ok(body: &Value) -> (u16, Option<String>) {
+    (200, Some(body.to_string()))
+}
+
+fn refused(status: u16, why: &str) -> (u16, Option<String>) {
+    (status, Some(problem(status, why)))
+}
+
+fn failed(error: &OperationError) -> (u16, Option<String>) {
+    let status = error.status();
+    refused(status, &crate::exit::one_line(&crate::exit::chain(error)))
+}
+
+/// A problem document.
+pub(super) fn problem(status: u16, title: &str) -> String {
+    json!({ "type": "about:blank", "title": title, "status": status }).to_string()
+}

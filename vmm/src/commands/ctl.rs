@@ -1,0 +1,163 @@
+//! `fealty ctl`: operations on a running VM, through its control socket.
+
+use crate::api::http;
+use crate::exit::{Exit, Failure, one_line};
+use crate::sandbox::{Filter, close_inherited, close_thread, descriptors};
+use clap::Subcommand;
+use serde_json::Value;
+use std::fs::{File, OpenOptions};
+use std::os::fd::AsFd;
+use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+/// The longest answer, in bytes.
+const ANSWER_LIMIT: usize = 256 * 1024;
+
+/// How long an answer may take: a core dump of a large guest takes its time.
+const PATIENCE: Duration = Duration::from_secs(3600);
+
+/// What to do.
+#[derive(Subcommand, Clone, Debug)]
+pub enum Action {
+    /// Show what the VM is and how it stands
+    Info,
+    /// Pause the VM
+    Pause,
+    /// Let the VM go on after a pause
+    Resume,
+    /// Press the power button
+    PowerButton,
+    /// End the VM at once, its volumes flushed
+    Shutdown,
+    /// Write a core dump, sealed for the customer; needs the customer's permission
+    Coredump {
+        /// The file to make
+        #[arg(long)]
+        out: PathBuf,
+    },
+}
+
+/// Does `action` on the VM behind `socket`.
+pub fn run(socket: &Path, action: &Action, json: bool) -> Result<Exit, Failure> {
+    close_inherited().map_err(|e| Failure::of(Exit::Host, &e))?;
+    let stream = connect(socket)?;
+    let out = match action {
+        Action::Coredump { out } => Some((out, create(out)?)),
+        _ => None,
+    };
+    close_thread(Filter::Ctl).map_err(|e| Failure::of(Exit::Host, &e))?;
+    let mut talk = Talk { stream };
+    match action {
+        Action::Info => {
+            let info = talk.ask("GET", "vm.info", None)?;
+            let status = talk.ask("GET", "fealty/status", None)?;
+            let counters = talk.ask("GET", "vm.counters", None)?;
+            let all = serde_json::json!({ "info": info, "status": status, "counters": counters });
+            print(if json { all.to_string() } else { for_people(&all) });
+        }
+        Action::Pause => talk.done("vm.pause", "paused", json)?,
+        Action::Resume => talk.done("vm.resume", "running", json)?,
+        Action::PowerButton => talk.done("vm.power-button", "power button pressed", json)?,
+        Action::Shutdown => talk.done("vm.shutdown", "ending", json)?,
+        Action::Coredump { .. } => {
+            let Some((path, file)) = out else { return Ok(Exit::Internal) };
+            let done = talk.ask("PUT", "fealty/vm.coredump", Some(&file))?;
+            let bytes = done["bytes"].as_u64().unwrap_or_default();
+            print(if json {
+                done.to_string()
+            } else {
+                format!("{bytes} bytes, sealed: {} (the customer opens it with fealty-keys dump open)", path.display())
+            });
+        }
+    }
+    Ok(Exit::Done)
+}
+
+fn connect(socket: &Path) -> Result<UnixStream, Failure> {
+    let bad = |e: std::io::Error| {
+        Failure::new(
+            Exit::Host,
+            format!("no VM answers at {}: {e}; give the path that --api-socket named", socket.display()),
+        )
+    };
+    let stream = UnixStream::connect(socket).map_err(bad)?;
+    stream.set_read_timeout(Some(PATIENCE)).map_err(bad)?;
+    Ok(stream)
+}
+
+fn create(path: &Path) -> Result<File, Failure> {
+    OpenOptions::new().write(true).create_new(true).mode(0o600).open(path).map_err(|e| {
+        Failure::new(Exit::Host, format!("cannot make {}: {e}; an existing file is never overwritten", path.display()))
+    })
+}
+
+struct Talk {
+    stream: UnixStream,
+}
+
+impl Talk {
+    fn done(&mut self, path: &str, said: &str, json: bool) -> Result<(), Failure> {
+        self.ask("PUT", path, None)?;
+        print(if json { serde_json::json!({ "done": said }).to_string() } else { said.into() });
+        Ok(())
+    }
+
+    /// Sends one request; its answer's body, `null` where it has none.
+    fn ask(&mut self, method: &str, path: &str, descriptor: Option<&File>) -> Result<Value, Failure> {
+        let request = format!("{method} /api/v1/{path} HTTP/1.1\r\nHost: vm\r\nContent-Length: 0\r\n\r\n");
+        let gone = |e: std::io::Error| Failure::new(Exit::Host, format!("the VM process does not answer: {e}"));
+        let descriptor = descriptor.map(AsFd::as_fd);
+        descriptors::send(self.stream.as_fd(), request.as_bytes(), descriptor).map_err(gone)?;
+        let mut bytes = Vec::new();
+        let mut piece = [0; 4096];
+        let (status, body) = loop {
+            if let Some(answer) = http::parse_answer(&bytes).map_err(|e| Failure::of(Exit::Host, &e))? {
+                break answer;
+            }
+            let (length, _) = descriptors::receive(self.stream.as_fd(), &mut piece).map_err(gone)?;
+            if length == 0 || bytes.len() + length > ANSWER_LIMIT {
+                return Err(gone(std::io::ErrorKind::UnexpectedEof.into()));
+            }
+            bytes.extend_from_slice(&piece[..length]);
+        };
+        let body: Value = serde_json::from_slice(&body).unwrap_or_default();
+        if status < 400 {
+            return Ok(body);
+        }
+        let title = body["title"].as_str().unwrap_or("the VM process refused");
+        let exit = if status >= 500 { Exit::Unreachable } else { Exit::Refused };
+        Err(Failure::new(exit, title))
+    }
+}
+
+fn for_people(all: &Value) -> String {
+    let status = &all["status"];
+    let text = |value: &Value| value.as_str().map_or_else(|| value.to_string(), str::to_owned);
+    let config = &all["info"]["config"];
+    let mut lines = vec![format!("state: {} ({})", text(&all["info"]["state"]), text(&status["state"]))];
+    if config.is_object() {
+        let memory = config["memory"]["size"].as_u64().unwrap_or_default() >> 20;
+        lines.push(format!("machine: {} vCPUs, {memory} MiB", config["cpus"]["boot_vcpus"]));
+        for disk in config["disks"].as_array().into_iter().flatten() {
+            let readonly = if disk["readonly"] == true { ", read only" } else { "" };
+            lines.push(format!("disk: {}{readonly}", text(&disk["id"])));
+        }
+    }
+    if status["protected"] == true {
+        lines.push(format!("instance: {} of {}", status["instance"], text(&status["vm"])));
+        lines.push(format!("lease: {} s left", status["lease_left_seconds"]));
+        lines.push(format!("reports that wait: {}", status["reports_waiting"]));
+    } else if status["protected"] == false {
+        lines.push("unprotected: no key provider".into());
+    }
+    lines.join("\n")
+}
+
+fn print(text: String) {
+    use std::io::Write;
+    let lines: Vec<_> = text.lines().map(one_line).collect();
+    // Whoever closed standard output does not want it.
+    let _ = std::io::stdout().write_all((lines.join("\n") + "\n").as_bytes());
+}

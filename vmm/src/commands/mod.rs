@@ -1,0 +1,4 @@
+//! The other commands: `fealty attest` and `fealty ctl`.
+
+pub mod attest;
+pub mod ctl;

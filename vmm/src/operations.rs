@@ -1,0 +1,221 @@
+//! Operations on a running VM, wherever they come from: first whether they may be done, then the act, then the report.
+//!
+//! Free ones are done and reported; restricted ones ask the provider first, whose answer brings what they need. Where no
+//! more reports fit, nothing is done.
+
+use crate::dump;
+use crate::exit::Failure;
+use crate::helm::{Helm, Hold};
+use crate::lease::boottime_ms;
+use crate::post::{Message, Post};
+use crate::provider::{Link, OutboxFull};
+use attest::protocol::KeyName;
+use policy::operation::{OperationClass, OperationRequest};
+use policy::report::ReportEvent;
+use policy::{InstanceNumber, Operation};
+use serde_json::{Value, json};
+use std::fs::File;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+/// What the operator may know of the machine: nothing that is sealed.
+#[derive(Clone, Debug)]
+pub struct Facts {
+    /// The VM's name; of an unprotected one, none.
+    pub name: Option<String>,
+    /// vCPUs.
+    pub vcpus: u8,
+    /// Memory in bytes.
+    pub memory: u64,
+    /// Disks: name, size in bytes, whether read only.
+    pub disks: Vec<(String, u64, bool)>,
+}
+
+/// The provider's side of a protected VM.
+pub struct Protected {
+    /// The way to the provider.
+    pub link: Link,
+    /// The instance.
+    pub instance: InstanceNumber,
+    /// End of the lease, boot-time milliseconds; the watching thread keeps it.
+    pub lease_end_ms: AtomicU64,
+}
+
+/// Operations on one VM.
+pub struct Operations {
+    helm: Arc<Helm>,
+    facts: Facts,
+    post: Post,
+    protected: Option<Arc<Protected>>,
+}
+
+/// What became of a core dump.
+pub struct Dumped {
+    /// The attestation that permitted it.
+    pub attestation: String,
+    /// Bytes written.
+    pub bytes: u64,
+    /// The sealed stream's final tag, in hex: also in the audit log.
+    pub tag: String,
+}
+
+/// Why an operation was not done.
+#[derive(Debug, thiserror::Error)]
+pub enum OperationError {
+    /// It makes no sense now.
+    #[error("{0}")]
+    State(String),
+    /// Its report would find no room.
+    #[error(transparent)]
+    Full(#[from] OutboxFull),
+    /// The provider did not permit it.
+    #[error("not permitted: {0}")]
+    Refused(Failure),
+    /// It needs a provider, and this VM has none.
+    #[error("{0} needs a key provider's permission, and an unprotected VM has no provider")]
+    Unprotected(Operation),
+    /// It was begun and failed.
+    #[error("the core dump failed")]
+    Dump(#[from] dump::DumpError),
+}
+
+impl OperationError {
+    /// The HTTP status of its answer.
+    pub fn status(&self) -> u16 {
+        match self {
+            Self::State(_) | Self::Unprotected(_) => 409,
+            Self::Refused(failure) if failure.exit == crate::exit::Exit::Refused => 403,
+            Self::Refused(_) | Self::Full(_) => 503,
+            Self::Dump(_) => 500,
+        }
+    }
+}
+
+impl Operations {
+    /// Operations on the VM at `helm`.
+    pub fn new(helm: Arc<Helm>, facts: Facts, post: Post, protected: Option<Arc<Protected>>) -> Self {
+        Self { helm, facts, post, protected }
+    }
+
+    /// `vm.info`, in Cloud Hypervisor's shape.
+    pub fn info(&self) -> Value {
+        let (held, _) = self.helm.state();
+        let disks: Vec<_> =
+            self.facts.disks.iter().map(|(id, _, readonly)| json!({ "id": id, "readonly": readonly })).collect();
+        json!({
+            "config": {
+                "cpus": { "boot_vcpus": self.facts.vcpus, "max_vcpus": self.facts.vcpus },
+                "memory": { "size": self.facts.memory },
+                "payload": {},
+                "disks": disks,
+            },
+            "state": if held { "Paused" } else { "Running" },
+            "memory_actual_size": self.facts.memory,
+        })
+    }
+
+    /// `vm.counters`: by device.
+    pub fn counters(&self) -> Value {
+        serde_json::to_value(self.helm.running().counters()).unwrap_or_default()
+    }
+
+    /// What is fealty's own: lease, holds, reports that wait.
+    pub fn status(&self) -> Value {
+        let (_, state) = self.helm.state();
+        let mut status = json!({ "state": state, "protected": self.protected.is_some() });
+        if let Some(protected) = &self.protected {
+            let left = protected.lease_end_ms.load(Ordering::SeqCst).saturating_sub(boottime_ms());
+            let (reports, _) = protected.link.waiting();
+            status["vm"] = json!(self.facts.name);
+            status["instance"] = json!(protected.instance);
+            status["lease_left_seconds"] = json!(left / 1000);
+            status["reports_waiting"] = json!(reports);
+        }
+        status
+    }
+
+    /// One line for people.
+    pub fn status_line(&self) -> String {
+        let (_, state) = self.helm.state();
+        let size = self.facts.memory >> 20;
+        let machine = format!("{state}, {} vCPUs, {size} MiB, {} disks", self.facts.vcpus, self.facts.disks.len());
+        match &self.protected {
+            None => format!("{machine}, unprotected"),
+            Some(protected) => {
+                let left = protected.lease_end_ms.load(Ordering::SeqCst).saturating_sub(boottime_ms()) / 1000;
+                let (reports, _) = protected.link.waiting();
+                let name = self.facts.name.as_deref().unwrap_or_default();
+                format!("{name} instance {}: {machine}, lease {left} s, {reports} reports wait", protected.instance)
+            }
+        }
+    }
+
+    /// Does a free operation and reports it.
+    pub fn free(&self, operation: Operation) -> Result<(), OperationError> {
+        if operation.class() != OperationClass::Free {
+            return Err(OperationError::State(format!("{operation} is not free")));
+        }
+        self.room()?;
+        match operation {
+            Operation::Pause => {
+                if !self.helm.hold(Hold::Operator) {
+                    return Err(OperationError::State("the VM is paused already".into()));
+                }
+            }
+            Operation::Resume => self.resume()?,
+            Operation::PowerButton => self.helm.running().power_button(),
+            Operation::Shutdown => self.post.put(Message::Shutdown),
+            _ => {}
+        }
+        self.report(ReportEvent::Operation { operation });
+        Ok(())
+    }
+
+    fn resume(&self) -> Result<(), OperationError> {
+        let released = self.helm.release(Hold::Operator);
+        match self.helm.state() {
+            (true, why) if !released => Err(OperationError::State(format!("the VM is {why}"))),
+            _ if released => Ok(()),
+            _ => Err(OperationError::State("the VM is not paused".into())),
+        }
+    }
+
+    /// Writes a sealed core dump to `to`: asks the provider, whose answer brings the key, and reports the outcome.
+    pub fn core_dump(&self, to: File) -> Result<Dumped, OperationError> {
+        let Some(protected) = &self.protected else {
+            return Err(OperationError::Unprotected(Operation::CoreDump));
+        };
+        self.room()?;
+        let mut request = OperationRequest::plain(Operation::CoreDump);
+        request.parameters.insert("memory".into(), self.facts.memory.to_string());
+        request.parameters.insert("vcpus".into(), self.facts.vcpus.to_string());
+        let opened = protected.link.attest(request).map_err(OperationError::Refused)?;
+        let attestation = opened.release.attestation;
+        let stream = |name: &KeyName| matches!(name, KeyName::Stream(_));
+        let key = opened.release.keys.iter().zip(&opened.keys).find(|(name, _)| stream(name));
+        self.helm.hold(Hold::Dump);
+        let outcome = match key {
+            Some((KeyName::Stream(id), key)) => dump::write(self.helm.running(), to, *id, key, &opened.release),
+            _ => Err(dump::DumpError::NoKey),
+        };
+        self.helm.release(Hold::Dump);
+        let detail = match &outcome {
+            Ok(written) => written.tag.clone(),
+            Err(error) => crate::exit::chain(error),
+        };
+        let operation = Operation::CoreDump;
+        self.report(ReportEvent::Outcome { attestation, operation, done: outcome.is_ok(), detail });
+        let written = outcome?;
+        Ok(Dumped { attestation: attestation.to_string(), bytes: written.bytes, tag: written.tag })
+    }
+
+    fn room(&self) -> Result<(), OutboxFull> {
+        self.protected.as_ref().map_or(Ok(()), |p| p.link.room())
+    }
+
+    fn report(&self, event: ReportEvent) {
+        if let Some(protected) = &self.protected {
+            protected.link.report(event);
+        }
+    }
+}

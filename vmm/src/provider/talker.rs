@@ -1,0 +1,244 @@
+//! What the talking thread does: one thing at a time, what others wait for first.
+
+use super::timing::{Backoff, jitter};
+use super::{AnchorAnswer, Job, Renewal, Shared};
+use crate::exit::{Exit, Failure, chain};
+use crate::lease::boottime_ms;
+use crate::post::{Message, Post};
+use crate::sandbox::{Filter, close_thread};
+use crate::steps::Steps;
+use attest::client::{ClientError, ProviderClient};
+use attest::flow::{Attester, OpenedRelease};
+use attest::protocol::{AnchorUpdate, ProblemType};
+use policy::operation::OperationRequest;
+use policy::{InstanceNumber, LeaseTerms, Operation, VolumeAnchor};
+use std::sync::atomic::Ordering;
+use std::sync::mpsc::{Receiver, RecvTimeoutError};
+use std::time::Duration;
+
+/// How often a client thread that has nothing to do looks at the clock, which runs on while the host sleeps.
+const LOOK: Duration = Duration::from_secs(60);
+
+/// Who is to be talked to, and as whom.
+pub struct Contacts {
+    /// Makes the attester; called in the thread, before its sandbox closes.
+    pub attester: Box<dyn FnOnce() -> Result<Attester, Failure> + Send>,
+}
+
+/// A running instance, as far as this thread cares.
+pub(super) struct Instance {
+    number: InstanceNumber,
+    terms: LeaseTerms,
+    asked_ms: u64,
+}
+
+impl Instance {
+    pub(super) fn of(opened: &OpenedRelease) -> Self {
+        Self { number: opened.release.instance, terms: opened.release.lease, asked_ms: opened.asked_ms }
+    }
+}
+
+/// The thread.
+pub(super) fn run(contacts: Contacts, steps: Steps, jobs: Receiver<Job>, shared: &Shared, post: &Post) {
+    let ready = (contacts.attester)().and_then(|attester| {
+        close_thread(Filter::Provider).map_err(|e| Failure::of(Exit::Host, &e))?;
+        Ok(attester)
+    });
+    match ready {
+        Ok(attester) => {
+            let talker = Talker {
+                attester,
+                steps,
+                shared,
+                post,
+                instance: None,
+                renew_at: u64::MAX,
+                renewals: Backoff::for_reports(),
+                report_at: u64::MAX,
+                reports: Backoff::for_reports(),
+                told: String::new(),
+            };
+            talker.serve(&jobs);
+        }
+        Err(failure) => refuse_all(&jobs, &failure),
+    }
+}
+
+/// There is nobody to talk to: everybody is told why.
+fn refuse_all(jobs: &Receiver<Job>, failure: &Failure) {
+    while let Ok(job) = jobs.recv() {
+        match job {
+            Job::Attest(_, answer) => {
+                let _ = answer.send(Err(Failure::new(failure.exit, &failure.message)));
+            }
+            Job::Anchor { answer, .. } => {
+                let _ = answer.send(AnchorAnswer::Refused(failure.message.clone()));
+            }
+            Job::Farewell(_, answer) => {
+                let _ = answer.send(false);
+                return;
+            }
+            Job::KeepLease(_) | Job::Reports => {}
+        }
+    }
+}
+
+struct Talker<'t> {
+    attester: Attester,
+    steps: Steps,
+    shared: &'t Shared,
+    post: &'t Post,
+    instance: Option<Instance>,
+    /// Boot-time milliseconds; never is `u64::MAX`.
+    renew_at: u64,
+    renewals: Backoff,
+    report_at: u64,
+    reports: Backoff,
+    /// The last complaint, so that it is told once and not at each try.
+    told: String,
+}
+
+impl Talker<'_> {
+    fn serve(mut self, jobs: &Receiver<Job>) {
+        loop {
+            let now = boottime_ms();
+            if self.report_at <= now {
+                self.deliver();
+            } else if self.renew_at <= now {
+                self.renew();
+            }
+            let due = self.report_at.min(self.renew_at).saturating_sub(boottime_ms());
+            match jobs.recv_timeout(Duration::from_millis(due).min(LOOK)) {
+                Ok(Job::Attest(request, answer)) => {
+                    // Who asked may have given up: then what came is dropped, and with it wiped.
+                    let _ = answer.send(self.attest(request));
+                }
+                Ok(Job::KeepLease(instance)) => {
+                    self.renewals = Backoff::for_lease(&instance.terms);
+                    self.renew_at = instance.asked_ms.saturating_add(instance.terms.renew_ms());
+                    self.instance = Some(*instance);
+                }
+                Ok(Job::Anchor { anchor, closed, answer }) => {
+                    let _ = answer.send(self.anchor(anchor, closed));
+                }
+                Ok(Job::Reports) => self.report_at = self.report_at.min(boottime_ms()),
+                Ok(Job::Farewell(limit, answer)) => {
+                    let _ = answer.send(self.farewell(limit));
+                    return;
+                }
+                Err(RecvTimeoutError::Timeout) => {}
+                Err(RecvTimeoutError::Disconnected) => return,
+            }
+        }
+    }
+
+    fn attest(&mut self, request: OperationRequest) -> Result<OpenedRelease, Failure> {
+        let steps = self.steps;
+        let tell = &mut |step: attest::flow::Step| steps.timed(step.name, &step.detail, step.took);
+        self.attester.attest(&request, tell).map_err(|error| super::failure(&error))
+    }
+
+    fn renew(&mut self) {
+        let wiped = self.shared.wiped.load(Ordering::SeqCst);
+        let operation = if wiped { Operation::ResumeKeys } else { Operation::Renew };
+        match self.attester.attest(&OperationRequest::plain(operation), &mut |_| {}) {
+            Ok(opened) => {
+                let instance = Instance::of(&opened);
+                let late = instance.asked_ms.saturating_add(instance.terms.quiesce_ms()) <= boottime_ms();
+                self.renewals = Backoff::for_lease(&instance.terms);
+                self.told.clear();
+                if late {
+                    // It came when it was over: asked again at once, with the usual pause between.
+                    self.renew_at = boottime_ms() + self.renewals.next(jitter());
+                    return;
+                }
+                self.renew_at = instance.asked_ms.saturating_add(instance.terms.renew_ms());
+                self.instance = Some(instance);
+                self.post.put(Message::Renewed(Box::new(Renewal { opened })));
+            }
+            Err(error) => {
+                let failure = super::failure(&error);
+                if error.problem() == Some(ProblemType::OldInstance) {
+                    self.superseded(&failure.message);
+                    return;
+                }
+                self.renew_at = boottime_ms() + self.renewals.next(jitter());
+                self.complain("lease not renewed", &failure.message);
+            }
+        }
+    }
+
+    fn superseded(&mut self, why: &str) {
+        self.renew_at = u64::MAX;
+        self.report_at = u64::MAX;
+        self.post.put(Message::Superseded(why.to_owned()));
+    }
+
+    fn complain(&mut self, step: &str, message: &str) {
+        if self.told != message {
+            self.steps.step(step, message);
+            message.clone_into(&mut self.told);
+        }
+    }
+
+    /// Delivers reports in order until none waits or one can't be delivered now.
+    fn deliver(&mut self) {
+        self.report_at = u64::MAX;
+        let Some(number) = self.instance.as_ref().map(|i| i.number) else { return };
+        loop {
+            let first = self.shared.outbox().as_ref().and_then(|o| o.first().cloned());
+            let Some(report) = first else { return };
+            match self.client().report(number, &report.bytes) {
+                Ok(()) => {
+                    self.reports.reset();
+                    if let Some(outbox) = self.shared.outbox().as_mut() {
+                        outbox.delivered();
+                    }
+                }
+                Err(error) if error.problem() == Some(ProblemType::OldInstance) => {
+                    self.superseded(&chain(&error));
+                    return;
+                }
+                Err(error) => {
+                    self.report_at = boottime_ms() + self.reports.next(jitter());
+                    self.complain("report not delivered", &chain(&error));
+                    return;
+                }
+            }
+        }
+    }
+
+    fn anchor(&mut self, anchor: VolumeAnchor, closed: bool) -> AnchorAnswer {
+        let Some(number) = self.instance.as_ref().map(|i| i.number) else {
+            return AnchorAnswer::Refused("there is no instance that holds the volume".into());
+        };
+        match self.client().anchor(number, &AnchorUpdate { anchor, closed }) {
+            Ok(()) => AnchorAnswer::Kept,
+            Err(error) if matches!(error.problem(), Some(ProblemType::Unavailable | ProblemType::TooMuch)) => {
+                AnchorAnswer::Away(chain(&error))
+            }
+            Err(error @ ClientError::Refused(_)) => AnchorAnswer::Refused(chain(&error)),
+            Err(error) => AnchorAnswer::Away(chain(&error)),
+        }
+    }
+
+    /// Last words: tried until they are delivered or the time is over.
+    fn farewell(mut self, limit: Duration) -> bool {
+        let end = boottime_ms().saturating_add(u64::try_from(limit.as_millis()).unwrap_or(u64::MAX));
+        loop {
+            self.deliver();
+            if self.shared.outbox().as_ref().is_none_or(super::Outbox::is_empty) {
+                return true;
+            }
+            let pause = self.report_at.saturating_sub(boottime_ms());
+            if self.report_at == u64::MAX || boottime_ms().saturating_add(pause) > end {
+                return false;
+            }
+            std::thread::sleep(Duration::from_millis(pause));
+        }
+    }
+
+    fn client(&mut self) -> &mut ProviderClient {
+        self.attester.provider()
+    }
+}

@@ -1,0 +1,281 @@
+//! A protected VM: no keys, no boot.
+//!
+//! Each function here is one stretch of the way; what it leaves behind the next one takes. After the release, whatever goes
+//! wrong is the instance's end, and the provider is told so before the process exits.
+
+use super::{Host, Settings, connect, folder_of, hook, machine_failure, outcome, read_file, serve_api};
+use crate::api::Api;
+use crate::console::Console;
+use crate::exit::{Exit, Failure, chain};
+use crate::guard::Guard;
+use crate::helm::Helm;
+use crate::lease::LeaseGate;
+use crate::machine::{Boot, Disk, DiskSlot, EarlyVm, Image, Machine, Running, Shape, open_kvm};
+use crate::opener::{Access, Mapping, Opener};
+use crate::operations::{Facts, Operations, Protected};
+use crate::permit::StartPermit;
+use crate::post::{Inbox, Post, office};
+use crate::provider::{Link, gone, register};
+use crate::sandbox::{Filter, close_inherited, close_thread, harden, process};
+use crate::signals::Signals;
+use crate::steps::Steps;
+use crate::volumes::{VolumeDisk, Volumes};
+use crate::watch::{End, Watch};
+use attest::flow::OpenedRelease;
+use attest::vmfile::{FILE_LIMIT, VmFile};
+use policy::Operation;
+use policy::config::{ProvedFile, VmConfig};
+use policy::operation::OperationRequest;
+use policy::report::{EndReason, ReportEvent};
+use std::fs::File;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::AtomicU64;
+use std::sync::mpsc::RecvTimeoutError;
+use std::time::{Duration, Instant};
+
+/// What a protected VM is started with.
+pub struct ProtectedRun {
+    /// The VM file.
+    pub file: PathBuf,
+    /// Where its files lie.
+    pub mappings: Vec<Mapping>,
+    /// The host's TPM, and the way to the provider.
+    pub host: Host,
+}
+
+/// Everything that is there when the sandbox closes.
+struct Prepared {
+    file: VmFile,
+    opener: Opener,
+    signals: Signals,
+    post: Post,
+    inbox: Inbox,
+    console: Console,
+    api: Option<Api>,
+    link: Link,
+}
+
+/// Runs the VM of a VM file, to its end.
+pub fn run(start: &ProtectedRun, settings: &Settings) -> Result<Exit, Failure> {
+    let steps = settings.steps;
+    let (prepared, kvm) = prepare(start, settings)?;
+    let answer = prepared.link.begin(OperationRequest::plain(Operation::PowerOn))?;
+    // While the provider's thread attests, this one makes what needs no keys.
+    close_thread(Filter::Main).map_err(|e| Failure::of(Exit::Host, &e))?;
+    let early = Machine::open(kvm).map_err(|e| machine_failure(&e))?;
+    let opened = loop {
+        match answer.recv_timeout(Duration::from_millis(100)) {
+            Ok(answer) => break answer?,
+            Err(RecvTimeoutError::Timeout) if prepared.signals.count() == 0 => {}
+            Err(RecvTimeoutError::Timeout) => {
+                return Err(Failure::new(Exit::Stopped, "stopped by a signal before the VM started"));
+            }
+            Err(RecvTimeoutError::Disconnected) => return Err(gone()),
+        }
+    };
+    let link = prepared.link.clone();
+    link.keep(&prepared.file.header.customer, &prepared.file.header.vm, &opened);
+    tell_release(&opened, steps);
+    let (result, reason, detail) = match live(prepared, early, opened, settings) {
+        Ok(end) => outcome(end),
+        Err(failure) => {
+            let detail = failure.message.clone();
+            (Err(failure), EndReason::Failed, detail)
+        }
+    };
+    if !link.end(reason, &detail) {
+        steps.step("end-not-reported", "the VM may start elsewhere once its lease is past");
+    }
+    result
+}
+
+/// Everything that needs paths, other processes or a fork: before the sandbox closes.
+fn prepare(start: &ProtectedRun, settings: &Settings) -> Result<(Prepared, std::os::fd::OwnedFd), Failure> {
+    let steps = settings.steps;
+    process::one_heap();
+    close_inherited().map_err(|e| Failure::of(Exit::Host, &e))?;
+    let file = read_vm_file(&start.file)?;
+    steps.step("read", &format!("VM {} of {}, file {}", file.header.vm, file.header.customer, file.digest));
+    let opener = Opener::start(&folder_of(&start.file), &start.mappings).map_err(|e| Failure::of(Exit::Host, &e))?;
+    let kvm = open_kvm().map_err(|e| machine_failure(&e))?;
+    let begun = Instant::now();
+    let contacts = register(&file, &start.host)?;
+    steps.timed("tpm-service", &start.host.tcti, begun.elapsed());
+    process::forget_children();
+    let host = |what: &str, e: std::io::Error| Failure::new(Exit::Host, format!("cannot {what}: {e}"));
+    let signals = Signals::take().map_err(|e| host("receive signals", e))?;
+    let (post, inbox) = office().map_err(|e| host("make an event descriptor", e))?;
+    let console = Console::open(&settings.console)?;
+    harden().map_err(|e| Failure::of(Exit::Host, &e))?;
+    let api = serve_api(settings, &post)?;
+    let link = Link::start(contacts, steps, post.clone())?;
+    Ok((Prepared { file, opener, signals, post, inbox, console, api, link }, kvm))
+}
+
+/// The VM file at `path`, read once.
+pub fn read_vm_file(path: &Path) -> Result<VmFile, Failure> {
+    let bytes = read_file(path, FILE_LIMIT as u64)?;
+    VmFile::read(&bytes).map_err(|e| Failure::new(Exit::File, format!("{}: {}", path.display(), chain(&e))))
+}
+
+fn tell_release(opened: &OpenedRelease, steps: Steps) {
+    let release = &opened.release;
+    let lab = if release.lab { ", laboratory TPM" } else { "" };
+    let detail = format!(
+        "instance {}, lease {} s, host {}, cloud {}{lab}",
+        release.instance, release.lease.seconds, release.host, release.cloud
+    );
+    steps.step("released", &detail);
+}
+
+/// From released keys to the end of the VM's life.
+fn live(prepared: Prepared, early: EarlyVm, opened: OpenedRelease, settings: &Settings) -> Result<End, Failure> {
+    let steps = settings.steps;
+    let (permit, config) =
+        StartPermit::from_release(&opened, &prepared.file).map_err(|e| Failure::of(Exit::File, &e))?;
+    steps.step("opened", "the sealed part fits its header, the release stands in the audit log");
+    let Prepared { file, opener, signals, post, inbox, console, api, link } = prepared;
+    let (machine, volumes) = build(early, &config, &opened, &opener, &link, steps)?;
+    drop(opener);
+    let volumes = Arc::new(volumes);
+    let gate = Arc::new(LeaseGate::closed());
+    let lease = crate::lease::LeaseClock::new(opened.release.lease, opened.asked_ms);
+    gate.open_until(lease.quiesce_ms(), lease.end_ms());
+
+    let started = start(machine, &config, &volumes, console, permit, &gate);
+    let (running, keyboard, typing, raw) = match started {
+        Ok(started) => started,
+        Err(failure) => {
+            volumes.close(&link, steps);
+            return Err(failure);
+        }
+    };
+    steps.step("runs", "");
+    link.report(ReportEvent::Runs);
+
+    let helm = Arc::new(Helm::new(running.clone(), gate));
+    let protected = Arc::new(Protected {
+        link: link.clone(),
+        instance: opened.release.instance,
+        lease_end_ms: AtomicU64::new(lease.end_ms()),
+    });
+    let guard = Guard::new(helm.clone(), volumes.clone(), protected.clone(), &opened, post.clone());
+    // The keys live in the volumes now.
+    drop(opened);
+    let facts = facts(&config, &file, &volumes);
+    let operations = Arc::new(Operations::new(helm, facts, post, Some(protected)));
+    if let Some(api) = &api {
+        api.runs(operations.clone());
+    }
+    let end = guard.map(|guard| {
+        let grace = settings.grace;
+        let mut watch = Watch { steps, signals, inbox, operations, keyboard, typing, grace, guard: Some(guard) };
+        watch.until_end(running.events())
+    });
+    running.stop();
+    drop(raw);
+    volumes.close(&link, steps);
+    volumes.wipe_keys();
+    end
+}
+
+/// The machine with its kernel, and its volumes: both at once, because one waits for the provider.
+fn build(
+    early: EarlyVm,
+    config: &VmConfig,
+    opened: &OpenedRelease,
+    opener: &Opener,
+    link: &Link,
+    steps: Steps,
+) -> Result<(Machine, Volumes), Failure> {
+    let proved = |file: &ProvedFile| {
+        let open = opener.open(file.name.as_str(), Access::Read);
+        open.map_err(|e| Failure::new(Exit::File, chain(&e)))
+    };
+    let kernel = proved(&config.payload.kernel)?;
+    let initrd = config.payload.initramfs.as_ref().map(proved).transpose()?;
+    let (machine, volumes) = std::thread::scope(|scope| {
+        let volumes = std::thread::Builder::new().name("volumes".into()).spawn_scoped(scope, || {
+            let begun = Instant::now();
+            let volumes = Volumes::open(&config.disks, opened, opener, link, steps)?;
+            if !config.disks.is_empty() {
+                steps.timed("volumes", &format!("{} opened and anchored", config.disks.len()), begun.elapsed());
+            }
+            Ok(volumes)
+        });
+        let machine = load(early, config, &kernel, initrd.as_ref(), steps);
+        let volumes = match volumes {
+            Ok(thread) => {
+                thread.join().unwrap_or_else(|_| Err(Failure::new(Exit::Internal, "a volume's opening panicked")))
+            }
+            Err(e) => Err(Failure::new(Exit::Host, format!("cannot start a thread: {e}"))),
+        };
+        (machine, volumes)
+    });
+    match (machine, volumes) {
+        (Ok(machine), Ok(volumes)) => Ok((machine, volumes)),
+        (Err(failure), Ok(volumes)) => {
+            volumes.close(link, steps);
+            Err(failure)
+        }
+        (_, Err(failure)) => Err(failure),
+    }
+}
+
+fn load(
+    early: EarlyVm,
+    config: &VmConfig,
+    kernel: &File,
+    initrd: Option<&File>,
+    steps: Steps,
+) -> Result<Machine, Failure> {
+    let begun = Instant::now();
+    let shape =
+        Shape { vcpus: config.cpus.boot_vcpus, memory: config.memory.size, hotplug: config.memory.hotplug_size };
+    let mut machine = early.prepare(shape).map_err(|e| machine_failure(&e))?;
+    let initramfs = config.payload.initramfs.as_ref();
+    let boot = Boot {
+        kernel: Image { file: kernel, digest: Some(config.payload.kernel.sha256) },
+        initrd: initrd.zip(initramfs).map(|(file, proved)| Image { file, digest: Some(proved.sha256) }),
+        cmdline: &config.payload.cmdline,
+    };
+    machine.load(&boot).map_err(|e| machine_failure(&e))?;
+    steps.timed("loaded", "kernel digests are right", begun.elapsed());
+    Ok(machine)
+}
+
+type Started = (Running, File, crate::watch::Typing, Option<crate::console::terminal::RawMode>);
+
+fn start(
+    mut machine: Machine,
+    config: &VmConfig,
+    volumes: &Volumes,
+    console: Console,
+    permit: StartPermit,
+    gate: &Arc<LeaseGate>,
+) -> Result<Started, Failure> {
+    for (volume, disk) in volumes.iter().zip(&config.disks) {
+        let disk_slot = DiskSlot {
+            id: disk.id.to_string(),
+            disk: Arc::new(VolumeDisk(volume.volume.clone())),
+            read_only: disk.readonly,
+        };
+        machine.add_disk(disk_slot).map_err(|e| machine_failure(&e))?;
+    }
+    let (keyboard, typing, raw) = connect(&mut machine, console)?;
+    let running = machine.start(permit, gate.clone(), hook()).map_err(|e| machine_failure(&e))?;
+    Ok((running, keyboard, typing, raw))
+}
+
+fn facts(config: &VmConfig, file: &VmFile, volumes: &Volumes) -> Facts {
+    let disk = |opened: &crate::volumes::Opened| {
+        (opened.name.clone(), VolumeDisk(opened.volume.clone()).size(), opened.readonly)
+    };
+    Facts {
+        name: Some(file.header.vm.to_string()),
+        vcpus: config.cpus.boot_vcpus,
+        memory: config.memory.size,
+        disks: volumes.iter().map(disk).collect(),
+    }
+}

@@ -1,0 +1,105 @@
+//! A VM without a provider: a plain file, no keys, the same sandbox.
+
+use super::plain::{CONFIG_LIMIT, parse};
+use super::{Settings, connect, folder_of, hook, machine_failure, outcome, read_file, serve_api};
+use crate::console::Console;
+use crate::exit::{Exit, Failure};
+use crate::helm::Helm;
+use crate::lease::LeaseGate;
+use crate::machine::{Boot, DiskSlot, Image, Machine, RawDisk, Shape, open_kvm};
+use crate::operations::{Facts, Operations};
+use crate::permit::StartPermit;
+use crate::post::office;
+use crate::sandbox::{Filter, close_inherited, close_thread, harden, process};
+use crate::signals::Signals;
+use crate::watch::Watch;
+use policy::config::PlainConfig;
+use std::fs::File;
+use std::path::Path;
+use std::sync::Arc;
+
+/// Runs the VM that the plain configuration `file` describes, to its end.
+pub fn run(file: &Path, settings: &Settings) -> Result<Exit, Failure> {
+    let steps = settings.steps;
+    process::one_heap();
+    close_inherited().map_err(|e| Failure::of(Exit::Host, &e))?;
+    let bytes = read_file(file, CONFIG_LIMIT)?;
+    let config = parse(&bytes)
+        .map_err(|e| Failure::new(Exit::File, format!("{}: {}", file.display(), crate::exit::chain(&e))))?;
+    let files = Files::open(&config, &folder_of(file))?;
+    let kvm = open_kvm().map_err(|e| machine_failure(&e))?;
+    let host = |what: &str, e: std::io::Error| Failure::new(Exit::Host, format!("cannot {what}: {e}"));
+    let signals = Signals::take().map_err(|e| host("receive signals", e))?;
+    let (post, inbox) = office().map_err(|e| host("make an event descriptor", e))?;
+    let console = Console::open(&settings.console)?;
+    let api = serve_api(settings, &post)?;
+    steps.step("unprotected", "no key provider, no keys");
+
+    harden().and_then(|()| close_thread(Filter::Main)).map_err(|e| Failure::of(Exit::Host, &e))?;
+
+    let shape =
+        Shape { vcpus: config.cpus.boot_vcpus, memory: config.memory.size, hotplug: config.memory.hotplug_size };
+    let mut machine = Machine::prepare(kvm, shape).map_err(|e| machine_failure(&e))?;
+    let facts = files.into_machine(&mut machine, &config)?;
+    let (keyboard, typing, raw) = connect(&mut machine, console)?;
+    let permit = StartPermit::from_plain(&config);
+    let gate = Arc::new(LeaseGate::unlimited());
+    let running = machine.start(permit, gate.clone(), hook()).map_err(|e| machine_failure(&e))?;
+    steps.step("runs", "");
+
+    let helm = Arc::new(Helm::new(running.clone(), gate));
+    let operations = Arc::new(Operations::new(helm, facts, post, None));
+    if let Some(api) = &api {
+        api.runs(operations.clone());
+    }
+    let mut watch = Watch { steps, signals, inbox, operations, keyboard, typing, grace: settings.grace, guard: None };
+    let end = watch.until_end(running.events());
+    running.stop();
+    drop(raw);
+    let (result, _, _) = outcome(end);
+    result
+}
+
+/// The files that a configuration names, open.
+struct Files {
+    kernel: File,
+    initramfs: Option<File>,
+    disks: Vec<File>,
+}
+
+impl Files {
+    fn open(config: &PlainConfig, folder: &Path) -> Result<Self, Failure> {
+        let open = |name: &str, write: bool| {
+            let path = folder.join(name);
+            let file = File::options().read(true).write(write).open(&path);
+            file.map_err(|e| Failure::new(Exit::File, format!("cannot open {}: {e}", path.display())))
+        };
+        let payload = &config.payload;
+        Ok(Self {
+            kernel: open(&payload.kernel, false)?,
+            initramfs: payload.initramfs.as_deref().map(|name| open(name, false)).transpose()?,
+            disks: config.disks.iter().map(|d| open(&d.path, !d.readonly)).collect::<Result<_, _>>()?,
+        })
+    }
+
+    /// Loads the kernel and adds the disks.
+    fn into_machine(self, machine: &mut Machine, config: &PlainConfig) -> Result<Facts, Failure> {
+        let image = |file| Image { file, digest: None };
+        let boot = Boot {
+            kernel: image(&self.kernel),
+            initrd: self.initramfs.as_ref().map(image),
+            cmdline: &config.payload.cmdline,
+        };
+        machine.load(&boot).map_err(|e| machine_failure(&e))?;
+        let mut disks = Vec::new();
+        for (file, disk) in self.disks.into_iter().zip(&config.disks) {
+            let name = disk.id.to_string();
+            let raw = RawDisk::new(file, &name)
+                .map_err(|e| Failure::new(Exit::File, format!("disk {name} is no disk: {e}")))?;
+            disks.push((name.clone(), crate::machine::Disk::size(&raw), disk.readonly));
+            let slot = DiskSlot { id: name, disk: Arc::new(raw), read_only: disk.readonly };
+            machine.add_disk(slot).map_err(|e| machine_failure(&e))?;
+        }
+        Ok(Facts { name: None, vcpus: config.cpus.boot_vcpus, memory: config.memory.size, disks })
+    }
+}

@@ -1,0 +1,85 @@
+//! What the process as a whole gives up.
+#![allow(unsafe_code)]
+
+use super::SandboxError;
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+use std::io;
+
+/// The most descriptors a VM process has: 16 disks with their events, the vCPUs, sockets.
+const DESCRIPTORS: u64 = 512;
+
+/// Closes every descriptor above standard error: to be called first, while none of them is this program's own.
+pub fn close_inherited() -> Result<(), SandboxError> {
+    // SAFETY: the call closes descriptors by number. It runs before this program has opened any, so no object that owns one of
+    // these numbers exists.
+    let answer = unsafe { libc::syscall(libc::SYS_close_range, 3u32, u32::MAX, 0u32) };
+    step("close_range", answer)
+}
+
+/// Gives up core dumps, new privileges and a large number of descriptors; and lets no file the process makes be read by
+/// others. Idempotent.
+pub fn harden() -> Result<(), SandboxError> {
+    secretmem::harden_process().map_err(SandboxError::Dumps)?;
+    no_new_privs()?;
+    let now = getrlimit(Resource::Nofile);
+    let limit = now.maximum.unwrap_or(u64::MAX).min(DESCRIPTORS);
+    setrlimit(Resource::Nofile, Rlimit { current: Some(limit), maximum: Some(limit) })
+        .map_err(|e| SandboxError::Step { step: "setrlimit(RLIMIT_NOFILE)", source: e.into() })?;
+    rustix::process::umask(rustix::fs::Mode::from_raw_mode(0o077));
+    Ok(())
+}
+
+/// Children that end leave nothing behind: for once nobody waits for one any more.
+pub fn forget_children() {
+    // SAFETY: SIG_IGN is a valid disposition, and no code of this process waits for children after this.
+    unsafe { libc::signal(libc::SIGCHLD, libc::SIG_IGN) };
+}
+
+/// One heap for all threads: an arena for each would cost 64 KiB and more of dirty memory a thread, for programs that
+/// allocate little once they run.
+pub fn one_heap() {
+    // SAFETY: mallopt changes a number of the allocator; it is called before there is a second thread.
+    unsafe { libc::mallopt(libc::M_ARENA_MAX, 1) };
+}
+
+/// Ends this process when its parent does.
+pub fn end_with_parent() -> Result<(), SandboxError> {
+    // SAFETY: this prctl takes numbers only.
+    let answer = unsafe { libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL, 0, 0, 0) };
+    step("prctl(PR_SET_PDEATHSIG)", i64::from(answer))
+}
+
+pub(super) fn no_new_privs() -> Result<(), SandboxError> {
+    // SAFETY: this prctl takes numbers only.
+    let answer = unsafe { libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) };
+    step("prctl(PR_SET_NO_NEW_PRIVS)", i64::from(answer))
+}
+
+pub(super) fn step(step: &'static str, answer: i64) -> Result<(), SandboxError> {
+    if answer < 0 { Err(SandboxError::Step { step, source: io::Error::last_os_error() }) } else { Ok(()) }
+}
+
+/// What [`fork`] returned.
+pub enum Forked {
+    /// In the child.
+    Child,
+    /// In the parent.
+    Parent,
+}
+
+/// Forks. Only for a process with one thread: in any other the child's locks could be held by threads it has not got.
+pub fn fork() -> Result<Forked, SandboxError> {
+    // SAFETY: the caller has one thread (the first thing `fealty run` does after reading its file is to call this), so the
+    // child is a complete copy in which all code may run.
+    match unsafe { libc::fork() } {
+        -1 => Err(SandboxError::Step { step: "fork", source: io::Error::last_os_error() }),
+        0 => Ok(Forked::Child),
+        _ => Ok(Forked::Parent),
+    }
+}
+
+/// Ends the process at once, without destructors: for a forked child.
+pub fn exit_now(code: i32) -> ! {
+    // SAFETY: _exit takes a number, and returns never.
+    unsafe { libc::_exit(code) }
+}

@@ -1,0 +1,52 @@
+//! Signals as something to poll for: SIGTERM, SIGINT, SIGHUP and SIGQUIT are blocked everywhere and read from a descriptor.
+#![allow(unsafe_code)]
+
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, FromRawFd, OwnedFd};
+
+const ASKED_TO_END: [i32; 4] = [libc::SIGTERM, libc::SIGINT, libc::SIGHUP, libc::SIGQUIT];
+
+/// The signals that ask this process to end.
+pub struct Signals {
+    fd: OwnedFd,
+}
+
+impl Signals {
+    /// Blocks the signals in this thread, and so in those it makes from now on, and opens their descriptor. A thread made
+    /// before would still die of them.
+    pub fn take() -> io::Result<Self> {
+        // SAFETY: an all-zero sigset_t may be handed to sigemptyset, which initialises it; the calls below only read it. A
+        // descriptor that signalfd returns belongs to nobody else.
+        unsafe {
+            let mut set: libc::sigset_t = std::mem::zeroed();
+            libc::sigemptyset(&raw mut set);
+            for signal in ASKED_TO_END {
+                libc::sigaddset(&raw mut set, signal);
+            }
+            match libc::pthread_sigmask(libc::SIG_BLOCK, &raw const set, std::ptr::null_mut()) {
+                0 => {}
+                error => return Err(io::Error::from_raw_os_error(error)),
+            }
+            match libc::signalfd(-1, &raw const set, libc::SFD_CLOEXEC | libc::SFD_NONBLOCK) {
+                -1 => Err(io::Error::last_os_error()),
+                fd => Ok(Self { fd: OwnedFd::from_raw_fd(fd) }),
+            }
+        }
+    }
+
+    /// How many of them came since the last call; two of one kind that came together count once.
+    pub fn count(&self) -> usize {
+        let mut count = 0;
+        let mut one = [0; size_of::<libc::signalfd_siginfo>()];
+        while rustix::io::read(&self.fd, &mut one).is_ok_and(|n| n == one.len()) {
+            count += 1;
+        }
+        count
+    }
+}
+
+impl AsFd for Signals {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.fd.as_fd()
+    }
+}

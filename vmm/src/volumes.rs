@@ -1,0 +1,211 @@
+//! The VM's volumes: opened with released keys, shown to the guest as disks, anchored at the provider, rested, wiped and
+//! put back as the lease goes.
+
+use crate::exit::{Exit, Failure, chain};
+use crate::machine::{Disk, DiskError};
+use crate::opener::{Access, Opener};
+use crate::provider::{AnchorAnswer, Link};
+use crate::steps::Steps;
+use attest::flow::OpenedRelease;
+use attest::protocol::KeyName;
+use blockcrypt::{AnchorRefused, Anchors, Events, FileStore, Kek, OpenOptions, Volume, VolumeError};
+use policy::report::ReportEvent;
+use policy::{VolumeAnchor, VolumeId};
+use secretmem::Secret;
+use std::sync::Arc;
+
+/// All volumes of one VM, in the order of its disks.
+#[derive(Default)]
+pub struct Volumes {
+    all: Vec<Opened>,
+}
+
+/// One of them.
+pub struct Opened {
+    /// The disk's name in the configuration.
+    pub name: String,
+    /// Whether the guest may not write.
+    pub readonly: bool,
+    /// The volume.
+    pub volume: Arc<Volume>,
+}
+
+impl Volumes {
+    /// Opens what `disks` name, with the keys that `opened` brought. Where one does not open, those before it are closed.
+    pub fn open(
+        disks: &[policy::config::Disk],
+        opened: &OpenedRelease,
+        opener: &Opener,
+        link: &Link,
+        steps: Steps,
+    ) -> Result<Self, Failure> {
+        let mut volumes = Self::default();
+        for disk in disks {
+            match open(disk, opened, opener, link, steps) {
+                Ok(volume) => volumes.all.push(volume),
+                Err(failure) => {
+                    volumes.close(link, steps);
+                    return Err(failure);
+                }
+            }
+        }
+        Ok(volumes)
+    }
+
+    /// Each of them.
+    pub fn iter(&self) -> impl Iterator<Item = &Opened> {
+        self.all.iter()
+    }
+
+    /// Makes everything durable that the guest wrote, before keys go.
+    pub fn rest(&self) -> Result<(), String> {
+        let mut result = Ok(());
+        for opened in &self.all {
+            let rested =
+                if opened.readonly { Ok(()) } else { opened.volume.flush().and_then(|()| opened.volume.checkpoint()) };
+            if let Err(error) = rested {
+                result = Err(format!("volume {} is not flushed: {}", opened.name, chain(&error)));
+            }
+        }
+        result
+    }
+
+    /// Wipes all keys, at once.
+    pub fn wipe_keys(&self) {
+        self.all.iter().for_each(|opened| opened.volume.wipe_keys());
+    }
+
+    /// Puts keys back that `release` brought.
+    pub fn put_back_keys(&self, release: &OpenedRelease) -> Result<(), String> {
+        for opened in &self.all {
+            let kek = kek(release, opened.volume.id()).map_err(|f| f.message)?;
+            opened
+                .volume
+                .put_back_keys(&kek)
+                .map_err(|e| format!("keys can't be put back into volume {}: {}", opened.name, chain(&e)))?;
+        }
+        Ok(())
+    }
+
+    /// Closes all: flushed, and anchored as closed. What does not work is told; the data are durable in any case.
+    pub fn close(&self, link: &Link, steps: Steps) {
+        for opened in &self.all {
+            let anchored = match opened.volume.close() {
+                Ok(anchor) => match link.anchor(anchor, true) {
+                    AnchorAnswer::Kept => Ok(()),
+                    AnchorAnswer::Away(why) | AnchorAnswer::Refused(why) => Err(why),
+                },
+                Err(error) => Err(chain(&error)),
+            };
+            match anchored {
+                Ok(()) => steps.step("volume-closed", &opened.name),
+                Err(why) => steps.step("volume-not-closed", &format!("{}: {why}", opened.name)),
+            }
+        }
+    }
+}
+
+fn open(
+    disk: &policy::config::Disk,
+    opened: &OpenedRelease,
+    opener: &Opener,
+    link: &Link,
+    steps: Steps,
+) -> Result<Opened, Failure> {
+    let bad = |why: String| Failure::new(Exit::Volume, format!("volume {}: {why}", disk.id));
+    let grant = opened.release.volumes.iter().find(|grant| grant.volume == disk.volume);
+    let grant = grant.ok_or_else(|| bad(format!("the key provider granted no volume {}", disk.volume)))?;
+    let mut grant = grant.clone();
+    grant.anchor_mode = disk.anchor_mode;
+    let kek = kek(opened, disk.volume)?;
+    let access = if disk.readonly { Access::ReadStore } else { Access::WriteStore };
+    // The name of the disk is what --map maps; without a mapping its file lies beside the VM file.
+    let file = opener.open_disk(disk, access).map_err(|e| bad(chain(&e)))?;
+    let store = if disk.readonly { FileStore::shared(file) } else { FileStore::exclusive(file) };
+    let store = store.map_err(|e| bad(chain(&e)))?;
+    let keeper = Arc::new(Keeper { volume: disk.volume, name: disk.id.to_string(), link: link.clone(), steps });
+    let options = OpenOptions { read_only: disk.readonly };
+    let volume = Volume::open(store, &grant, &kek, options, keeper.clone(), keeper).map_err(|e| bad(chain(&e)))?;
+    Ok(Opened { name: disk.id.to_string(), readonly: disk.readonly, volume: Arc::new(volume) })
+}
+
+fn kek(opened: &OpenedRelease, volume: VolumeId) -> Result<Kek, Failure> {
+    let missing = || Failure::new(Exit::Volume, format!("the key provider sent no key of volume {volume}"));
+    let index = opened.release.volumes.iter().position(|grant| grant.volume == volume).ok_or_else(missing)?;
+    let key = opened.key(KeyName::Volume(index)).ok_or_else(missing)?;
+    let key = Secret::copy_of(key.expose()).map_err(|e| Failure::of(Exit::Host, &e))?;
+    Ok(Kek::new(opened.release.volumes[index].kek_id, key))
+}
+
+/// Keeps anchors and tells events of one volume.
+struct Keeper {
+    volume: VolumeId,
+    name: String,
+    link: Link,
+    steps: Steps,
+}
+
+impl Anchors for Keeper {
+    fn keep(&self, anchor: &VolumeAnchor) -> Result<(), AnchorRefused> {
+        match self.link.anchor(anchor.clone(), false) {
+            AnchorAnswer::Kept => Ok(()),
+            AnchorAnswer::Away(why) => Err(AnchorRefused::Away(why)),
+            AnchorAnswer::Refused(why) => Err(AnchorRefused::Refused(why)),
+        }
+    }
+}
+
+impl Events for Keeper {
+    fn integrity(&self, lba: Option<u64>, physical: Option<u64>, reason: &str) {
+        let block = lba.map(|lba| format!(" block {lba}")).unwrap_or_default();
+        self.steps.step("disk-integrity", &format!("{}{block}: {reason}", self.name));
+        // A store that is wrong everywhere must not use up the room of what else there is to report.
+        if self.link.room().is_ok() {
+            self.link.report(ReportEvent::DiskIntegrity {
+                volume: self.volume,
+                lba,
+                physical,
+                reason: reason.to_owned(),
+            });
+        }
+    }
+
+    fn note(&self, text: &str) {
+        self.steps.step("volume", &format!("{}: {text}", self.name));
+    }
+}
+
+/// A volume as the machine sees it.
+pub struct VolumeDisk(pub Arc<Volume>);
+
+impl Disk for VolumeDisk {
+    fn size(&self) -> u64 {
+        self.0.size()
+    }
+
+    fn read(&self, offset: u64, data: &mut [u8]) -> Result<(), DiskError> {
+        self.0.read(offset, data).map_err(disk_error)
+    }
+
+    fn write(&self, offset: u64, data: &[u8]) -> Result<(), DiskError> {
+        self.0.write(offset, data).map_err(disk_error)
+    }
+
+    fn flush(&self) -> Result<(), DiskError> {
+        self.0.flush().map_err(disk_error)
+    }
+
+    fn id(&self) -> [u8; 20] {
+        let mut id = [0; 20];
+        let text = hex::encode(self.0.id().0);
+        id.iter_mut().zip(text.bytes()).for_each(|(to, from)| *to = from);
+        id
+    }
+}
+
+fn disk_error(error: VolumeError) -> DiskError {
+    match error {
+        VolumeError::NoKeys => DiskError::NoKeys,
+        other => DiskError::Io(Box::new(other)),
+    }
+}

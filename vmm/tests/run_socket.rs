@@ -1,0 +1,123 @@
+//! The control socket of a running VM, through `fealty ctl` and by hand.
+
+mod common;
+
+use common::{Ended, LIMIT, Program, configuration, fealty};
+use std::io::{Read, Write};
+use std::os::unix::net::UnixStream;
+use std::path::PathBuf;
+use std::time::Duration;
+
+struct Vm {
+    folder: tempfile::TempDir,
+    program: Program,
+}
+
+fn start(words: &str) -> Vm {
+    let folder = tempfile::tempdir().expect("folder");
+    let path = configuration(folder.path(), words, serde_json::json!([]));
+    let socket = folder.path().join("api.sock");
+    let mut command = fealty(&["run", "--unprotected", path.to_str().expect("UTF-8"), "--api-socket"]);
+    let mut program = Program::start(command.arg(&socket));
+    program.until("fealty-guest");
+    Vm { folder, program }
+}
+
+impl Vm {
+    fn socket(&self) -> PathBuf {
+        self.folder.path().join("api.sock")
+    }
+
+    #[track_caller]
+    fn ctl(&self, words: &[&str]) -> Ended {
+        let socket = self.socket().display().to_string();
+        Program::start(&mut fealty(&[&["ctl", &socket], words].concat())).end()
+    }
+
+    fn raw(&self, request: &[u8]) -> String {
+        let mut stream = UnixStream::connect(self.socket()).expect("connected");
+        stream.set_read_timeout(Some(LIMIT)).expect("set");
+        stream.write_all(request).expect("written");
+        let mut answer = Vec::new();
+        let mut piece = [0; 4096];
+        while !String::from_utf8_lossy(&answer).contains("\r\n\r\n") {
+            match stream.read(&mut piece).expect("an answer") {
+                0 => break,
+                length => answer.extend_from_slice(&piece[..length]),
+            }
+        }
+        String::from_utf8_lossy(&answer).into_owned()
+    }
+}
+
+#[test]
+fn a_vm_is_shown_paused_resumed_and_ended() {
+    let vm = start("tick");
+    assert!(vm.ctl(&["info"]).code(0).out.to_lowercase().contains("running"));
+    let info: serde_json::Value = serde_json::from_str(&vm.ctl(&["info", "--json"]).code(0).out).expect("JSON");
+    assert_eq!(info["info"]["config"]["memory"]["size"], 64u64 << 20);
+    vm.ctl(&["pause"]).code(0);
+    assert!(vm.ctl(&["pause"]).code(4).why().contains("paused already"));
+    assert!(vm.ctl(&["info"]).code(0).out.contains("Paused"));
+    let ticks = vm.program.out().matches("tick").count();
+    std::thread::sleep(Duration::from_secs(3));
+    assert_eq!(vm.program.out().matches("tick").count(), ticks, "it ran while paused");
+    vm.ctl(&["resume"]).code(0);
+    assert!(vm.ctl(&["resume"]).code(4).why().contains("not paused"));
+    vm.ctl(&["shutdown"]).code(0);
+    vm.program.end().code(0);
+}
+
+#[test]
+fn the_power_button_is_pressed() {
+    let vm = start("wait-button,hello,poweroff");
+    std::thread::sleep(Duration::from_millis(300));
+    vm.ctl(&["power-button"]).code(0);
+    assert!(vm.program.end().code(0).out.contains("hello"));
+}
+
+#[test]
+fn cloud_hypervisors_clients_find_their_paths() {
+    let vm = start("spin");
+    let answer = vm.raw(b"GET /api/v1/vm.info HTTP/1.1\r\nHost: localhost\r\nAccept: */*\r\n\r\n");
+    assert!(answer.starts_with("HTTP/1.1 200") && answer.contains("\"Running\""), "{answer}");
+    assert!(vm.raw(b"GET /api/v1/vmm.ping HTTP/1.1\r\n\r\n").contains("build_version"));
+    assert!(vm.raw(b"PUT /api/v1/vm.pause HTTP/1.1\r\nContent-Length: 0\r\n\r\n").starts_with("HTTP/1.1 204"));
+}
+
+#[test]
+fn a_core_dump_of_an_unprotected_vm_has_nobody_to_permit_it() {
+    let vm = start("spin");
+    let out = vm.folder.path().join("core").display().to_string();
+    assert!(vm.ctl(&["coredump", "--out", &out]).code(4).why().contains("provider"));
+    assert!(vm.ctl(&["coredump", "--out", &out]).code(13).why().contains("never overwritten"));
+    let answer = vm.raw(b"PUT /api/v1/vm.coredump HTTP/1.1\r\nContent-Length: 2\r\n\r\n{}");
+    assert!(answer.starts_with("HTTP/1.1 400") && answer.contains("fealty/vm.coredump"), "{answer}");
+    let answer = vm.raw(b"PUT /api/v1/fealty/vm.coredump HTTP/1.1\r\n\r\n");
+    assert!(answer.starts_with("HTTP/1.1 400") && answer.contains("descriptor"), "{answer}");
+}
+
+#[test]
+fn bad_requests_get_one_clear_error_and_change_nothing() {
+    let vm = start("spin");
+    for (request, status) in [
+        (&b"\x16\x03\x01\x02\x00\r\n\r\n"[..], 400),
+        (b"POST /api/v1/vm.pause HTTP/1.1\r\n\r\n", 405),
+        (b"PUT /api/v1/vm.pause HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n", 400),
+        (b"PUT /api/v1/vm.pause HTTP/1.1\r\nContent-Length: 99999999\r\n\r\n", 413),
+        (b"PUT /api/v1/vm.explode HTTP/1.1\r\n\r\n", 404),
+        (b"GET /../../etc/passwd HTTP/1.1\r\n\r\n", 404),
+        (&[b"GET /", &[b'a'; 20_000][..], b" HTTP/1.1\r\n\r\n"].concat(), 431),
+    ] {
+        let answer = vm.raw(request);
+        assert!(answer.starts_with(&format!("HTTP/1.1 {status} ")), "{answer}");
+    }
+    assert!(vm.ctl(&["info"]).code(0).out.contains("Running"));
+}
+
+#[test]
+fn a_socket_that_nobody_serves_is_said_to_be_so() {
+    let folder = tempfile::tempdir().expect("folder");
+    let socket = folder.path().join("none").display().to_string();
+    assert!(Program::start(&mut fealty(&["ctl", &socket, "info"])).end().code(13).why().contains("no VM answers"));
+}

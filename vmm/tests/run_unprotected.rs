@@ -1,0 +1,201 @@
+//! `fealty run --unprotected` with the small guest: what starts, how it ends, what it gives up.
+
+mod common;
+
+use common::{Program, configuration, fealty, guest};
+use rustix::process::Signal;
+use std::path::Path;
+use std::process::{Command, Stdio};
+
+fn run(words: &str, more: &[&str]) -> (tempfile::TempDir, Command) {
+    let folder = tempfile::tempdir().expect("folder");
+    let path = configuration(folder.path(), words, serde_json::json!([]));
+    let mut command = fealty(&["run", "--unprotected", path.to_str().expect("UTF-8")]);
+    command.args(more);
+    (folder, command)
+}
+
+#[test]
+fn a_guest_speaks_and_powers_off() {
+    let (_folder, mut command) = run("hello,poweroff", &[]);
+    let ended = Program::start(&mut command).end().code(0);
+    assert!(ended.out.starts_with("fealty-guest"), "the console alone is on standard output: {}", ended.out);
+    assert!(ended.out.contains("hello"));
+    assert!(ended.err.contains("runs"), "steps are on standard error: {}", ended.err);
+}
+
+#[test]
+fn a_disk_keeps_what_the_guest_flushed() {
+    let folder = tempfile::tempdir().expect("folder");
+    let image = folder.path().join("root.img");
+    std::fs::write(&image, vec![0x11; 1 << 20]).expect("written");
+    let disks = serde_json::json!([{ "id": "root", "path": "root.img" }]);
+    let path = configuration(folder.path(), "write:5:0xab,flush,verify:5:0xab,poweroff", disks);
+    let mut command = fealty(&["run", "--unprotected", path.to_str().expect("UTF-8")]);
+    let ended = Program::start(&mut command).end().code(0);
+    assert!(ended.out.contains("verify 5 ok"), "{}", ended.out);
+    let bytes = std::fs::read(&image).expect("read");
+    assert!(bytes[5 * 4096..6 * 4096].iter().all(|b| *b == 0xab));
+    assert_eq!(bytes[6 * 4096], 0x11);
+}
+
+#[test]
+fn steps_come_as_json_one_object_a_line() {
+    let (_folder, mut command) = run("hello,poweroff", &["--json"]);
+    let ended = Program::start(&mut command).end().code(0);
+    let steps: Vec<serde_json::Value> =
+        ended.err.lines().map(|line| serde_json::from_str(line).expect("JSON")).collect();
+    assert!(steps.iter().any(|s| s["step"] == "runs" && s["ms"].is_number()), "{}", ended.err);
+}
+
+#[test]
+fn a_reset_and_a_failure_have_their_own_codes() {
+    let (_folder, mut command) = run("reset", &[]);
+    assert!(Program::start(&mut command).end().code(12).why().contains("reset"));
+    let (_folder, mut command) = run("panic", &[]);
+    let ended = Program::start(&mut command).end();
+    // A triple fault is a shutdown to KVM; on this machine's emulated ring 0 it may be an internal error.
+    assert!(matches!(ended.code, Some(10 | 12)), "{:?}\n{}", ended.code, ended.err);
+}
+
+#[test]
+fn the_first_signal_presses_the_button_and_a_second_one_stops() {
+    let (_folder, mut command) = run("wait-button,hello,poweroff", &[]);
+    let mut vm = Program::start(&mut command);
+    vm.until("fealty-guest");
+    std::thread::sleep(std::time::Duration::from_millis(300));
+    vm.signal(Signal::TERM);
+    let ended = vm.end().code(0);
+    assert!(ended.out.contains("hello"), "the guest went on after the button: {}", ended.out);
+
+    let (_folder, mut command) = run("spin", &[]);
+    let mut vm = Program::start(&mut command);
+    vm.until("fealty-guest");
+    vm.signal(Signal::TERM);
+    std::thread::sleep(std::time::Duration::from_millis(300));
+    vm.signal(Signal::TERM);
+    vm.end().code(14);
+}
+
+#[test]
+fn a_guest_that_ignores_the_button_is_stopped_after_the_grace_time() {
+    let (_folder, mut command) = run("spin", &["--grace", "1"]);
+    let mut vm = Program::start(&mut command);
+    vm.until("fealty-guest");
+    vm.signal(Signal::INT);
+    assert!(vm.end().code(14).why().contains("before the guest powered off"));
+}
+
+#[test]
+fn what_is_typed_reaches_the_guest() {
+    let (_folder, mut command) = run("echo,poweroff", &[]);
+    command.stdin(Stdio::piped());
+    let mut vm = Program::start(&mut command);
+    vm.until("fealty-guest");
+    let mut keyboard = vm.stdin();
+    std::io::Write::write_all(&mut keyboard, b"good morning\nquit\n").expect("typed");
+    let ended = vm.end().code(0);
+    assert!(ended.out.contains("good morning"), "{}", ended.out);
+}
+
+#[test]
+fn the_console_goes_into_a_file_or_nowhere() {
+    let (folder, mut command) = run("hello,poweroff", &[]);
+    let file = folder.path().join("console.log");
+    command.args(["--console", &format!("file:{}", file.display())]);
+    assert_eq!(Program::start(&mut command).end().code(0).out, "");
+    assert!(std::fs::read_to_string(&file).expect("written").contains("hello"));
+    let (_folder, mut command) = run("hello,poweroff", &["--console", "null"]);
+    assert_eq!(Program::start(&mut command).end().code(0).out, "");
+}
+
+#[test]
+fn every_thread_is_under_its_filter_and_no_needless_descriptor_is_open() {
+    let (folder, mut command) = run("spin", &[]);
+    command.args(["--api-socket", folder.path().join("api").to_str().expect("UTF-8")]);
+    let mut vm = Program::start(&mut command);
+    vm.until("fealty-guest");
+    let mut names = Vec::new();
+    for task in std::fs::read_dir(format!("/proc/{}/task", vm.pid())).expect("tasks").flatten() {
+        let status = std::fs::read_to_string(task.path().join("status")).expect("status");
+        assert!(status.contains("Seccomp:\t2"), "{status}");
+        assert!(status.contains("NoNewPrivs:\t1"), "{status}");
+        names.push(std::fs::read_to_string(task.path().join("comm")).expect("a name"));
+    }
+    assert!(names.iter().any(|n| n.starts_with("vcpu")) && names.iter().any(|n| n.starts_with("api")), "{names:?}");
+    let limits = std::fs::read_to_string(format!("/proc/{}/limits", vm.pid())).expect("limits");
+    let core = limits.lines().find(|l| l.starts_with("Max core file size")).expect("a limit");
+    assert_eq!(core.split_whitespace().nth(4), Some("0"), "{core}");
+
+    let open: Vec<String> = std::fs::read_dir(format!("/proc/{}/fd", vm.pid()))
+        .expect("descriptors")
+        .flatten()
+        .map(|e| std::fs::read_link(e.path()).expect("a link").display().to_string())
+        .collect();
+    let known = ["/dev/null", "pipe:", "socket:", "anon_inode:[eventfd]", "anon_inode:[signalfd]", "anon_inode:kvm"];
+    for descriptor in &open {
+        assert!(known.iter().any(|k| descriptor.starts_with(k)), "{descriptor} of {open:#?}");
+    }
+    assert_eq!(open.iter().filter(|d| d.starts_with("socket:")).count(), 1, "the control socket alone: {open:#?}");
+    assert!(!open.iter().any(|d| d == "/dev/kvm"), "{open:#?}");
+}
+
+#[test]
+fn descriptors_that_were_left_open_are_closed() {
+    let secret = tempfile::NamedTempFile::new().expect("file");
+    let (_folder, command) = run("spin", &[]);
+    let words: Vec<_> = command.get_args().map(|a| a.to_str().expect("UTF-8").to_owned()).collect();
+    let mut shell = Command::new("bash");
+    shell.args(["-c", "exec 9<\"$1\"; shift; exec \"$@\"", "bash"]);
+    shell.arg(secret.path()).arg(env!("CARGO_BIN_EXE_fealty")).args(words).stdin(Stdio::null());
+    let mut vm = Program::start(&mut shell);
+    vm.until("fealty-guest");
+    assert!(!Path::new(&format!("/proc/{}/fd/9", vm.pid())).exists() || !points_at(vm.pid(), secret.path()));
+}
+
+fn points_at(pid: u32, path: &Path) -> bool {
+    let entries = std::fs::read_dir(format!("/proc/{pid}/fd")).expect("descriptors");
+    entries.flatten().any(|e| std::fs::read_link(e.path()).is_ok_and(|l| l == path))
+}
+
+#[test]
+fn bad_input_gets_one_clear_line_and_its_code() {
+    let folder = tempfile::tempdir().expect("folder");
+    let write = |name: &str, text: &str| {
+        let path = folder.path().join(name);
+        std::fs::write(&path, text).expect("written");
+        path.display().to_string()
+    };
+    let kernel = guest().display().to_string();
+    let config = |kernel: &str, more: &str| {
+        format!(r#"{{"cpus":{{"boot_vcpus":1}},"memory":{{"size":67108864}},"payload":{{"kernel":"{kernel}"}}{more}}}"#)
+    };
+    let cases = [
+        (write("empty", ""), 3),
+        (write("truncated", "{\"cpus\":"), 3),
+        (write("unknown", &config(&kernel, ",\"customer\":\"acme\"")), 3),
+        (write("volume", &config(&kernel, ",\"disks\":[{\"id\":\"a\",\"path\":\"b\",\"volume\":\"c\"}]")), 3),
+        (write("no-kernel", &config("missing", "")), 3),
+        (write("no-elf", &config("empty", "")), 3),
+        (write("no-disk", &config(&kernel, ",\"disks\":[{\"id\":\"a\",\"path\":\"missing\"}]")), 3),
+        (write("memory", &config(&kernel, "").replace("67108864", "5")), 3),
+        (folder.path().join("nothing").display().to_string(), 3),
+        (folder.path().display().to_string(), 3),
+    ];
+    for (path, code) in cases {
+        let ended = Program::start(&mut fealty(&["run", "--unprotected", &path])).end().code(code);
+        assert!(!ended.why().is_empty() && ended.out.is_empty(), "{path}");
+    }
+    for words in [&["run"][..], &["run", "x", "--grace", "-1"], &["run", "x", "--console", "tty"], &["walk"]] {
+        let ended = Program::start(&mut fealty(words)).end().code(2);
+        assert!(!ended.why().is_empty(), "{words:?}");
+    }
+    let missing = folder.path().join("missing.vm").display().to_string();
+    assert!(Program::start(&mut fealty(&["run", &missing])).end().code(3).why().contains("missing.vm"));
+}
+
+#[test]
+fn help_names_every_exit_code() {
+    let ended = Program::start(&mut fealty(&["--help"])).end().code(0);
+    assert!(ended.out.contains("Exit codes") && ended.out.contains("14"), "{}", ended.out);
+}
