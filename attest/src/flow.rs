@@ -406,3 +406,6 @@ pub fn boottime_ms() -> Result<u64, FlowError> {
     };
     ms(now).ok_or(FlowError::Host("its boot-time clock is before zero"))
 }
+
+#[cfg(test)]
+mod tests;
