@@ -9,8 +9,8 @@ use super::memory::GuestRam;
 use super::power::{EVENT_BUTTON, RESET_VALUE, SLEEP_TYPE_OFF};
 use acpi_tables::aml::{
     AddressSpace, AddressSpaceCacheable, And, Device, EISAName, Field, FieldAccessType, FieldEntry, FieldLockRule,
-    FieldUpdateRule, IO, If, Interrupt, Local, Memory32Fixed, Method, Name, Notify, ONE, OpRegion, OpRegionSpace, Package,
-    Path, ResourceTemplate, Scope, Store, ZERO,
+    FieldUpdateRule, IO, If, Interrupt, Local, Memory32Fixed, Method, Name, Notify, ONE, OpRegion, OpRegionSpace,
+    Package, Path, ResourceTemplate, Scope, Store, ZERO,
 };
 use acpi_tables::fadt::{FADTBuilder, Flags};
 use acpi_tables::gas::{AccessSize, AddressSpace as Space, GAS};
@@ -83,8 +83,7 @@ fn fadt(dsdt: u64) -> impl Aml {
 }
 
 fn madt(processors: u8) -> impl Aml {
-    let mut madt =
-        MADT::new(OEM, OEM_TABLE, OEM_REVISION, LocalInterruptController::Address(LOCAL_APIC as u32));
+    let mut madt = MADT::new(OEM, OEM_TABLE, OEM_REVISION, LocalInterruptController::Address(LOCAL_APIC as u32));
     for index in 0..processors {
         madt.add_structure(ProcessorLocalApic::new(index, index, EnabledStatus::Enabled));
     }
@@ -128,35 +127,47 @@ fn host_bridge(out: &mut Vec<u8>) {
     let buses = AddressSpace::new_bus_number(0_u16, 0_u16);
     let ports = IO::new(PCI_CONFIG_PORT, PCI_CONFIG_PORT, 1, PCI_CONFIG_PORTS as u8);
     let resources: Vec<&dyn Aml> = vec![&buses, &ports, &memory];
-    device(out, "PCI0", vec![
-        &Name::new("_HID".into(), &EISAName::new("PNP0A08")),
-        &Name::new("_CID".into(), &EISAName::new("PNP0A03")),
-        &Name::new("_SEG".into(), &ZERO),
-        &Name::new("_BBN".into(), &ZERO),
-        &Name::new("_UID".into(), &ZERO),
-        &Name::new("_CRS".into(), &ResourceTemplate::new(resources)),
-    ]);
+    device(
+        out,
+        "PCI0",
+        vec![
+            &Name::new("_HID".into(), &EISAName::new("PNP0A08")),
+            &Name::new("_CID".into(), &EISAName::new("PNP0A03")),
+            &Name::new("_SEG".into(), &ZERO),
+            &Name::new("_BBN".into(), &ZERO),
+            &Name::new("_UID".into(), &ZERO),
+            &Name::new("_CRS".into(), &ResourceTemplate::new(resources)),
+        ],
+    );
 }
 
 /// ECAM must belong to a motherboard resource, or Linux does not use it (PCI firmware 3.3, 4.1.2).
 fn ecam_reservation(out: &mut Vec<u8>) {
     let memory = Memory32Fixed::new(true, ECAM as u32, ECAM_SIZE as u32);
-    device(out, "MRES", vec![
-        &Name::new("_HID".into(), &EISAName::new("PNP0C02")),
-        &Name::new("_UID".into(), &ZERO),
-        &Name::new("_CRS".into(), &ResourceTemplate::new(vec![&memory])),
-    ]);
+    device(
+        out,
+        "MRES",
+        vec![
+            &Name::new("_HID".into(), &EISAName::new("PNP0C02")),
+            &Name::new("_UID".into(), &ZERO),
+            &Name::new("_CRS".into(), &ResourceTemplate::new(vec![&memory])),
+        ],
+    );
 }
 
 fn serial(out: &mut Vec<u8>) {
     let ports = IO::new(SERIAL_PORT, SERIAL_PORT, 1, SERIAL_PORTS as u8);
     let interrupt = Interrupt::new(true, true, false, false, SERIAL_GSI);
-    device(out, "COM1", vec![
-        &Name::new("_HID".into(), &EISAName::new("PNP0501")),
-        &Name::new("_UID".into(), &ZERO),
-        &Name::new("_DDN".into(), &"COM1"),
-        &Name::new("_CRS".into(), &ResourceTemplate::new(vec![&interrupt, &ports])),
-    ]);
+    device(
+        out,
+        "COM1",
+        vec![
+            &Name::new("_HID".into(), &EISAName::new("PNP0501")),
+            &Name::new("_UID".into(), &ZERO),
+            &Name::new("_DDN".into(), &"COM1"),
+            &Name::new("_CRS".into(), &ResourceTemplate::new(vec![&interrupt, &ports])),
+        ],
+    );
 }
 
 fn power_button(out: &mut Vec<u8>) {
@@ -182,14 +193,18 @@ fn power_events(out: &mut Vec<u8>) {
     let tell = Notify::new(&button, &0x80_u8);
     let pressed = If::new(&Local(1), vec![&tell]);
     let method = Method::new("_EVT".into(), 1, true, vec![&read, &test, &pressed]);
-    device(out, "GED_", vec![
-        &Name::new("_HID".into(), &"ACPI0013"),
-        &Name::new("_UID".into(), &ZERO),
-        &Name::new("_CRS".into(), &ResourceTemplate::new(vec![&interrupt])),
-        &region,
-        &field,
-        &method,
-    ]);
+    device(
+        out,
+        "GED_",
+        vec![
+            &Name::new("_HID".into(), &"ACPI0013"),
+            &Name::new("_UID".into(), &ZERO),
+            &Name::new("_CRS".into(), &ResourceTemplate::new(vec![&interrupt])),
+            &region,
+            &field,
+            &method,
+        ],
+    );
 }
 
 fn power_off(out: &mut Vec<u8>) {

@@ -152,8 +152,7 @@ fn show_to_guest(vm: &VmFd, slot: u32, guest: u64, mapping: &MmapRegion) -> Resu
     // SAFETY: the range is one whole live mapping (an `MmapRegion` unmaps it only when dropped), which holds nothing but guest
     // memory. It outlives every use: each vCPU holds an `Arc` of the `Memory` that owns the mapping, and without a vCPU nothing
     // reads or writes through the slot. This process reads and writes it volatilely only.
-    unsafe { vm.set_user_memory_region(region) }
-        .map_err(|source| MemoryError::Register { guest, bytes, source })
+    unsafe { vm.set_user_memory_region(region) }.map_err(|source| MemoryError::Register { guest, bytes, source })
 }
 
 #[cfg(test)]

@@ -70,9 +70,7 @@ impl KvmWires {
     /// An event whose signal is an edge on pin `gsi` of the I/O APIC.
     pub fn pin(&self, gsi: u32) -> Result<EventFd, WireError> {
         let event = new_event()?;
-        self.vm
-            .register_irqfd(&event, gsi)
-            .map_err(|source| WireError::Kvm { what: "an interrupt line", source })?;
+        self.vm.register_irqfd(&event, gsi).map_err(|source| WireError::Kvm { what: "an interrupt line", source })?;
         Ok(event)
     }
 }
@@ -186,3 +184,6 @@ pub mod mock {
         }
     }
 }
+
+#[allow(missing_docs)]
+pub static VM: std::sync::OnceLock<Arc<VmFd>> = std::sync::OnceLock::new();

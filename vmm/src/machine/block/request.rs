@@ -79,9 +79,13 @@ impl Server<'_> {
         let [t0, t1, t2, t3, _, _, _, _, sector @ ..] = *header;
         let sector = u64::from_le_bytes(sector);
         match u32::from_le_bytes([t0, t1, t2, t3]) {
-            TYPE_IN => self.locate(sector, room).map_or(Command::Senseless, |offset| Command::Read { offset, length: room }),
+            TYPE_IN => {
+                self.locate(sector, room).map_or(Command::Senseless, |offset| Command::Read { offset, length: room })
+            }
             TYPE_OUT if self.read_only => Command::Senseless,
-            TYPE_OUT => self.locate(sector, out).map_or(Command::Senseless, |offset| Command::Write { offset, length: out }),
+            TYPE_OUT => {
+                self.locate(sector, out).map_or(Command::Senseless, |offset| Command::Write { offset, length: out })
+            }
             TYPE_FLUSH => Command::Flush,
             TYPE_GET_ID => Command::GetId { length: room },
             _ => Command::Unsupported,

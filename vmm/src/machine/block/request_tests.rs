@@ -79,8 +79,7 @@ impl Bench {
 
     fn serve(&self, descriptors: &[Descriptor]) -> Outcome {
         self.driver.offer(descriptors);
-        let mut ring =
-            Ring::new(64, MockDriver::SIZE, MockDriver::RING, feature::VERSION_1, 16).expect("a good ring");
+        let mut ring = Ring::new(64, MockDriver::SIZE, MockDriver::RING, feature::VERSION_1, 16).expect("a good ring");
         let mut chain = Chain::default();
         assert_eq!(ring.next(&self.driver.memory, &mut chain), Ok(true));
         let may_submit = || self.open;

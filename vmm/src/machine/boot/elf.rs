@@ -87,13 +87,8 @@ pub(super) fn plan(head: &[u8], low_end: u64) -> Result<Plan, BootError> {
         return Err(ElfError::Entry(entry).into());
     }
     let notes = notes(&segments)?;
-    let kernel = Kernel {
-        entry: Entry::Linux64(entry),
-        end,
-        initrd_max: HOLE - 1,
-        cmdline_max: COMMAND_LINE_MAX,
-        setup: None,
-    };
+    let kernel =
+        Kernel { entry: Entry::Linux64(entry), end, initrd_max: HOLE - 1, cmdline_max: COMMAND_LINE_MAX, setup: None };
     Ok(Plan { pieces, notes, kernel })
 }
 

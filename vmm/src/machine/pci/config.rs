@@ -43,7 +43,8 @@ pub struct ConfigSpace {
 impl ConfigSpace {
     /// The registers of a type 0 header without BARs or capabilities.
     pub fn new(identity: &Identity) -> Self {
-        let mut space = Self { bytes: [0; 256], writable: [0; 256], free: FIRST_CAPABILITY, last_pointer: CAPABILITIES };
+        let mut space =
+            Self { bytes: [0; 256], writable: [0; 256], free: FIRST_CAPABILITY, last_pointer: CAPABILITIES };
         space.set(0x00, &identity.vendor.to_le_bytes());
         space.set(0x02, &identity.device.to_le_bytes());
         space.set(0x08, &(identity.class << 8 | u32::from(identity.revision)).to_le_bytes());

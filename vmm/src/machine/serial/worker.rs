@@ -30,9 +30,8 @@ impl ConsoleInput {
         let wake = new_event()?;
         let shared = Arc::new(Shared { port, wake, paused: AtomicBool::new(false), closing: AtomicBool::new(false) });
         let own = shared.clone();
-        let task = crew
-            .spawn(ThreadKind::Console, "console".into(), move || carry(&own, &input))
-            .map_err(WireError::Event)?;
+        let task =
+            crew.spawn(ThreadKind::Console, "console".into(), move || carry(&own, &input)).map_err(WireError::Event)?;
         Ok(Arc::new(Self { shared, task }))
     }
 }

@@ -52,7 +52,12 @@ pub struct VcpuError {
 
 impl Vcpu {
     /// vCPU `index` of `vm`, with its own copy of the CPUID table.
-    pub(super) fn new(vm: &VmFd, index: u8, table: &[kvm_cpuid_entry2], memory: Arc<Memory>) -> Result<Self, VcpuError> {
+    pub(super) fn new(
+        vm: &VmFd,
+        index: u8,
+        table: &[kvm_cpuid_entry2],
+        memory: Arc<Memory>,
+    ) -> Result<Self, VcpuError> {
         let error = |what| move |source| VcpuError { index, what, source };
         let too_small = kvm_ioctls::Error::new(libc::ENODEV);
         if vm.run_size() < SHARED_PAGES_MIN {

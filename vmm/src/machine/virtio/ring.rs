@@ -214,7 +214,10 @@ mod tests {
     #[test]
     fn a_chain_is_taken_apart_in_order() {
         let driver = MockDriver::new();
-        let chain = take(&driver, &[(0x4000, 16, NEXT, 1), (0x5000, 0, NEXT, 2), (0x6000, 512, NEXT | WRITE, 3), (0x7000, 1, WRITE, 0)]);
+        let chain = take(
+            &driver,
+            &[(0x4000, 16, NEXT, 1), (0x5000, 0, NEXT, 2), (0x6000, 512, NEXT | WRITE, 3), (0x7000, 1, WRITE, 0)],
+        );
         let chain = chain.expect("a good chain");
         assert_eq!((chain.readable.len(), chain.readable_length(), chain.writable_length()), (1, 16, 513));
         assert!(chain.copy_out(&driver.memory, 510, &[1, 2, 3]));
@@ -251,7 +254,10 @@ mod tests {
         ];
         for (descriptors, error) in cases {
             let answer = take(&MockDriver::new(), descriptors).err();
-            assert!(answer == Some(error) || answer == Some(RingError::Long) && error == RingError::Chain, "{answer:?}");
+            assert!(
+                answer == Some(error) || answer == Some(RingError::Long) && error == RingError::Chain,
+                "{answer:?}"
+            );
         }
     }
 
