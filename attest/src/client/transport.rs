@@ -78,21 +78,48 @@ impl Connector<()> for PinnedConnector {
 impl PinnedConnector {
     fn handshake(&self, socket: TcpStream, name: ServerName<'static>, left: Duration) -> io::Result<TlsTransport> {
         socket.set_nodelay(true)?;
-        socket.set_read_timeout(Some(left))?;
-        socket.set_write_timeout(Some(left))?;
+        let mut socket = Timed { socket, until: Instant::now() + left };
         let mut connection = ClientConnection::new(self.config.clone(), name).map_err(io::Error::other)?;
         // A limit (the library's default) on what an unread peer can make this process hold.
         connection.set_buffer_limit(Some(64 * 1024));
-        let start = Instant::now();
-        let mut socket = socket;
         while connection.is_handshaking() {
-            connection.complete_io(&mut socket).map_err(in_time)?;
-            if start.elapsed() > left {
-                return Err(io::ErrorKind::TimedOut.into());
-            }
+            connection.complete_io(&mut socket)?;
         }
         let buffers = LazyBuffers::new(16 * 1024, 16 * 1024);
-        Ok(TlsTransport { buffers, stream: StreamOwned::new(connection, socket), limits: (left, left) })
+        Ok(TlsTransport { buffers, stream: StreamOwned::new(connection, socket) })
+    }
+}
+
+/// A socket that ends at a moment, however slowly bytes drip in: TLS reads until a record is whole, and a limit for each read
+/// would begin anew with every byte.
+#[derive(Debug)]
+struct Timed {
+    socket: TcpStream,
+    until: Instant,
+}
+
+impl Timed {
+    fn left(&self) -> io::Result<Option<Duration>> {
+        let left = self.until.saturating_duration_since(Instant::now());
+        if left.is_zero() { Err(io::ErrorKind::TimedOut.into()) } else { Ok(Some(left)) }
+    }
+}
+
+impl Read for Timed {
+    fn read(&mut self, out: &mut [u8]) -> io::Result<usize> {
+        self.socket.set_read_timeout(self.left()?)?;
+        self.socket.read(out).map_err(in_time)
+    }
+}
+
+impl Write for Timed {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.socket.set_write_timeout(self.left()?)?;
+        self.socket.write(bytes).map_err(in_time)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.socket.flush()
     }
 }
 
@@ -104,20 +131,13 @@ fn in_time(error: io::Error) -> io::Error {
 #[derive(Debug)]
 pub(super) struct TlsTransport {
     buffers: LazyBuffers,
-    stream: StreamOwned<ClientConnection, TcpStream>,
-    /// The read and the write limit that the socket has now.
-    limits: (Duration, Duration),
+    stream: StreamOwned<ClientConnection, Timed>,
 }
 
 impl TlsTransport {
-    fn limit(&mut self, timeout: NextTimeout) -> io::Result<()> {
+    fn limit(&mut self, timeout: NextTimeout) {
         let left = timeout.not_zero().map_or(super::REQUEST, |t| *t).max(Duration::from_millis(1));
-        if self.limits != (left, left) {
-            self.stream.sock.set_read_timeout(Some(left))?;
-            self.stream.sock.set_write_timeout(Some(left))?;
-            self.limits = (left, left);
-        }
-        Ok(())
+        self.stream.sock.until = Instant::now() + left;
     }
 }
 
@@ -127,10 +147,10 @@ impl Transport for TlsTransport {
     }
 
     fn transmit_output(&mut self, amount: usize, timeout: NextTimeout) -> Result<(), ureq::Error> {
-        self.limit(timeout)?;
+        self.limit(timeout);
         let output = self.buffers.output().get(..amount).unwrap_or_default();
-        self.stream.write_all(output).map_err(in_time)?;
-        self.stream.flush().map_err(in_time)?;
+        self.stream.write_all(output)?;
+        self.stream.flush()?;
         Ok(())
     }
 
@@ -138,15 +158,13 @@ impl Transport for TlsTransport {
         if timeout.after.is_zero() {
             return Err(ureq::Error::Timeout(timeout.reason));
         }
-        self.limit(timeout)?;
+        self.limit(timeout);
         let input = self.buffers.input_append_buf();
         let count = match self.stream.read(input) {
             Ok(count) => count,
             // A peer that ends the connection without a close_notify: the length of the body decides whether all came.
             Err(e) if e.kind() == io::ErrorKind::UnexpectedEof => 0,
-            Err(e) if matches!(e.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut) => {
-                return Err(ureq::Error::Timeout(timeout.reason));
-            }
+            Err(e) if e.kind() == io::ErrorKind::TimedOut => return Err(ureq::Error::Timeout(timeout.reason)),
             Err(e) => return Err(ureq::Error::Io(e)),
         };
         self.buffers.input_appended(count);
@@ -155,10 +173,11 @@ impl Transport for TlsTransport {
 
     /// Whether an idle connection still stands: nothing but TLS housekeeping may have come on it.
     fn is_open(&mut self) -> bool {
-        if self.stream.sock.set_nonblocking(true).is_err() {
+        let socket = &mut self.stream.sock.socket;
+        if socket.set_nonblocking(true).is_err() {
             return false;
         }
-        let idle = match self.stream.conn.read_tls(&mut self.stream.sock) {
+        let idle = match self.stream.conn.read_tls(socket) {
             Ok(0) => false,
             Ok(_) => self
                 .stream
@@ -167,10 +186,39 @@ impl Transport for TlsTransport {
                 .is_ok_and(|state| state.plaintext_bytes_to_read() == 0 && !state.peer_has_closed()),
             Err(e) => e.kind() == io::ErrorKind::WouldBlock,
         };
-        self.stream.sock.set_nonblocking(false).is_ok() && idle
+        self.stream.sock.socket.set_nonblocking(false).is_ok() && idle
     }
 
     fn is_tls(&self) -> bool {
         true
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::net::TcpListener;
+
+    #[test]
+    fn attack_39_a_peer_that_drips_is_given_up() {
+        let listener = TcpListener::bind("127.0.0.1:0").expect("a port");
+        let address = listener.local_addr().expect("an address");
+        let dripping = std::thread::spawn(move || {
+            let (mut socket, _) = listener.accept().expect("a client");
+            // Far longer than the limit, in steps far below it; it ends when the client does.
+            for _ in 0..2000 {
+                if socket.write_all(b"x").is_err() {
+                    return true;
+                }
+                std::thread::sleep(Duration::from_millis(10));
+            }
+            false
+        });
+        let socket = TcpStream::connect(address).expect("connected");
+        let mut timed = Timed { socket, until: Instant::now() + Duration::from_millis(200) };
+        let end = timed.read_exact(&mut [0; 4096]).expect_err("not all of it comes");
+        assert_eq!(end.kind(), io::ErrorKind::TimedOut);
+        drop(timed);
+        assert!(dripping.join().expect("joined"), "given up before the peer was done");
     }
 }
