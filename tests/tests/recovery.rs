@@ -36,6 +36,9 @@ fn a_provider_restored_from_a_backup_asks_before_it_trusts_an_older_anchor() {
     lab.keys(&["backup", "--out", &lab.text("backup.db")]).good();
     lab.run_vm(&[]).good();
     lab.stop_provider(15);
+    for file in ["keys.db", "keys.db-wal", "keys.db-shm"] {
+        let _ = std::fs::remove_file(lab.path("keys").join(file));
+    }
     lab.keys_local(&["restore", "--dir", &lab.text("keys"), "--from", &lab.text("backup.db")]).good();
     lab.start_provider();
     let refused = lab.run_vm(&[]).refused();
@@ -52,7 +55,7 @@ fn a_tpm_that_goes_away_stops_renewals_not_the_disk() {
     let mut lab = Lab::new(&Plan { words: "hello,tick".into(), settings: lease(6, 2), ..Plan::default() });
     let mut vm = Background::start(&mut lab.vm(&[]));
     vm.until("tick", LIMIT);
-    lab.tpm.kill();
+    lab.tpm.power_off();
     std::thread::sleep(std::time::Duration::from_secs(7));
     let stopped = vm.out().matches("tick").count();
     std::thread::sleep(std::time::Duration::from_secs(3));
