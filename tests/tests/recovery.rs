@@ -43,6 +43,7 @@ fn a_provider_restored_from_a_backup_asks_before_it_trusts_an_older_anchor() {
     lab.start_provider();
     let refused = lab.run_vm(&[]).refused();
     assert!(!refused.out.contains("fealty-guest"), "{}", refused.out);
+    lab.keys(&["vm", "confirm", "acme", "payroll"]).good();
     lab.keys(&["volume", "confirm", "acme", "root"]).good();
     lab.run_vm(&[]).good();
     assert!(lab.export()[4 * 4096..5 * 4096].iter().all(|b| *b == 0x44));
