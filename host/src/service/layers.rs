@@ -140,6 +140,9 @@ impl Layers {
         if !self.matches {
             return Err(LayerError::Mismatch);
         }
+        if self.log.has_shell() {
+            return Err(LogError::Shell.into());
+        }
         let digest = *record.digest();
         let mut longer = self.log.clone();
         longer.append(record);
