@@ -104,7 +104,7 @@ fn number(path: &str, text: &str) -> u64 {
 }
 
 /// Values of Linux' headers for x86_64.
-const NAMES: [(&str, u64); 40] = [
+const NAMES: [(&str, u64); 41] = [
     ("AT_EMPTY_PATH", 0x1000),
     ("AF_UNIX", 1),
     ("AF_INET", 2),
@@ -115,6 +115,7 @@ const NAMES: [(&str, u64); 40] = [
     ("PR_SET_NO_NEW_PRIVS", 38),
     ("SECCOMP_SET_MODE_FILTER", 1),
     ("PR_SET_VMA", 0x5356_4d41),
+    ("SOL_SOCKET", 1),
     ("TCGETS", 0x5401),
     ("TCSETS", 0x5402),
     ("TCSETSW", 0x5403),

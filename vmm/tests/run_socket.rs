@@ -20,6 +20,7 @@ fn start(words: &str) -> Vm {
     let mut command = fealty(&["run", "--unprotected", path.to_str().expect("UTF-8"), "--api-socket"]);
     let mut program = Program::start(command.arg(&socket));
     program.until("fealty-guest");
+    program.until_step("runs");
     Vm { folder, program }
 }
 
@@ -70,8 +71,8 @@ fn a_vm_is_shown_paused_resumed_and_ended() {
 
 #[test]
 fn the_power_button_is_pressed() {
-    let vm = start("wait-button,hello,poweroff");
-    std::thread::sleep(Duration::from_millis(300));
+    let mut vm = start("wait-button,hello,poweroff");
+    vm.program.until("waiting for the button");
     vm.ctl(&["power-button"]).code(0);
     assert!(vm.program.end().code(0).out.contains("hello"));
 }

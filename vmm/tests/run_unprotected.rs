@@ -62,17 +62,17 @@ fn a_reset_and_a_failure_have_their_own_codes() {
 fn the_first_signal_presses_the_button_and_a_second_one_stops() {
     let (_folder, mut command) = run("wait-button,hello,poweroff", &[]);
     let mut vm = Program::start(&mut command);
-    vm.until("fealty-guest");
-    std::thread::sleep(std::time::Duration::from_millis(300));
+    vm.until("waiting for the button");
     vm.signal(Signal::TERM);
     let ended = vm.end().code(0);
     assert!(ended.out.contains("hello"), "the guest went on after the button: {}", ended.out);
 
     let (_folder, mut command) = run("spin", &[]);
     let mut vm = Program::start(&mut command);
-    vm.until("fealty-guest");
+    vm.until_step("runs");
     vm.signal(Signal::TERM);
-    std::thread::sleep(std::time::Duration::from_millis(300));
+    // Two signals of one kind that wait together count once: the second comes after the first was seen.
+    vm.until_step("power-button");
     vm.signal(Signal::TERM);
     vm.end().code(14);
 }
@@ -81,7 +81,7 @@ fn the_first_signal_presses_the_button_and_a_second_one_stops() {
 fn a_guest_that_ignores_the_button_is_stopped_after_the_grace_time() {
     let (_folder, mut command) = run("spin", &["--grace", "1"]);
     let mut vm = Program::start(&mut command);
-    vm.until("fealty-guest");
+    vm.until_step("runs");
     vm.signal(Signal::INT);
     assert!(vm.end().code(14).why().contains("before the guest powered off"));
 }

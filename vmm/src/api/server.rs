@@ -8,6 +8,7 @@ use crate::operations::Operations;
 use crate::post::Post;
 use crate::sandbox::{Filter, close_thread};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::process::Uid;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::fs::FileTypeExt;
 use std::os::unix::net::{UnixListener, UnixStream};
@@ -50,12 +51,13 @@ impl Socket {
     pub fn serve(self, post: Post) -> Result<Api, Failure> {
         let api = Api { operations: Arc::new(OnceLock::new()) };
         let operations = api.operations.clone();
+        let own = rustix::process::geteuid();
         crate::threads::spawn("api", post.clone(), move || {
             if let Err(error) = close_thread(Filter::Api) {
                 post.put(crate::post::Message::Died(error.to_string()));
                 return;
             }
-            serve(&self.0, &operations);
+            serve(&self.0, own, &operations);
         })?;
         Ok(api)
     }
@@ -74,7 +76,7 @@ impl Api {
     }
 }
 
-fn serve(listener: &UnixListener, operations: &OnceLock<Arc<Operations>>) {
+fn serve(listener: &UnixListener, own: Uid, operations: &OnceLock<Arc<Operations>>) {
     let mut connections: Vec<Connection> = Vec::new();
     loop {
         let ready = wait(listener, &connections);
@@ -89,7 +91,7 @@ fn serve(listener: &UnixListener, operations: &OnceLock<Arc<Operations>>) {
         if ready[0]
             && connections.len() < CLIENTS
             && let Ok((stream, _)) = listener.accept()
-            && allowed(stream.as_fd())
+            && allowed(stream.as_fd(), own)
             && let Ok(connection) = Connection::new(stream)
         {
             connections.push(connection);
@@ -107,9 +109,8 @@ fn wait(listener: &UnixListener, connections: &[Connection]) -> Vec<bool> {
     fds.iter().map(|fd| !fd.revents().is_empty()).collect()
 }
 
-/// Whether the peer is root or the user who runs this process.
-fn allowed(peer: BorrowedFd<'_>) -> bool {
-    let own = rustix::process::geteuid();
+/// Whether the peer is root or `own`, the user who runs this process.
+fn allowed(peer: BorrowedFd<'_>, own: Uid) -> bool {
     rustix::net::sockopt::socket_peercred(peer).is_ok_and(|peer| peer.uid.is_root() || peer.uid == own)
 }
 
@@ -163,7 +164,8 @@ mod tests {
         let _socket = Socket::bind(&path).expect("bound");
         assert_eq!(std::fs::metadata(&path).expect("there").permissions().mode() & 0o777, 0o600);
         let (ours, _theirs) = UnixStream::pair().expect("sockets");
-        assert!(allowed(ours.as_fd()), "this very user");
+        let own = rustix::process::geteuid();
+        assert!(allowed(ours.as_fd(), own), "this very user");
     }
 
     #[test]

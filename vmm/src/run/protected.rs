@@ -151,7 +151,6 @@ fn live(prepared: Prepared, early: EarlyVm, opened: OpenedRelease, settings: &Se
             return Err(failure);
         }
     };
-    steps.step("runs", "");
     link.report(ReportEvent::Runs);
 
     let helm = Arc::new(Helm::new(running.clone(), gate));
@@ -168,6 +167,7 @@ fn live(prepared: Prepared, early: EarlyVm, opened: OpenedRelease, settings: &Se
     if let Some(api) = &api {
         api.runs(operations.clone());
     }
+    steps.step("runs", "");
     let end = guard.map(|guard| {
         let grace = settings.grace;
         let mut watch = Watch { steps, signals, inbox, operations, keyboard, typing, grace, guard: Some(guard) };

@@ -45,13 +45,12 @@ pub fn run(file: &Path, settings: &Settings) -> Result<Exit, Failure> {
     let permit = StartPermit::from_plain(&config);
     let gate = Arc::new(LeaseGate::unlimited());
     let running = machine.start(permit, gate.clone(), hook()).map_err(|e| machine_failure(&e))?;
-    steps.step("runs", "");
-
     let helm = Arc::new(Helm::new(running.clone(), gate));
     let operations = Arc::new(Operations::new(helm, facts, post, None));
     if let Some(api) = &api {
         api.runs(operations.clone());
     }
+    steps.step("runs", "");
     let mut watch = Watch { steps, signals, inbox, operations, keyboard, typing, grace: settings.grace, guard: None };
     let end = watch.until_end(running.events());
     running.stop();

@@ -88,8 +88,19 @@ impl Program {
     /// Waits until standard output holds `needle`.
     #[track_caller]
     pub(crate) fn until(&mut self, needle: &str) {
+        self.wait(needle, Self::out);
+    }
+
+    /// Waits until standard error tells a step that holds `needle`.
+    #[track_caller]
+    pub(crate) fn until_step(&mut self, needle: &str) {
+        self.wait(needle, Self::err);
+    }
+
+    #[track_caller]
+    fn wait(&mut self, needle: &str, printed: fn(&Self) -> String) {
         let start = Instant::now();
-        while !self.out().contains(needle) {
+        while !printed(self).contains(needle) {
             let ended = self.child.try_wait().expect("waited").is_some();
             assert!(
                 !ended && start.elapsed() < LIMIT,
