@@ -8,8 +8,9 @@ use std::io::{self, Write};
 use std::process::ExitCode;
 use std::{env, fs, ptr, slice};
 
-use kvm_bindings::{KVM_MAX_CPUID_ENTRIES, Msrs, kvm_msr_entry, kvm_segment, kvm_userspace_memory_region};
-use kvm_ioctls::{Kvm, VcpuExit, VcpuFd};
+use kvm_bindings::{KVM_MAX_CPUID_ENTRIES, Msrs, kvm_msr_entry, kvm_regs, kvm_segment, kvm_userspace_memory_region};
+use kvm_ioctls::{Cap, Kvm, VcpuExit, VcpuFd};
+use vmm_sys_util::eventfd::EventFd;
 
 const MEMORY: usize = 128 << 20;
 /// Where things lie in guest memory: as in fealty.
@@ -17,6 +18,18 @@ const START_INFO: u64 = 0x6000;
 const ZERO_PAGE: u64 = 0x7000;
 const PAGE_TABLES: u64 = 0x9000;
 const COMMAND_LINE: u64 = 0x2_0000;
+
+/// What a VMM asks for before it begins.
+const NEEDED: [Cap; 8] = [
+    Cap::UserMemory,
+    Cap::Irqchip,
+    Cap::Irqfd,
+    Cap::Ioeventfd,
+    Cap::IrqRouting,
+    Cap::SignalMsi,
+    Cap::ImmediateExit,
+    Cap::ExtCpuid,
+];
 
 const SERIAL: u16 = 0x3f8;
 const SERIAL_STATUS: u16 = 0x3fd;
@@ -56,6 +69,9 @@ enum Way {
 
 fn run(image: &str, command_line: &str, way: Way) -> Result<(), Box<dyn Error>> {
     let kvm = Kvm::new()?;
+    if kvm.get_api_version() != 12 || !NEEDED.iter().all(|capability| kvm.check_extension(*capability)) {
+        return Err("this KVM lacks something".into());
+    }
     let vm = kvm.create_vm()?;
     let memory = guest_memory()?;
     let region = kvm_userspace_memory_region {
@@ -76,14 +92,17 @@ fn run(image: &str, command_line: &str, way: Way) -> Result<(), Box<dyn Error>> 
 
     let mut vcpu = vm.create_vcpu(0)?;
     vcpu.set_cpuid2(&kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)?)?;
-    let lapic = vcpu.get_lapic()?;
-    vcpu.set_lapic(&lapic)?;
+    vcpu.get_tsc_khz()?;
     const MISC_ENABLE: u32 = 0x1a0;
     vcpu.set_msrs(&Msrs::from_entries(&[kvm_msr_entry { index: MISC_ENABLE, data: 1, ..Default::default() }])?)?;
     match way {
         Way::Linux64 => enter_long(&vcpu, memory, entry.linux64)?,
         Way::Linux32 => enter_protected(&vcpu, memory, entry.linux64 - 0x200)?,
         Way::Pvh => enter_protected(&vcpu, memory, entry.pvh)?,
+    }
+    let lines = [(EventFd::new(0)?, 4), (EventFd::new(0)?, 16)];
+    for (line, interrupt) in &lines {
+        vm.register_irqfd(line, *interrupt)?;
     }
     serve(&mut vcpu)
 }
@@ -170,7 +189,7 @@ fn enter_long(vcpu: &VcpuFd, memory: &mut [u8], entry: u64) -> Result<(), Box<dy
     special.cr4 = 0x20;
     special.efer = 0x500;
     vcpu.set_sregs(&special)?;
-    let mut registers = vcpu.get_regs()?;
+    let mut registers = kvm_regs::default();
     (registers.rip, registers.rsi, registers.rsp, registers.rflags) = (entry, ZERO_PAGE, 0x8ff0, 2);
     Ok(vcpu.set_regs(&registers)?)
 }
@@ -188,7 +207,7 @@ fn enter_protected(vcpu: &VcpuFd, memory: &mut [u8], entry: u64) -> Result<(), B
     (special.ds, special.es, special.ss, special.fs, special.gs) = (data, data, data, data, data);
     special.cr0 = 0x11;
     vcpu.set_sregs(&special)?;
-    let mut registers = vcpu.get_regs()?;
+    let mut registers = kvm_regs::default();
     (registers.rip, registers.rbx, registers.rsi, registers.rflags) = (entry, START_INFO, ZERO_PAGE, 2);
     Ok(vcpu.set_regs(&registers)?)
 }
