@@ -233,7 +233,8 @@ impl Machine {
         let memory = self.memory;
         let disks = self.disks;
         let turn = Mutex::new(());
-        let parts = Parts { control, vcpus, exits, background, power, serial, disks, bus, memory, turn };
+        let _wires = self.wires;
+        let parts = Parts { control, vcpus, exits, background, power, serial, disks, bus, memory, _wires, turn };
         let running = Running(Arc::new(parts));
         if let Err(error) = started {
             running.stop();

@@ -10,6 +10,7 @@ use super::serial::SerialPort;
 use super::sync::lock;
 use super::thread::Background;
 use super::vcpu::{Vcpu, VcpuError, VcpuState};
+use super::wires::KvmWires;
 use serde::Serialize;
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -31,6 +32,8 @@ pub(super) struct Parts {
     pub(super) disks: Vec<Arc<BlockDevice>>,
     pub(super) bus: Arc<Bus>,
     pub(super) memory: Arc<Memory>,
+    /// Never used again, but interrupts end with it.
+    pub(super) _wires: Arc<KvmWires>,
     /// One pause, resume, stop or inspection at a time.
     pub(super) turn: Mutex<()>,
 }

@@ -50,7 +50,8 @@ pub trait Wires: Send + Sync {
     fn disconnect_doorbell(&self, address: u64, event: &EventFd) -> Result<(), WireError>;
 }
 
-/// Wires of KVM: irqfd, GSI routing, ioeventfd.
+/// Wires of KVM: irqfd, GSI routing, ioeventfd. KVM cuts them all when the VM's descriptor closes, so this must live as long as
+/// the machine runs.
 pub struct KvmWires {
     vm: Arc<VmFd>,
     routes: Mutex<Routes>,
@@ -184,6 +185,3 @@ pub mod mock {
         }
     }
 }
-
-#[allow(missing_docs)]
-pub static VM: std::sync::OnceLock<Arc<VmFd>> = std::sync::OnceLock::new();
