@@ -146,6 +146,32 @@ mod tests {
     }
 
     #[test]
+    fn a_real_firmwares_log_replays_to_the_values_its_tpm_had() {
+        // OVMF 2022.11 (Debian 12) under QEMU 7.2, booted to its shell; banks SHA-256 and SHA-384. The values stood in the
+        // TPM's own state.
+        let log = include_bytes!("../../tests/corpus/firmware-log/ovmf-two-banks");
+        let replay = replay(log).expect("good");
+        let separated = "3d458cfe55cc03ea1f443f1562beec8df51c75e14a9fcf9a7234a13f198e7969";
+        let values = [
+            (0, "ce729d0e02d46cecb9baa54228e55d1be49de54981fe6485a59bf9b222bcc061"),
+            (1, "38cc739fefc308c7692dffc3d28b5c797f5a01b66eaad8cce47005daa15074e9"),
+            (2, separated),
+            (3, separated),
+            (4, "50291ed1a756661b8e9904f21b66ecdaf747e6a99002202125de060ef5f16c4b"),
+            (5, separated),
+            (6, separated),
+            (7, "65caf8dd1e0ea7a6347b635d2b379c93b9a1351edc2afc3ecda700e534eb3068"),
+        ];
+        assert_eq!(replay.pcrs.len(), values.len());
+        for (pcr, value) in values {
+            assert_eq!(replay.value(pcr).to_string(), value, "PCR {pcr}");
+        }
+        // Version, two firmware volumes; Secure Boot's five variables; boot order and options; the shell.
+        let of = |pcr| replay.measurements.iter().filter(|m| m.pcr == pcr).count();
+        assert_eq!([of(0), of(1), of(4), of(7)], [3, 4, 1, 5]);
+    }
+
+    #[test]
     fn attack_19_no_action_extends_nothing_and_start_values_are_the_specifications() {
         let mut with = FirmwareLog::new();
         with.measured(0, EV_NO_ACTION, Digest([7; 32]), b"anything");
