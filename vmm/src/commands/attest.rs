@@ -4,7 +4,7 @@
 use crate::exit::{Exit, Failure, chain, one_line};
 use crate::provider::{failure, register};
 use crate::run::{Host, read_vm_file};
-use crate::sandbox::{Filter, close_inherited, close_thread, harden};
+use crate::sandbox::{Filter, close_inherited, close_thread, harden, process};
 use crate::steps::Steps;
 use attest::eventlog::{firmware, layer::LayerLog};
 use attest::flow::Examined;
@@ -17,6 +17,7 @@ use std::path::Path;
 
 /// Gathers this host's evidence for the VM of `file`, shows it, and asks the provider.
 pub fn run(file: &Path, host: &Host, steps: Steps) -> Result<Exit, Failure> {
+    process::settle();
     close_inherited().map_err(|e| Failure::of(Exit::Host, &e))?;
     let file = read_vm_file(file)?;
     let contacts = register(&file, host)?;

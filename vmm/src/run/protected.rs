@@ -93,7 +93,7 @@ pub fn run(start: &ProtectedRun, settings: &Settings) -> Result<Exit, Failure> {
 /// Everything that needs paths, other processes or a fork: before the sandbox closes.
 fn prepare(start: &ProtectedRun, settings: &Settings) -> Result<(Prepared, std::os::fd::OwnedFd), Failure> {
     let steps = settings.steps;
-    process::one_heap();
+    process::settle();
     close_inherited().map_err(|e| Failure::of(Exit::Host, &e))?;
     let file = read_vm_file(&start.file)?;
     steps.step("read", &format!("VM {} of {}, file {}", file.header.vm, file.header.customer, file.digest));

@@ -21,7 +21,7 @@ use std::sync::Arc;
 /// Runs the VM that the plain configuration `file` describes, to its end.
 pub fn run(file: &Path, settings: &Settings) -> Result<Exit, Failure> {
     let steps = settings.steps;
-    process::one_heap();
+    process::settle();
     close_inherited().map_err(|e| Failure::of(Exit::Host, &e))?;
     let bytes = read_file(file, CONFIG_LIMIT)?;
     let config = parse(&bytes)

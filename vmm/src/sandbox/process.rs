@@ -35,11 +35,13 @@ pub fn forget_children() {
     unsafe { libc::signal(libc::SIGCHLD, libc::SIG_IGN) };
 }
 
-/// One heap for all threads: an arena for each would cost 64 KiB and more of dirty memory a thread, for programs that
-/// allocate little once they run.
-pub fn one_heap() {
+/// What libraries find out once, found out before paths are closed; and one heap for all threads: an arena for each would
+/// cost 64 KiB and more of dirty memory a thread, for a program that allocates little once it runs.
+pub fn settle() {
     // SAFETY: mallopt changes a number of the allocator; it is called before there is a second thread.
     unsafe { libc::mallopt(libc::M_ARENA_MAX, 1) };
+    // The first look at a clock searches the vDSO, on older kernels through /proc/self/auxv.
+    crate::lease::boottime_ms();
 }
 
 /// Ends this process when its parent does.
