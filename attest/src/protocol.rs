@@ -64,7 +64,8 @@ pub struct Challenge {
     pub host: HostId,
     /// PCRs to quote, rising, SHA-256 bank.
     pub pcrs: Vec<u8>,
-    /// Whether logs of IMA are wanted, and from which byte of the log on.
+    /// Whether logs of IMA are wanted, and from which byte of the log on; a host whose log is shorter was reset, and sends
+    /// all of it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub ima_offset: Option<u64>,
     /// Present until this AK is known to live beside this EK.

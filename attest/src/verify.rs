@@ -46,7 +46,8 @@ pub struct Expected<'a> {
     pub pcrs: &'a [u8],
     /// TPMT_PUBLIC of the attestation key: the record that was activated for this EK, never the message's.
     pub ak_public: &'a [u8],
-    /// How far this AK's IMA log was replayed (from the start: [`ImaState::START`]); none where no IMA log was asked for.
+    /// How far this AK's IMA log was replayed (from the start: [`ImaState::START`]); none where no IMA log was asked for. Evidence
+    /// with the whole log, from offset 0, is taken as well.
     pub ima: Option<ImaState>,
 }
 
@@ -227,9 +228,12 @@ fn replay(evidence: &Evidence, expected: &Expected<'_>) -> Result<(Replay, Optio
         let none = evidence.ima_log.is_empty() && evidence.ima_offset == 0;
         return if none { Ok((replay, None)) } else { Err(VerifyError::ImaOffset) };
     };
-    if evidence.ima_offset != from.offset {
-        return Err(VerifyError::ImaOffset);
-    }
+    // From the start is always good: a host that was reset meanwhile has a new log, and a whole one proves more, not less.
+    let from = match evidence.ima_offset {
+        0 => ImaState::START,
+        offset if offset == from.offset => from,
+        _ => return Err(VerifyError::ImaOffset),
+    };
     let (state, measured) = ima::replay(&evidence.ima_log, from, &replay.pcrs)?;
     replay.pcrs.insert(IMA_PCR, state.pcr);
     replay.measurements.extend(measured);

@@ -50,6 +50,8 @@ fn good_evidence_with_an_ima_log_holds_and_continues() {
     let next = Expected { ima: Some(after), ..expected(&host, &asked) };
     assert_eq!(verify(&empty, &next).map(|v| v.ima), Ok(Some(after)));
     assert_eq!(judge(&host, &asked, &empty), Err(VerifyError::ImaOffset));
+    // The whole log once more, as after a reset.
+    assert_eq!(verify(&host.evidence(&asked), &next).map(|v| v.ima), Ok(Some(after)));
 }
 
 #[test]
