@@ -1,0 +1,119 @@
+//! A volume's store and keys together: blocks that verify, or an error.
+//!
+//! Keys have a lock of their own, held for a computation and never over I/O: they can be wiped whatever the store does.
+
+use crate::format::geometry::Geometry;
+use crate::format::page::{Child, Entry, Header};
+use crate::format::{BLOCK, Block, zero_block};
+use crate::keys::{KeyRing, VolumeKey, same};
+use crate::{Events, Store, VolumeError};
+use policy::VolumeId;
+use secretmem::wiping_stack;
+use std::sync::{Arc, PoisonError, RwLock};
+
+pub(crate) struct Backing {
+    pub(crate) store: Box<dyn Store>,
+    pub(crate) geometry: Geometry,
+    pub(crate) uuid: VolumeId,
+    pub(crate) events: Arc<dyn Events>,
+    keys: RwLock<Option<KeyRing>>,
+}
+
+impl Backing {
+    pub(crate) fn new(
+        store: Box<dyn Store>,
+        geometry: Geometry,
+        uuid: VolumeId,
+        keys: KeyRing,
+        events: Arc<dyn Events>,
+    ) -> Self {
+        Self { store, geometry, uuid, events, keys: RwLock::new(Some(keys)) }
+    }
+
+    /// Computes something with the keys; not to be held over I/O.
+    pub(crate) fn with_keys<R>(
+        &self,
+        f: impl FnOnce(&KeyRing, &VolumeKey) -> Result<R, VolumeError>,
+    ) -> Result<R, VolumeError> {
+        let held = self.keys.read().unwrap_or_else(PoisonError::into_inner);
+        let ring = held.as_ref().ok_or(VolumeError::NoKeys)?;
+        let current = ring.current().ok_or(VolumeError::NoKeys)?;
+        wiping_stack(|| f(ring, current))
+    }
+
+    /// Whether the keys are there.
+    pub(crate) fn has_keys(&self) -> Result<(), VolumeError> {
+        let held = self.keys.read().unwrap_or_else(PoisonError::into_inner);
+        if held.is_some() { Ok(()) } else { Err(VolumeError::NoKeys) }
+    }
+
+    /// Replaces the keys; `None` wipes them.
+    pub(crate) fn set_keys(&self, keys: Option<KeyRing>) {
+        let old = std::mem::replace(&mut *self.keys.write().unwrap_or_else(PoisonError::into_inner), keys);
+        drop(old);
+    }
+
+    /// Changes the keys while a volume is being opened.
+    pub(crate) fn change_keys(&self, f: impl FnOnce(&mut KeyRing)) -> Result<(), VolumeError> {
+        f(self.keys.write().unwrap_or_else(PoisonError::into_inner).as_mut().ok_or(VolumeError::NoKeys)?);
+        Ok(())
+    }
+
+    /// Whether `block` is one that data and pages may lie in.
+    pub(crate) fn in_pool(&self, block: u64) -> bool {
+        self.geometry.pool().contains(&block)
+    }
+
+    pub(crate) fn read_blocks(&self, first: u64, buffer: &mut [u8]) -> Result<(), VolumeError> {
+        self.store.read_at(buffer, first * BLOCK as u64).map_err(VolumeError::store("read"))
+    }
+
+    pub(crate) fn write_blocks(&self, first: u64, bytes: &[u8]) -> Result<(), VolumeError> {
+        self.store.write_at(bytes, first * BLOCK as u64).map_err(VolumeError::store("write"))
+    }
+
+    pub(crate) fn sync(&self) -> Result<(), VolumeError> {
+        self.store.sync_data().map_err(VolumeError::store("make writes durable"))
+    }
+
+    /// The page that `pointer` names, if it verifies and its header is the `expected` one; read twice before it is given up.
+    pub(crate) fn read_page(
+        &self,
+        pointer: &Child,
+        expected: impl Fn(&Header) -> bool,
+    ) -> Result<Box<Block>, VolumeError> {
+        let mut page = zero_block();
+        if self.in_pool(pointer.physical) {
+            for _ in 0..2 {
+                self.read_blocks(pointer.physical, &mut page[..])?;
+                if self.page_verifies(pointer, &page)? {
+                    return match Header::parse(&page) {
+                        Ok(header) if header.birth == pointer.birth && expected(&header) => Ok(page),
+                        _ => Err(VolumeError::Damaged("a page of the map lies in another's place".to_owned())),
+                    };
+                }
+            }
+        }
+        self.events.integrity(None, Some(pointer.physical), "a page of the map does not verify");
+        Err(VolumeError::Damaged(format!("the map page in block {} does not verify", pointer.physical)))
+    }
+
+    fn page_verifies(&self, pointer: &Child, page: &Block) -> Result<bool, VolumeError> {
+        let Ok(header) = Header::parse(page) else { return Ok(false) };
+        self.with_keys(|ring, _| {
+            let Some(key) = ring.find(header.key) else { return Ok(false) };
+            Ok(key.origin == header.origin && same(&key.page_mac(page), &pointer.mac))
+        })
+    }
+
+    /// Whether the store holds the data that `entry` names for `lba`.
+    pub(crate) fn holds(&self, lba: u64, entry: &Entry) -> Result<bool, VolumeError> {
+        let Some(physical) = entry.data() else { return Ok(entry.physical == 0) };
+        if !self.in_pool(physical) {
+            return Ok(false);
+        }
+        let mut block = zero_block();
+        self.read_blocks(physical, &mut block[..])?;
+        self.with_keys(|ring, _| Ok(ring.find(entry.key).is_some_and(|key| key.verify(lba, entry, &block))))
+    }
+}

@@ -1,0 +1,162 @@
+//! Where things lie, from a volume's size.
+
+use super::page::{BITS, CHILDREN, ENTRIES};
+use super::{BLOCK, FormatError};
+use crate::VolumeError;
+use std::ops::Range;
+
+/// The smallest volume: one sector.
+const MIN_SIZE: u64 = 512;
+/// The largest volume: 2^50 bytes.
+const MAX_SIZE: u64 = 1 << 50;
+/// The shortest log. Two checkpoints' records and the chunk in hand must fit (see `volume::log`).
+const MIN_LOG: u64 = 32;
+const MAX_LOG: u64 = 4096;
+/// Superblocks at each end.
+const ENDS: u64 = 2;
+/// Blocks kept for key slot pages: as many as the longest list has, twice.
+const SLOT_PAGES: u64 = 2 * super::slot::MAX_PAGES as u64;
+
+/// The extents and trees of one volume.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) struct Geometry {
+    /// What the guest sees, in bytes: a multiple of 512.
+    pub(crate) size: u64,
+    /// Blocks of the store that the volume uses.
+    pub(crate) total: u64,
+    /// Blocks of the log ring, which begins at block 2.
+    pub(crate) log_blocks: u64,
+    /// Levels of the map tree, leaves included.
+    pub(crate) map_levels: u8,
+    /// Levels of the free-space tree, bitmap pages included.
+    pub(crate) free_levels: u8,
+}
+
+impl Geometry {
+    /// The plan of a new volume of `size` bytes, in a store that has at least `store` bytes already (0: as many as needed).
+    pub(crate) fn plan(size: u64, store: u64) -> Result<Self, VolumeError> {
+        if !(MIN_SIZE..=MAX_SIZE).contains(&size) || !size.is_multiple_of(512) {
+            return Err(VolumeError::Size { size, min: MIN_SIZE, max: MAX_SIZE });
+        }
+        let blocks = size.div_ceil(BLOCK as u64);
+        let log_blocks = (blocks / 64).clamp(2 * MIN_LOG, MAX_LOG);
+        let map_pages = tree_pages(blocks.div_ceil(ENTRIES as u64));
+        let slack = (blocks / 128).max(256);
+        let mut total = 2 * ENDS + log_blocks + blocks + slack + 2 * map_pages + SLOT_PAGES;
+        // The bitmap covers itself: a few rounds until its own size no longer changes the total.
+        let mut with_bitmap = total;
+        for _ in 0..8 {
+            with_bitmap = total + 2 * tree_pages(with_bitmap.div_ceil(BITS as u64));
+        }
+        total = with_bitmap.max(store / BLOCK as u64);
+        let map_levels = levels(blocks.div_ceil(ENTRIES as u64));
+        let free_levels = levels(total.div_ceil(BITS as u64));
+        Ok(Self { size, total, log_blocks, map_levels, free_levels })
+    }
+
+    /// Checks fields that came from a disk against each other.
+    pub(crate) fn check(self) -> Result<Self, FormatError> {
+        if !(MIN_SIZE..=MAX_SIZE).contains(&self.size) || !self.size.is_multiple_of(512) {
+            return Err(FormatError("its size is impossible"));
+        }
+        if !(MIN_LOG..=MAX_LOG).contains(&self.log_blocks) || self.total > 2 * (MAX_SIZE / BLOCK as u64) {
+            return Err(FormatError("its extents are impossible"));
+        }
+        let metadata = 2 * ENDS + self.log_blocks + SLOT_PAGES + 2 * (self.map_pages() + self.free_pages());
+        if self.total < metadata + self.blocks() {
+            return Err(FormatError("its pool is smaller than its size"));
+        }
+        if self.map_levels != levels(self.blocks().div_ceil(ENTRIES as u64))
+            || self.free_levels != levels(self.total.div_ceil(BITS as u64))
+        {
+            return Err(FormatError("its trees don't fit its size"));
+        }
+        Ok(self)
+    }
+
+    /// Blocks that the guest sees; the last may be cut short.
+    pub(crate) fn blocks(&self) -> u64 {
+        self.size.div_ceil(BLOCK as u64)
+    }
+
+    /// The first block of the log ring.
+    pub(crate) fn log_start(&self) -> u64 {
+        ENDS
+    }
+
+    /// The blocks from which data and pages are allocated.
+    pub(crate) fn pool(&self) -> Range<u64> {
+        ENDS + self.log_blocks..self.total - ENDS
+    }
+
+    /// How many blocks data may take, so that a checkpoint that rewrites every page still finds room.
+    pub(crate) fn data_capacity(&self) -> u64 {
+        let pool = self.pool();
+        (pool.end - pool.start) - 2 * (self.map_pages() + self.free_pages()) - SLOT_PAGES
+    }
+
+    /// Bitmap pages.
+    pub(crate) fn bitmaps(&self) -> u64 {
+        self.total.div_ceil(BITS as u64)
+    }
+
+    /// Where the two copies of a superblock slot (0 or 1) lie.
+    pub(crate) fn superblocks(&self, slot: usize) -> [u64; 2] {
+        [slot as u64, self.total - ENDS + slot as u64]
+    }
+
+    fn map_pages(&self) -> u64 {
+        tree_pages(self.blocks().div_ceil(ENTRIES as u64))
+    }
+
+    fn free_pages(&self) -> u64 {
+        tree_pages(self.bitmaps())
+    }
+}
+
+/// Levels of a tree with that many leaves.
+fn levels(leaves: u64) -> u8 {
+    let mut levels = 1;
+    let mut pages = leaves;
+    while pages > 1 {
+        pages = pages.div_ceil(CHILDREN as u64);
+        levels += 1;
+    }
+    levels
+}
+
+/// Pages of a whole tree with that many leaves.
+fn tree_pages(leaves: u64) -> u64 {
+    let mut pages = leaves;
+    let mut all = leaves;
+    while pages > 1 {
+        pages = pages.div_ceil(CHILDREN as u64);
+        all += pages;
+    }
+    all
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_plan_holds_its_data_and_passes_its_own_check() {
+        for size in [512, 4096, 4608, 1 << 20, 16 << 20, (1 << 30) + 512, 1 << 40, 1 << 50] {
+            let plan = Geometry::plan(size, 0).expect("a size");
+            assert_eq!(plan.check(), Ok(plan));
+            assert!(plan.data_capacity() >= plan.blocks() + 256, "{plan:?}");
+            assert!(plan.total * BLOCK as u64 <= size + size / 20 + (4 << 20), "{plan:?}");
+        }
+        let device = Geometry::plan(1 << 20, 1 << 30).expect("a size");
+        assert_eq!(device.total, 1 << 18);
+        assert_eq!(device.check(), Ok(device));
+    }
+
+    #[test]
+    fn impossible_sizes_are_refused() {
+        for size in [0, 511, 513, (1 << 50) + 512, u64::MAX] {
+            assert!(matches!(Geometry::plan(size, 0), Err(VolumeError::Size { .. })), "{size}");
+        }
+    }
+}

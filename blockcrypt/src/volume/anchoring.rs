@@ -1,0 +1,204 @@
+//! Telling the key provider which state is the newest.
+
+use crate::{AnchorRefused, Anchors, Events, VolumeError};
+use policy::{AnchorMode, VolumeAnchor};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+/// How often anchors are kept in mode `interval`.
+pub(crate) const INTERVAL: Duration = Duration::from_secs(1);
+/// How late an anchor may be in mode `interval` before FLUSH waits for it; how long `open` and `close` ask for an answer.
+const PATIENCE: Duration = Duration::from_secs(30);
+
+/// One volume's anchors. Its locks are never held while the volume's own are taken, nor over a call of [`Anchors::keep`],
+/// except `keeping`, which is there to make these calls one at a time.
+pub(crate) struct Anchoring {
+    anchors: Arc<dyn Anchors>,
+    events: Arc<dyn Events>,
+    mode: AnchorMode,
+    keeping: Mutex<()>,
+    state: Mutex<State>,
+    changed: Condvar,
+}
+
+struct State {
+    /// The newest durable state.
+    durable: Option<VolumeAnchor>,
+    /// The newest kept one.
+    kept: Option<VolumeAnchor>,
+    /// Since when the two differ.
+    late_since: Option<Instant>,
+    /// No anchor leaves before `close`: a new volume.
+    silent: bool,
+    refused: Option<String>,
+    keys_wiped: bool,
+    stopped: bool,
+}
+
+impl Anchoring {
+    pub(crate) fn new(
+        anchors: Arc<dyn Anchors>,
+        events: Arc<dyn Events>,
+        mode: AnchorMode,
+        kept: Option<VolumeAnchor>,
+    ) -> Self {
+        let state = State {
+            durable: kept.clone(),
+            silent: kept.is_none(),
+            kept,
+            late_since: None,
+            refused: None,
+            keys_wiped: false,
+            stopped: false,
+        };
+        Self { anchors, events, mode, keeping: Mutex::new(()), state: Mutex::new(state), changed: Condvar::new() }
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// A newer state is durable.
+    pub(crate) fn durable(&self, anchor: VolumeAnchor) {
+        let mut state = self.state();
+        if state.durable.as_ref() != Some(&anchor) {
+            state.durable = Some(anchor);
+            state.late_since.get_or_insert_with(Instant::now);
+        }
+    }
+
+    /// The newest anchor that is kept.
+    pub(crate) fn kept(&self) -> Option<VolumeAnchor> {
+        self.state().kept.clone()
+    }
+
+    /// An error once the provider refused an anchor: then this process is not the holder any more.
+    pub(crate) fn check(&self) -> Result<(), VolumeError> {
+        match &self.state().refused {
+            None => Ok(()),
+            Some(why) => Err(VolumeError::Anchor(AnchorRefused::Refused(why.clone()))),
+        }
+    }
+
+    pub(crate) fn set_wiped(&self, wiped: bool) {
+        self.state().keys_wiped = wiped;
+        self.changed.notify_all();
+    }
+
+    pub(crate) fn stop(&self) {
+        self.state().stopped = true;
+        self.changed.notify_all();
+    }
+
+    /// Sleeps for `time`; false once it is to stop.
+    pub(crate) fn sleep(&self, time: Duration) -> bool {
+        let state = self.state();
+        let (state, _) =
+            self.changed.wait_timeout_while(state, time, |s| !s.stopped).unwrap_or_else(PoisonError::into_inner);
+        !state.stopped
+    }
+
+    /// What FLUSH owes to the mode, after its data is durable.
+    pub(crate) fn after_flush(&self) -> Result<(), VolumeError> {
+        match self.mode {
+            AnchorMode::Close => Ok(()),
+            AnchorMode::Flush => self.keep(None),
+            AnchorMode::Interval => self.wait_if_late(),
+        }
+    }
+
+    /// One round of the volume's thread.
+    pub(crate) fn tick(&self) {
+        let (silent, late) = {
+            let state = self.state();
+            (state.silent || state.refused.is_some(), state.late_since.is_some())
+        };
+        if self.mode == AnchorMode::Interval && late && !silent {
+            // Away: the next round asks again, and FLUSH waits in time. Refused: noted by `keep`.
+            let _ = self.keep_once();
+        }
+    }
+
+    /// Keeps the newest state before it returns, whatever the mode; from now on the volume has an anchor.
+    pub(crate) fn keep_now(&self) -> Result<(), VolumeError> {
+        self.state().silent = false;
+        self.keep(Some(PATIENCE))
+    }
+
+    /// Asks until the newest state is kept, or refused, or the keys are gone, or for `patience`.
+    fn keep(&self, patience: Option<Duration>) -> Result<(), VolumeError> {
+        if self.state().silent {
+            return Ok(());
+        }
+        let begun = Instant::now();
+        loop {
+            match self.keep_once() {
+                Err(VolumeError::Anchor(AnchorRefused::Away(why))) => {
+                    if patience.is_some_and(|p| begun.elapsed() >= p) || self.state().stopped {
+                        return Err(VolumeError::Anchor(AnchorRefused::Away(why)));
+                    }
+                }
+                other => return other,
+            }
+            let state = self.state();
+            let (state, _) = self
+                .changed
+                .wait_timeout_while(state, INTERVAL, |s| !s.stopped && !s.keys_wiped)
+                .unwrap_or_else(PoisonError::into_inner);
+            if state.keys_wiped {
+                return Err(VolumeError::NoKeys);
+            }
+        }
+    }
+
+    fn keep_once(&self) -> Result<(), VolumeError> {
+        let _one_at_a_time = self.keeping.lock().unwrap_or_else(PoisonError::into_inner);
+        self.check()?;
+        let newest = {
+            let state = self.state();
+            match &state.durable {
+                Some(anchor) if state.kept.as_ref() != Some(anchor) => anchor.clone(),
+                _ => return Ok(()),
+            }
+        };
+        let asked = Instant::now();
+        let answer = self.anchors.keep(&newest);
+        let mut state = self.state();
+        match answer {
+            Ok(()) => {
+                state.late_since = (state.durable.as_ref() != Some(&newest)).then_some(asked);
+                state.kept = Some(newest);
+                self.changed.notify_all();
+                Ok(())
+            }
+            Err(AnchorRefused::Away(why)) => Err(VolumeError::Anchor(AnchorRefused::Away(why))),
+            Err(AnchorRefused::Refused(why)) => {
+                state.refused = Some(why.clone());
+                self.changed.notify_all();
+                drop(state);
+                self.events.note(&format!("the provider refused the volume's anchor: {why}"));
+                Err(VolumeError::Anchor(AnchorRefused::Refused(why)))
+            }
+        }
+    }
+
+    /// Waits while the provider has not answered for long.
+    fn wait_if_late(&self) -> Result<(), VolumeError> {
+        let late = |s: &State| s.late_since.is_some_and(|since| since.elapsed() >= PATIENCE) && !s.silent;
+        let mut state = self.state();
+        if late(&state) {
+            self.events.note("FLUSH waits: the provider has kept no anchor of this volume for 30 s");
+        }
+        while late(&state) && state.refused.is_none() {
+            if state.keys_wiped {
+                return Err(VolumeError::NoKeys);
+            }
+            if state.stopped {
+                return Err(VolumeError::Closed);
+            }
+            (state, _) = self.changed.wait_timeout(state, INTERVAL).unwrap_or_else(PoisonError::into_inner);
+        }
+        drop(state);
+        self.check()
+    }
+}

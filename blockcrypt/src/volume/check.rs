@@ -1,0 +1,226 @@
+//! Verifying all of a volume: every page, every tag, and that free space is what the map leaves.
+
+use super::open::older_slot_pages;
+use super::{Core, Shared};
+use crate::VolumeError;
+use crate::backing::Backing;
+use crate::format::page::{CHILDREN, ENTRIES, Tree, child, entry};
+use crate::format::superblock::Superblock;
+use crate::format::zero_block;
+use crate::keys::same;
+use crate::tree::PageId;
+use serde::Serialize;
+use std::collections::HashSet;
+
+/// What a check says on the way.
+#[derive(Clone, Debug)]
+pub enum CheckStep {
+    /// So many blocks of the guest's are done, of so many.
+    Progress {
+        /// Done.
+        done: u64,
+        /// All.
+        all: u64,
+    },
+    /// A block that can't be read.
+    Bad {
+        /// The 4096-byte block, as the guest counts.
+        lba: u64,
+        /// Where it should lie, in blocks of the store.
+        physical: Option<u64>,
+        /// Why.
+        reason: &'static str,
+    },
+    /// Something else that is wrong.
+    Problem(String),
+}
+
+/// How a check ended.
+#[derive(Clone, Default, Debug, Serialize)]
+pub struct CheckReport {
+    /// Blocks that hold data, all read.
+    pub data_blocks: u64,
+    /// Pages of the trees, all read.
+    pub pages: u64,
+    /// Blocks of data that do not verify.
+    pub bad_blocks: u64,
+    /// Pages that do not verify, and contradictions between map and free space.
+    pub problems: u64,
+    /// Blocks that free space calls used and nothing uses: harmless.
+    pub leaked_blocks: u64,
+}
+
+impl CheckReport {
+    /// Whether everything is as it should be.
+    pub fn good(&self) -> bool {
+        self.bad_blocks == 0 && self.problems == 0
+    }
+}
+
+struct Check<'a> {
+    core: &'a mut Core,
+    from: &'a Backing,
+    heard: &'a mut dyn FnMut(CheckStep),
+    report: CheckReport,
+    /// Pages that only memory has, and their ancestors: a replayed log's.
+    fresh: HashSet<PageId>,
+    /// One bit for each block of the store that something points to.
+    used: Vec<u64>,
+}
+
+/// The check holds the volume's lock: no request is served meanwhile.
+pub(super) fn check(shared: &Shared, heard: &mut dyn FnMut(CheckStep)) -> Result<CheckReport, VolumeError> {
+    let mut core = shared.core()?;
+    core.readable()?;
+    let from = &shared.backing;
+    from.has_keys()?;
+    let words = usize::try_from(from.geometry.total.div_ceil(64)).map_err(|_| VolumeError::System("memory"))?;
+    let fresh = fresh_pages(&core);
+    let mut check = Check { core: &mut core, from, heard, report: CheckReport::default(), fresh, used: vec![0; words] };
+    for tree in [Tree::Map, Tree::Free] {
+        let top = check.core.forest.root(tree).levels - 1;
+        check.walk(PageId { tree, level: top, index: 0 })?;
+    }
+    for page in older_slot_pages(&check.core.superblock, from)? {
+        check.claim(page, "a page of key slots");
+    }
+    check.compare_free_space()?;
+    check.compare_superblocks()?;
+    Ok(check.report)
+}
+
+fn fresh_pages(core: &Core) -> HashSet<PageId> {
+    let mut fresh = HashSet::new();
+    for tree in [Tree::Map, Tree::Free] {
+        let levels = core.forest.root(tree).levels;
+        for level in 0..levels {
+            for mut id in core.forest.dirty_pages(tree, level) {
+                fresh.insert(id);
+                while id.level + 1 < levels {
+                    id = id.parent();
+                    fresh.insert(id);
+                }
+            }
+        }
+    }
+    fresh
+}
+
+impl Check<'_> {
+    fn problem(&mut self, text: String) {
+        self.report.problems += 1;
+        (self.heard)(CheckStep::Problem(text));
+    }
+
+    /// Notes that something lies in `block`.
+    fn claim(&mut self, block: u64, what: &str) {
+        if !self.from.in_pool(block) {
+            return self.problem(format!("{what} lies outside the pool, in block {block}"));
+        }
+        let (word, bit) = ((block / 64) as usize, 1 << (block % 64));
+        if self.used[word] & bit != 0 {
+            self.problem(format!("{what} lies in block {block}, which something else uses too"));
+        }
+        self.used[word] |= bit;
+    }
+
+    /// A page and what hangs from it. A page that fails is a problem, not the end.
+    fn walk(&mut self, id: PageId) -> Result<(), VolumeError> {
+        let page = match self.core.forest.page(id, self.from) {
+            Ok(page) => page,
+            Err(VolumeError::Damaged(why)) => {
+                self.problem(why);
+                return Ok(());
+            }
+            Err(other) => return Err(other),
+        };
+        let (home, bytes) = (page.home, page.bytes.clone());
+        self.report.pages += u64::from(home.is_some());
+        if let Some(home) = home {
+            self.claim(home, "a page");
+        }
+        if id.level > 0 {
+            for i in 0..CHILDREN {
+                let below = PageId { level: id.level - 1, index: id.index * CHILDREN as u64 + i as u64, ..id };
+                if !child(&bytes, i).is_empty() || self.fresh.contains(&below) {
+                    self.walk(below)?;
+                }
+            }
+        } else if id.tree == Tree::Map {
+            self.read_leaf(id.index, &bytes)?;
+        }
+        Ok(())
+    }
+
+    fn read_leaf(&mut self, index: u64, bytes: &crate::format::Block) -> Result<(), VolumeError> {
+        let first = index * ENTRIES as u64;
+        for i in 0..ENTRIES {
+            let (lba, entry) = (first + i as u64, entry(bytes, i));
+            if entry.physical == 0 {
+                continue;
+            }
+            self.report.data_blocks += 1;
+            let Some(physical) = entry.data() else {
+                self.bad(lba, None, "a recovery found its data gone");
+                continue;
+            };
+            self.claim(physical, "data");
+            if !self.from.in_pool(physical) || !self.reads(lba, &entry)? {
+                self.bad(lba, Some(physical), "its tag does not verify");
+            }
+        }
+        let all = self.from.geometry.blocks();
+        (self.heard)(CheckStep::Progress { done: all.min(first + ENTRIES as u64), all });
+        Ok(())
+    }
+
+    fn reads(&mut self, lba: u64, entry: &crate::format::page::Entry) -> Result<bool, VolumeError> {
+        Ok(self.from.holds(lba, entry)? || self.from.holds(lba, entry)?)
+    }
+
+    fn bad(&mut self, lba: u64, physical: Option<u64>, reason: &'static str) {
+        self.report.bad_blocks += 1;
+        self.from.events.integrity(Some(lba), physical, reason);
+        (self.heard)(CheckStep::Bad { lba, physical, reason });
+    }
+
+    /// Both copies of the newest superblock must be there.
+    fn compare_superblocks(&mut self) -> Result<(), VolumeError> {
+        for at in self.from.geometry.superblocks(self.core.place) {
+            let mut block = zero_block();
+            self.from.read_blocks(at, &mut block[..])?;
+            let mac = self
+                .from
+                .with_keys(|ring, _| Ok(ring.find(self.core.superblock.key()).map(|key| key.superblock_mac(&block))))?;
+            let found = Superblock::parse(&block).ok().filter(|s| s.epoch == self.core.superblock.epoch);
+            if !found.zip(mac).is_some_and(|(s, mac)| same(&s.mac, &mac)) {
+                self.problem(format!("the copy of the superblock in block {at} does not verify"));
+            }
+        }
+        Ok(())
+    }
+
+    /// Every block in use must be called used.
+    fn compare_free_space(&mut self) -> Result<(), VolumeError> {
+        let bits = crate::format::page::BITS as u64;
+        for index in 0..self.from.geometry.bitmaps() {
+            let page = match self.core.forest.page(crate::space::bitmap(index), self.from) {
+                Ok(page) => page.bytes.clone(),
+                // Named by the walk already.
+                Err(VolumeError::Damaged(_)) => continue,
+                Err(other) => return Err(other),
+            };
+            let pool = self.from.geometry.pool();
+            for block in (index * bits).max(pool.start)..((index + 1) * bits).min(pool.end) {
+                let used = self.used[(block / 64) as usize] & (1 << (block % 64)) != 0;
+                let called_used = crate::format::page::bit(&page, (block % bits) as usize);
+                match (used, called_used) {
+                    (true, false) => self.problem(format!("block {block} is in use, but called free")),
+                    (false, true) => self.report.leaked_blocks += 1,
+                    _ => {}
+                }
+            }
+        }
+        Ok(())
+    }
+}

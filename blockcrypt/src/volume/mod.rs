@@ -1,0 +1,322 @@
+//! An open volume: reads, writes, FLUSH, and what keeps them true.
+//!
+//! | module | what it does |
+//! | --- | --- |
+//! | `open` | finds the superblock that the anchor allows, makes a new volume |
+//! | `recovery` | replays the log |
+//! | `io` | reads and writes blocks |
+//! | `durable` | FLUSH and checkpoint |
+//! | `log` | the ring of records |
+//! | `anchoring` | anchors, kept at the provider |
+//! | `check` | verifies all of it |
+//!
+//! Locks, in the order in which they are taken: `flushing` (one FLUSH or checkpoint at a time), `core` (map, free space, log),
+//! then either the keys' (over a computation, never over I/O) or the anchors'. [`Volume::wipe_keys`] takes only the last two,
+//! so that no store and no provider can delay it.
+
+mod anchoring;
+mod check;
+mod durable;
+mod io;
+mod log;
+mod open;
+mod recovery;
+
+use crate::backing::Backing;
+use crate::format::anchor::AnchorFields;
+use crate::format::page::{Entry, Tree, entry};
+use crate::format::slot::Slot;
+use crate::format::superblock::Superblock;
+use crate::keys::KeyRing;
+use crate::space::Space;
+use crate::tree::{Forest, PageId};
+use crate::{Kek, VolumeError};
+use anchoring::{Anchoring, INTERVAL};
+use log::Log;
+use policy::{CustomerId, KeyId, VolumeAnchor, VolumeId};
+use serde::Serialize;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::time::{Duration, Instant};
+
+pub use check::{CheckReport, CheckStep};
+pub use open::{OpenOptions, PlainInfo, inspect};
+
+/// Dirty pages at which a checkpoint is due: 4 MiB of them.
+const DIRTY_PAGES: usize = 1024;
+/// Time after which a checkpoint is due.
+const CHECKPOINT_EVERY: Duration = Duration::from_secs(60);
+
+/// An open volume. Everything takes `&self`; requests may come from several threads.
+///
+/// In a writable volume a thread of its own keeps anchors (mode `interval`) and makes a checkpoint each minute. It runs
+/// under the seccomp filter of the thread that opened the volume, and opens no files.
+///
+/// Buffers must be private memory, not memory of a guest: a block is read, verified and decrypted in place.
+pub struct Volume {
+    shared: Arc<Shared>,
+}
+
+pub(crate) struct Shared {
+    pub(crate) backing: Backing,
+    customer: CustomerId,
+    read_only: bool,
+    flushing: Mutex<()>,
+    core: Mutex<Core>,
+    anchoring: Arc<Anchoring>,
+}
+
+/// What `core` guards.
+pub(crate) struct Core {
+    pub(crate) forest: Forest,
+    pub(crate) space: Space,
+    pub(crate) log: Log,
+    /// The newest durable superblock.
+    pub(crate) superblock: Superblock,
+    /// The slot in which it lies.
+    pub(crate) place: usize,
+    /// The highest epoch that was ever tried.
+    pub(crate) epoch: u64,
+    /// Blocks that hold data.
+    pub(crate) mapped: u64,
+    /// Older key slots, newest first.
+    pub(crate) older: Vec<Slot>,
+    /// Generations given out under this open number.
+    pub(crate) generations: u64,
+    /// Blocks sealed under the current key.
+    pub(crate) written: u64,
+    pub(crate) dropped: u64,
+    state: Condition,
+    scratch: Vec<u8>,
+    last_checkpoint: Instant,
+}
+
+enum Condition {
+    Good,
+    /// Reads go on; what is durable is unknown.
+    Failed(String),
+    Closed,
+}
+
+/// Facts about an open volume.
+#[derive(Clone, Debug, Serialize)]
+pub struct VolumeInfo {
+    /// Its UUID.
+    pub volume: VolumeId,
+    /// What the guest sees, in bytes.
+    pub size: u64,
+    /// What the store holds at most, in bytes.
+    pub store_size: u64,
+    /// Bytes of it that hold data.
+    pub mapped: u64,
+    /// The newest superblock's epoch.
+    pub epoch: u64,
+    /// Who wrote it: an open number.
+    pub writer: u32,
+    /// The key for new writes.
+    pub key_id: KeyId,
+    /// Older keys that may still be in use.
+    pub older_keys: usize,
+    /// Blocks sealed under the current key.
+    pub blocks_written: u64,
+    /// Unacknowledged writes that the last recovery found incomplete and dropped.
+    pub dropped_writes: u64,
+    /// Whether it takes writes.
+    pub read_only: bool,
+}
+
+impl Volume {
+    fn new(shared: Shared) -> Result<Self, VolumeError> {
+        let shared = Arc::new(shared);
+        if !shared.read_only {
+            let (anchoring, volume) = (shared.anchoring.clone(), Arc::downgrade(&shared));
+            let thread = std::thread::Builder::new().name("volume".to_owned()).stack_size(256 * 1024);
+            thread.spawn(move || housekeeping(&anchoring, &volume)).map_err(|_| VolumeError::System("thread"))?;
+        }
+        Ok(Self { shared })
+    }
+
+    /// Its size in bytes, a multiple of 512.
+    pub fn size(&self) -> u64 {
+        self.shared.backing.geometry.size
+    }
+
+    /// Its UUID.
+    pub fn id(&self) -> VolumeId {
+        self.shared.backing.uuid
+    }
+
+    /// Whether it was opened for reading only.
+    pub fn read_only(&self) -> bool {
+        self.shared.read_only
+    }
+
+    /// Fills `buffer` from `offset`; both in multiples of 512 bytes. After an error the buffer is zero.
+    pub fn read(&self, offset: u64, buffer: &mut [u8]) -> Result<(), VolumeError> {
+        let done = self.shared.read(offset, buffer);
+        if done.is_err() {
+            buffer.fill(0);
+        }
+        done
+    }
+
+    /// Writes `data` at `offset`; both in multiples of 512 bytes. Durable after the next [`flush`](Self::flush). After an error
+    /// each 4096-byte block of the range holds either the old or the new data.
+    pub fn write(&self, offset: u64, data: &[u8]) -> Result<(), VolumeError> {
+        self.shared.write(offset, data)
+    }
+
+    /// Returns when every write that returned before is durable, and anchored as the mode asks.
+    pub fn flush(&self) -> Result<(), VolumeError> {
+        self.shared.flush()
+    }
+
+    /// Writes the map, so that opening needs no replay. Includes a FLUSH of the data, not its anchor.
+    pub fn checkpoint(&self) -> Result<(), VolumeError> {
+        self.shared.checkpoint()
+    }
+
+    /// Flushes, checkpoints, and waits (30 s at most) until the anchor is kept; then wipes the keys. After an error the volume
+    /// is still open, and this can be called again. Returns the anchor, also when it was closed already.
+    pub fn close(&self) -> Result<VolumeAnchor, VolumeError> {
+        let anchor = self.shared.close()?;
+        self.shared.anchoring.stop();
+        self.shared.backing.set_keys(None);
+        Ok(anchor)
+    }
+
+    /// The lease is over: wipes the keys at once, whatever store and provider do. Later requests, and those that are under way
+    /// and still need a key, get [`VolumeError::NoKeys`] and change nothing.
+    pub fn wipe_keys(&self) {
+        self.shared.backing.set_keys(None);
+        self.shared.anchoring.set_wiped(true);
+    }
+
+    /// The same key-encryption key again: nothing was lost.
+    pub fn put_back_keys(&self, kek: &Kek) -> Result<(), VolumeError> {
+        let slots = {
+            let core = self.shared.core()?;
+            if matches!(core.state, Condition::Closed) {
+                return Err(VolumeError::Closed);
+            }
+            [std::slice::from_ref(&core.superblock.slot), &core.older].concat()
+        };
+        self.shared.backing.set_keys(Some(KeyRing::open(&slots, kek, &self.shared.customer)?));
+        self.shared.anchoring.set_wiped(false);
+        Ok(())
+    }
+
+    /// Facts.
+    pub fn info(&self) -> VolumeInfo {
+        self.shared.info()
+    }
+
+    /// Reads and verifies everything; see [`CheckStep`] for what it says on the way.
+    pub fn check(&self, heard: &mut dyn FnMut(CheckStep)) -> Result<CheckReport, VolumeError> {
+        check::check(&self.shared, heard)
+    }
+}
+
+impl Drop for Volume {
+    fn drop(&mut self) {
+        self.shared.anchoring.stop();
+        self.shared.backing.set_keys(None);
+    }
+}
+
+impl Shared {
+    fn core(&self) -> Result<MutexGuard<'_, Core>, VolumeError> {
+        self.core.lock().map_err(|_| VolumeError::Failed("a thread panicked".to_owned()))
+    }
+
+    fn flushing(&self) -> MutexGuard<'_, ()> {
+        self.flushing.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn info(&self) -> VolumeInfo {
+        let core = self.core.lock().unwrap_or_else(PoisonError::into_inner);
+        let bytes = |blocks: u64| blocks * crate::format::BLOCK as u64;
+        VolumeInfo {
+            volume: self.backing.uuid,
+            size: self.backing.geometry.size,
+            store_size: bytes(self.backing.geometry.total),
+            mapped: bytes(core.mapped),
+            epoch: core.superblock.epoch,
+            writer: core.superblock.writer.get(),
+            key_id: core.superblock.key(),
+            older_keys: core.older.len(),
+            blocks_written: core.written,
+            dropped_writes: core.dropped,
+            read_only: self.read_only,
+        }
+    }
+}
+
+impl Core {
+    /// An error unless the volume takes reads.
+    fn readable(&self) -> Result<(), VolumeError> {
+        if matches!(self.state, Condition::Closed) { Err(VolumeError::Closed) } else { Ok(()) }
+    }
+
+    /// An error unless the volume takes writes.
+    fn writable(&self) -> Result<(), VolumeError> {
+        match &self.state {
+            Condition::Good => Ok(()),
+            Condition::Failed(why) => Err(VolumeError::Failed(why.clone())),
+            Condition::Closed => Err(VolumeError::Closed),
+        }
+    }
+
+    /// No more writes: what is durable is unknown.
+    fn fail(&mut self, error: VolumeError, events: &dyn crate::Events) -> VolumeError {
+        if matches!(self.state, Condition::Good) {
+            events.note(&format!("the volume takes no more writes: {error}"));
+            self.state = Condition::Failed(error.to_string());
+        }
+        error
+    }
+
+    /// The anchor of the newest durable state, if the log is durable up to its head.
+    fn anchor(&self, backing: &Backing) -> VolumeAnchor {
+        let fields = AnchorFields {
+            volume: backing.uuid,
+            writer: self.superblock.writer,
+            epoch: self.superblock.epoch,
+            sequence: self.log.sequence,
+            chain: self.log.chain,
+            root: self.superblock.mac,
+            key: self.superblock.key(),
+        };
+        fields.build()
+    }
+
+    /// The map's entries for the blocks from `first` on, as many as `out` holds.
+    fn lookup(&mut self, first: u64, out: &mut [Entry], from: &Backing) -> Result<(), VolumeError> {
+        let mut done = 0;
+        while done < out.len() {
+            let (id, start) = leaf(first + done as u64);
+            let page = self.forest.page(id, from)?;
+            let count = (crate::format::page::ENTRIES - start).min(out.len() - done);
+            for (i, slot) in out[done..done + count].iter_mut().enumerate() {
+                *slot = entry(&page.bytes, start + i);
+            }
+            done += count;
+        }
+        Ok(())
+    }
+}
+
+/// The leaf of a logical block, and its place within.
+pub(crate) fn leaf(lba: u64) -> (PageId, usize) {
+    let entries = crate::format::page::ENTRIES as u64;
+    (PageId { tree: Tree::Map, level: 0, index: lba / entries }, (lba % entries) as usize)
+}
+
+/// The volume's own thread. Holds the volume itself only while it makes a checkpoint, so that a provider who does not answer
+/// keeps no store locked.
+fn housekeeping(anchoring: &Anchoring, volume: &Weak<Shared>) {
+    while anchoring.sleep(INTERVAL) {
+        anchoring.tick();
+        let Some(shared) = volume.upgrade() else { return };
+        shared.timed_checkpoint();
+    }
+}

@@ -1,0 +1,311 @@
+//! What the tests of the engine share: a key provider in memory, a store that loses power, random numbers from a seed.
+#![allow(dead_code, reason = "each test file uses its part")]
+
+use fealty_blockcrypt as blockcrypt;
+
+use blockcrypt::{AnchorRefused, Anchors, Events, Kek, OpenOptions, Store, Volume, VolumeError};
+use policy::disk::{CipherSuite, VolumeGrant};
+use policy::{AnchorMode, KeyId, OpenNumber, VolumeAnchor, VolumeId};
+use secretmem::Secret;
+use std::collections::BTreeMap;
+use std::io;
+use std::sync::{Arc, Mutex, MutexGuard};
+
+pub const MIB: u64 = 1 << 20;
+
+/// The provider's side: anchors kept, events heard, open numbers issued.
+pub struct Provider {
+    pub volume: VolumeId,
+    pub mode: AnchorMode,
+    pub key_id: Mutex<u64>,
+    kek: [u8; 32],
+    open_number: Mutex<u32>,
+    pub anchor: Mutex<Option<VolumeAnchor>>,
+    pub kept: Mutex<u64>,
+    pub events: Mutex<Vec<String>>,
+    pub refuse: Mutex<Option<AnchorRefused>>,
+}
+
+impl Provider {
+    pub fn new(mode: AnchorMode) -> Arc<Self> {
+        Arc::new(Self {
+            volume: VolumeId::random(),
+            mode,
+            key_id: Mutex::new(1),
+            kek: [9; 32],
+            open_number: Mutex::new(0),
+            anchor: Mutex::default(),
+            kept: Mutex::new(0),
+            events: Mutex::default(),
+            refuse: Mutex::default(),
+        })
+    }
+
+    pub fn kek(&self) -> Kek {
+        Kek::new(KeyId(77), Secret::copy_of(&self.kek).expect("room"))
+    }
+
+    /// The next grant.
+    pub fn grant(&self) -> VolumeGrant {
+        let mut number = lock(&self.open_number);
+        *number += 1;
+        VolumeGrant {
+            volume: self.volume,
+            customer: "acme".parse().expect("id"),
+            cipher: CipherSuite::Aes256XtsHmacSha256,
+            kek_id: KeyId(77),
+            key_id: KeyId(*lock(&self.key_id)),
+            open_number: OpenNumber::try_from(u64::from(*number)).expect("number"),
+            anchor: lock(&self.anchor).clone(),
+            anchor_mode: self.mode,
+        }
+    }
+
+    pub fn create(self: &Arc<Self>, store: impl Store + 'static, size: u64) -> Result<Volume, VolumeError> {
+        Volume::create(store, size, &self.grant(), &self.kek(), self.clone(), self.clone())
+    }
+
+    pub fn open(self: &Arc<Self>, store: impl Store + 'static) -> Result<Volume, VolumeError> {
+        self.open_with(store, &self.grant(), OpenOptions::default())
+    }
+
+    pub fn open_read_only(self: &Arc<Self>, store: impl Store + 'static) -> Result<Volume, VolumeError> {
+        self.open_with(store, &self.grant(), OpenOptions { read_only: true })
+    }
+
+    pub fn open_with(
+        self: &Arc<Self>,
+        store: impl Store + 'static,
+        grant: &VolumeGrant,
+        options: OpenOptions,
+    ) -> Result<Volume, VolumeError> {
+        Volume::open(store, grant, &self.kek(), options, self.clone(), self.clone())
+    }
+
+    pub fn anchor(&self) -> Option<VolumeAnchor> {
+        lock(&self.anchor).clone()
+    }
+
+    pub fn heard(&self) -> Vec<String> {
+        std::mem::take(&mut *lock(&self.events))
+    }
+}
+
+impl Anchors for Provider {
+    fn keep(&self, anchor: &VolumeAnchor) -> Result<(), AnchorRefused> {
+        match &*lock(&self.refuse) {
+            Some(AnchorRefused::Away(why)) => return Err(AnchorRefused::Away(why.clone())),
+            Some(AnchorRefused::Refused(why)) => return Err(AnchorRefused::Refused(why.clone())),
+            None => {}
+        }
+        let mut kept = lock(&self.anchor);
+        if let Some(old) = &*kept {
+            use policy::anchor::AnchorStep::{Forward, Same};
+            assert!(matches!(old.step(anchor), Forward | Same), "anchors go forward");
+        }
+        *kept = Some(anchor.clone());
+        *lock(&self.kept) += 1;
+        Ok(())
+    }
+}
+
+impl Events for Provider {
+    fn integrity(&self, lba: Option<u64>, physical: Option<u64>, reason: &str) {
+        lock(&self.events).push(format!("integrity {lba:?} {physical:?} {reason}"));
+    }
+    fn note(&self, text: &str) {
+        lock(&self.events).push(format!("note {text}"));
+    }
+}
+
+pub fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().expect("no test thread panicked")
+}
+
+/// Random numbers from a seed (SplitMix64).
+#[derive(Clone)]
+pub struct Random(pub u64);
+
+impl Random {
+    pub fn next(&mut self) -> u64 {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mut z = self.0;
+        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        z ^ (z >> 31)
+    }
+
+    pub fn below(&mut self, end: u64) -> u64 {
+        self.next() % end
+    }
+
+    pub fn chance(&mut self, percent: u64) -> bool {
+        self.below(100) < percent
+    }
+
+    pub fn fill(&mut self, bytes: &mut [u8]) {
+        for chunk in bytes.chunks_mut(8) {
+            chunk.copy_from_slice(&self.next().to_le_bytes()[..chunk.len()]);
+        }
+    }
+}
+
+const SECTOR: usize = 512;
+
+/// A store that loses power. What was not synced survives sector by sector, in any of the versions written, or not at all: so
+/// writes are lost, torn and reordered.
+#[derive(Default)]
+pub struct SimStore(Mutex<Sim>);
+
+#[derive(Default)]
+struct Sim {
+    now: Vec<u8>,
+    durable: Vec<u8>,
+    unsynced: BTreeMap<usize, Vec<[u8; SECTOR]>>,
+    /// Operations until the power fails.
+    fuse: Option<u64>,
+    /// New blocks that the store has room for.
+    room: Option<u64>,
+    touched: std::collections::HashSet<u64>,
+    pub syncs: u64,
+}
+
+impl SimStore {
+    pub fn new() -> Arc<Self> {
+        Arc::new(Self::default())
+    }
+
+    pub fn bytes(&self) -> Vec<u8> {
+        lock(&self.0).now.clone()
+    }
+
+    /// Replaces the content, durably: what a tamperer does.
+    pub fn set(&self, bytes: Vec<u8>) {
+        let mut sim = lock(&self.0);
+        sim.durable = bytes.clone();
+        sim.now = bytes;
+        sim.unsynced.clear();
+    }
+
+    /// Power fails at the `n`th write or sync from now on.
+    pub fn burn(&self, n: u64) {
+        lock(&self.0).fuse = Some(n);
+    }
+
+    /// Only so many more blocks that were never written find room.
+    pub fn limit(&self, blocks: Option<u64>) {
+        lock(&self.0).room = blocks;
+    }
+
+    pub fn syncs(&self) -> u64 {
+        lock(&self.0).syncs
+    }
+
+    /// Power comes back.
+    pub fn crash(&self, random: &mut Random) {
+        let mut sim = lock(&self.0);
+        let style = random.below(4);
+        let unsynced = std::mem::take(&mut sim.unsynced);
+        for (sector, versions) in unsynced {
+            let pick = match style {
+                0 => 0,
+                1 => versions.len() as u64,
+                _ => random.below(versions.len() as u64 + 1),
+            };
+            if pick > 0 {
+                sim.durable[sector * SECTOR..][..SECTOR].copy_from_slice(&versions[pick as usize - 1]);
+            }
+        }
+        sim.now = sim.durable.clone();
+        sim.fuse = None;
+    }
+}
+
+impl Sim {
+    fn power(&mut self) -> io::Result<()> {
+        if let Some(fuse) = &mut self.fuse {
+            *fuse = fuse.saturating_sub(1);
+            if *fuse == 0 {
+                return Err(io::Error::other("no power"));
+            }
+        }
+        Ok(())
+    }
+
+    fn room(&mut self, bytes: &[u8], offset: u64) -> io::Result<()> {
+        for block in offset / 4096..(offset + bytes.len() as u64).div_ceil(4096) {
+            if !self.touched.contains(&block) {
+                if let Some(room) = &mut self.room {
+                    *room = room.checked_sub(1).ok_or(io::ErrorKind::StorageFull)?;
+                }
+                self.touched.insert(block);
+            }
+        }
+        Ok(())
+    }
+}
+
+impl Store for SimStore {
+    fn len(&self) -> io::Result<u64> {
+        Ok(lock(&self.0).now.len() as u64)
+    }
+
+    fn read_at(&self, buffer: &mut [u8], offset: u64) -> io::Result<()> {
+        let sim = lock(&self.0);
+        let start = offset as usize;
+        buffer.copy_from_slice(sim.now.get(start..start + buffer.len()).ok_or(io::ErrorKind::UnexpectedEof)?);
+        Ok(())
+    }
+
+    fn write_at(&self, bytes: &[u8], offset: u64) -> io::Result<()> {
+        let mut sim = lock(&self.0);
+        sim.power()?;
+        sim.room(bytes, offset)?;
+        let start = offset as usize;
+        sim.now.get_mut(start..start + bytes.len()).ok_or(io::ErrorKind::StorageFull)?.copy_from_slice(bytes);
+        for (i, sector) in bytes.as_chunks::<SECTOR>().0.iter().enumerate() {
+            sim.unsynced.entry(start / SECTOR + i).or_default().push(*sector);
+        }
+        Ok(())
+    }
+
+    fn sync_data(&self) -> io::Result<()> {
+        let mut sim = lock(&self.0);
+        sim.power()?;
+        sim.syncs += 1;
+        for (sector, versions) in std::mem::take(&mut sim.unsynced) {
+            if let Some(last) = versions.last() {
+                sim.durable[sector * SECTOR..][..SECTOR].copy_from_slice(last);
+            }
+        }
+        Ok(())
+    }
+
+    fn set_len(&self, bytes: u64) -> io::Result<()> {
+        let mut sim = lock(&self.0);
+        sim.now.resize(bytes as usize, 0);
+        sim.durable.resize(bytes as usize, 0);
+        Ok(())
+    }
+
+    fn reserve(&self, offset: u64, bytes: u64) -> io::Result<()> {
+        let mut sim = lock(&self.0);
+        (offset / 4096..(offset + bytes) / 4096).for_each(|b| {
+            sim.touched.insert(b);
+        });
+        Ok(())
+    }
+}
+
+/// A whole check that finds nothing wrong.
+#[track_caller]
+pub fn check_good(volume: &Volume) {
+    let mut said = Vec::new();
+    let report = volume.check(&mut |step| {
+        if !matches!(step, blockcrypt::CheckStep::Progress { .. }) {
+            said.push(format!("{step:?}"));
+        }
+    });
+    let report = report.expect("a check");
+    assert!(report.good() && report.leaked_blocks == 0, "{report:?} {said:?}");
+}
