@@ -104,16 +104,16 @@ impl Receipt {
 
     /// The receipt in `note`, if the audit key of the log `origin` signed it.
     pub fn verify(note: &str, origin: &str, public: &[u8]) -> Result<Self, NoteError> {
-        let shape = NoteError::Shape("a receipt has an origin, a sequence number and a digest");
+        let shape = || NoteError::Shape("a receipt has an origin, a sequence number and a digest");
         let lines: Vec<&str> = verify(note, origin, public)?.split_terminator('\n').collect();
-        let [said, number, digest] = lines[..] else { return Err(shape) };
+        let [said, number, digest] = lines[..] else { return Err(shape()) };
         if said != origin {
             return Err(NoteError::Other("this log"));
         }
         // One spelling only, so that a receipt has one text.
-        let sequence: u64 = number.parse().ok().filter(|n: &u64| *n > 0 && n.to_string() == number).ok_or(shape)?;
-        let shape = NoteError::Shape("a receipt has an origin, a sequence number and a digest");
-        let event = STANDARD.decode(digest).ok().and_then(|d| d.try_into().ok()).map(Digest).ok_or(shape)?;
+        let sequence: u64 =
+            number.parse().ok().filter(|n: &u64| *n > 0 && n.to_string() == number).ok_or_else(shape)?;
+        let event = STANDARD.decode(digest).ok().and_then(|d| d.try_into().ok()).map(Digest).ok_or_else(shape)?;
         Ok(Self { origin: origin.to_owned(), sequence, event })
     }
 }
@@ -151,21 +151,11 @@ fn split(note: &str) -> Result<(&str, Vec<&str>), NoteError> {
 
 /// Signer, and a blob of more than four bytes.
 fn signature_line(line: &str) -> Result<(&str, Vec<u8>), NoteError> {
-    let shape = NoteError::Shape("a signature line is '— NAME BASE64'");
-    let (signer, blob) =
-        line.strip_prefix("\u{2014} ").and_then(|rest| rest.split_once(' ')).ok_or(shape.clone_shape())?;
-    let blob = STANDARD.decode(blob).ok().filter(|b| b.len() > 4).ok_or(shape)?;
+    let shape = || NoteError::Shape("a signature line is '\u{2014} NAME BASE64'");
+    let (signer, blob) = line.strip_prefix("\u{2014} ").and_then(|rest| rest.split_once(' ')).ok_or_else(shape)?;
+    let blob = STANDARD.decode(blob).ok().filter(|b| b.len() > 4).ok_or_else(shape)?;
     check_name(signer)?;
     Ok((signer, blob))
-}
-
-impl NoteError {
-    fn clone_shape(&self) -> Self {
-        match self {
-            Self::Shape(what) => Self::Shape(what),
-            _ => Self::Key,
-        }
-    }
 }
 
 #[cfg(test)]

@@ -8,7 +8,7 @@ use crate::eventlog::{LogError, Replay, firmware, ima, ima::ImaState, layer};
 use crate::protocol::{Evidence, PROTOCOL_VERSION, ProblemType};
 use crate::qualify::Qualified;
 use crate::tpm::attested::{Attested, ClockInfo};
-use crate::tpm::pcr::{Selection, composite};
+use crate::tpm::pcr::composite;
 use crate::tpm::public::hierarchy;
 use crate::tpm::{Attest, KeyError, Public, Signature, TpmError, WRAP_PCRS};
 use crate::tpm::{check_ak, check_wrap_key, policy_pcr_digest};
@@ -293,9 +293,4 @@ fn check_wrap(
     }
     let values: BTreeMap<u8, Digest> = WRAP_PCRS.iter().map(|pcr| (*pcr, replay.value(*pcr))).collect();
     Ok(check_wrap_key(wrap, &policy_pcr_digest(&WRAP_PCRS, &values))?)
-}
-
-/// The selection that a quote over `pcrs` must have: for those who ask a TPM for one.
-pub fn selection(pcrs: &[u8]) -> Selection {
-    Selection::sha256(pcrs)
 }

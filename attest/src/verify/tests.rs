@@ -3,6 +3,7 @@
 use super::*;
 use crate::eventlog::{FirmwareLog, LayerLog, tcg};
 use crate::testing::{AK_ATTRIBUTES, Asked, SoftAk, SoftHost, SoftKey, WRAP_ATTRIBUTES, other_name};
+use crate::tpm::pcr::Selection;
 use crate::tpm::public::attribute as a;
 
 fn expected<'e>(host: &'e SoftHost, asked: &'e Asked) -> Expected<'e> {
