@@ -39,7 +39,7 @@ impl Tpm {
         Ok(tpm)
     }
 
-    /// Connects, and does what firmware does first: TPM2_Startup(CLEAR). A TPM that was started already stays as it is.
+    /// Connects, and does what firmware does first: TPM2_Startup(CLEAR). Flushes nothing. A TPM that was started already stays as it is.
     pub fn start_up(tcti: &Tcti) -> Result<Self, TpmError> {
         let mut tpm = Self::connect(tcti)?;
         tpm.context.startup(StartupType::Clear).map_err(|e| TpmError::of("TPM2_Startup", e))?;
@@ -59,7 +59,7 @@ impl Tpm {
             let (_, _, digests) =
                 self.without_sessions(|c| c.pcr_read(list)).map_err(|e| TpmError::of("TPM2_PCR_Read", e))?;
             if digests.len() != chunk.len() {
-                return Err(TpmError::Answer("TPM2_PCR_Read: is the SHA-256 bank active?"));
+                return Err(TpmError::NoSha256);
             }
             for (pcr, digest) in chunk.iter().zip(digests.value()) {
                 let value = digest.value().try_into().map_err(|_| TpmError::Answer("TPM2_PCR_Read"))?;

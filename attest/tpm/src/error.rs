@@ -28,6 +28,9 @@ pub enum TpmError {
     /// TPM_RC_OBJECT_MEMORY and its like.
     #[error("the TPM holds too many objects or sessions of other programs: end those that use it")]
     Full,
+    /// PCRs of another bank only.
+    #[error("the TPM's SHA-256 bank of PCRs is not active: switch it on in the firmware's setup")]
+    NoSha256,
     /// A hierarchy is disabled or has an authorization value.
     #[error("the TPM's {0} hierarchy is disabled or has a password: clear that in the firmware's setup")]
     Hierarchy(&'static str),

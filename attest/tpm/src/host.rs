@@ -29,6 +29,8 @@ pub struct HostTpm {
     ek: KeyHandle,
     ak: KeyHandle,
     wrap: Option<KeyHandle>,
+    /// Whether the wrap key's policy session is satisfied and waits for its use.
+    armed: bool,
     authorize: AuthSession,
     wrap_policy: AuthSession,
     identity: TpmIdentity,
@@ -99,7 +101,7 @@ impl HostTpm {
         let (ak, ak_public) = primary(&mut tpm, authorize, Hierarchy::Endorsement, template::ak()?)?;
         let identity = TpmIdentity { ek_kind: record.kind, ek_certificate: record.certificate, ek_public, ak_public };
         let boot = BootCount { reset: 0, restart: 0 };
-        let mut host = Self { tpm, ek, ak, wrap: None, authorize, wrap_policy, identity, boot };
+        let mut host = Self { tpm, ek, ak, wrap: None, armed: false, authorize, wrap_policy, identity, boot };
         host.boot = host.quote(&Digest([0; 32]), &[0])?.boot;
         Ok(host)
     }
@@ -209,6 +211,7 @@ impl HostTpm {
     /// Makes the wrap key anew under the present values of [`WRAP_PCRS`] and lets the AK certify it. In the same boot, the
     /// same values give the same key.
     pub fn make_wrap_key(&mut self) -> Result<CertifiedKey, TpmError> {
+        self.armed = false;
         if let Some(old) = self.wrap.take() {
             self.tpm.flush(old)?;
         }
@@ -258,7 +261,8 @@ impl HostTpm {
         let given = EccPoint::new(parameter(&point[1..33])?, parameter(&point[33..])?);
         let mut attempt = 1;
         loop {
-            self.restart_wrap_policy()?;
+            self.arm()?;
+            self.armed = false;
             let given = given.clone();
             let shared = self
                 .tpm
@@ -272,6 +276,16 @@ impl HostTpm {
                 Err(error) => return Err(error),
             }
         }
+    }
+
+    /// Satisfies the wrap key's policy ahead of its next use, which then takes one command instead of three. Does nothing
+    /// where that is done, or where there is no wrap key.
+    pub fn arm(&mut self) -> Result<(), TpmError> {
+        if !self.armed && self.wrap.is_some() {
+            self.restart_wrap_policy()?;
+            self.armed = true;
+        }
+        Ok(())
     }
 
     fn restart_wrap_policy(&mut self) -> Result<(), TpmError> {

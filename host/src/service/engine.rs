@@ -144,6 +144,14 @@ impl Engine {
         answer.unwrap_or_else(Refusal::answer)
     }
 
+    /// Does ahead what the next request needs; called when an answer is out.
+    pub(super) fn rest(&mut self) {
+        let armed = self.tpm.as_mut().map(HostTpm::arm);
+        if armed.is_some_and(|done| done.is_err_and(|e| e.spoils_connection())) {
+            self.tpm = None;
+        }
+    }
+
     /// Measures a layer: its record, then PCR 14. No VM gets keys until the log is sealed again.
     pub(super) fn extend(&mut self, layer: &str, version: &str, digest: &Digest) -> Answer {
         let done = self.with_tpm(|engine, tpm| {

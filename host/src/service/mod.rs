@@ -84,7 +84,7 @@ pub fn serve(options: Options) -> Result<(), ServiceError> {
     let _ = fs::remove_file(options.dir.control_socket());
     shared.worker().stop();
     shared.keep_state()?;
-    outcome.map_err(|e| ServiceError::Os("the control socket", e))
+    outcome.map_err(|e| ServiceError::Os("the service", e))
 }
 
 /// A line for whoever runs the host.
@@ -122,6 +122,7 @@ fn accept_all(options: &Options, signals: &OwnedFd, listener: &UnixListener, sha
         let mut polled = [
             PollFd::from_borrowed_fd(signals.as_fd(), PollFlags::IN),
             PollFd::from_borrowed_fd(listener.as_fd(), PollFlags::IN),
+            PollFd::from_borrowed_fd(shared.worker().ended(), PollFlags::IN),
         ];
         let tick = Timespec { tv_sec: 0, tv_nsec: IDLE_TICK.subsec_nanos().into() };
         let timeout = options.exit_when_idle.then_some(&tick);
@@ -131,6 +132,9 @@ fn accept_all(options: &Options, signals: &OwnedFd, listener: &UnixListener, sha
         }
         if !polled[0].revents().is_empty() {
             return Ok(());
+        }
+        if !polled[2].revents().is_empty() {
+            return Err(io::Error::other("the thread that owns the TPM ended"));
         }
         if !polled[1].revents().is_empty() {
             connection::accept(listener, shared);

@@ -8,6 +8,8 @@ use crate::runtime::State;
 use attest::service::{Answer, Status, VmRequest};
 use policy::Digest;
 use policy::instance::EarlierPeer;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::os::unix::net::UnixStream;
 use std::sync::Mutex;
 use std::sync::mpsc::{Receiver, Sender, SyncSender, channel, sync_channel};
 use std::thread::JoinHandle;
@@ -30,6 +32,7 @@ pub(super) enum Work {
 pub(super) struct Worker {
     jobs: Mutex<Option<Sender<Job>>>,
     thread: Mutex<Option<JoinHandle<()>>>,
+    ended: UnixStream,
 }
 
 struct Job {
@@ -42,9 +45,12 @@ impl Worker {
     pub(super) fn start(options: &Options) -> Result<(Self, State), ServiceError> {
         let (jobs, queue) = channel();
         let (opened, ready) = sync_channel(1);
+        let (alive, ended) = UnixStream::pair().map_err(|e| ServiceError::Os("a socket pair", e))?;
         let (tcti, ek, dir, logs) = (options.tcti.clone(), options.ek, options.dir.clone(), options.logs.clone());
-        let thread =
-            std::thread::Builder::new().name("tpm".into()).spawn(move || match Engine::start(&tcti, ek, &dir, &logs) {
+        let thread = std::thread::Builder::new().name("tpm".into()).spawn(move || {
+            // Closed when the thread ends, in whatever way.
+            let _alive = alive;
+            match Engine::start(&tcti, ek, &dir, &logs) {
                 Ok((engine, state)) => {
                     if opened.send(Ok(state)).is_ok() {
                         run(engine, &queue);
@@ -53,10 +59,16 @@ impl Worker {
                 Err(error) => {
                     let _ = opened.send(Err(error));
                 }
-            });
+            }
+        });
         let thread = thread.map_err(|e| ServiceError::Os("a thread", e))?;
         let state = ready.recv_timeout(OPEN_TIME).map_err(|_| ServiceError::Silent(OPEN_TIME.as_secs()))??;
-        Ok((Self { jobs: Mutex::new(Some(jobs)), thread: Mutex::new(Some(thread)) }, state))
+        Ok((Self { jobs: Mutex::new(Some(jobs)), thread: Mutex::new(Some(thread)), ended }, state))
+    }
+
+    /// Becomes readable when the thread ends.
+    pub(super) fn ended(&self) -> BorrowedFd<'_> {
+        self.ended.as_fd()
     }
 
     /// Has `work` done, in its turn.
@@ -104,6 +116,7 @@ fn run(mut engine: Engine, queue: &Receiver<Job>) {
         };
         // Who asked may have gone.
         let _ = reply.send(answer);
+        engine.rest();
     }
     engine.shut_down();
 }
