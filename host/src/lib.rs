@@ -10,6 +10,8 @@
 //! Nothing here holds a key of a VM: of a bundle the service sees one layer's ECDH value, which opens nothing alone.
 
 pub mod cli;
+#[doc(hidden)]
+pub mod fuzz;
 pub mod measure;
 pub mod runtime;
 pub mod service;

@@ -150,7 +150,7 @@ fn certificate(tpm: &mut Tpm, kind: EkKind) -> Result<Option<Vec<u8>>, TpmError>
 }
 
 /// Length of the DER SEQUENCE at the start of `bytes`, with its header, where it fits.
-fn der_length(bytes: &[u8]) -> Option<usize> {
+pub(crate) fn der_length(bytes: &[u8]) -> Option<usize> {
     let length = match *bytes {
         [0x30, 0x81, a, ..] => 3 + usize::from(a),
         [0x30, 0x82, a, b, ..] => 4 + usize::from(u16::from_be_bytes([a, b])),

@@ -362,7 +362,7 @@ fn signed(attest: &Attest, signature: &Signature) -> Result<Signed, TpmError> {
 }
 
 /// The content of a TPM2B.
-fn sized(bytes: &[u8]) -> Option<Vec<u8>> {
+pub(crate) fn sized(bytes: &[u8]) -> Option<Vec<u8>> {
     let (size, content) = bytes.split_first_chunk::<2>()?;
     (usize::from(u16::from_be_bytes(*size)) == content.len()).then(|| content.to_vec())
 }

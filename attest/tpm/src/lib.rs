@@ -11,6 +11,8 @@
 mod connection;
 mod ek;
 mod error;
+#[doc(hidden)]
+pub mod fuzz;
 mod host;
 mod quiet;
 mod tcti;

@@ -68,6 +68,20 @@ pub(super) fn send(socket: BorrowedFd<'_>, answer: &Answer) -> io::Result<()> {
     Ok(())
 }
 
+/// Reads all frames that `data` holds, as a connection would bring them.
+pub(super) fn fuzz(data: &[u8]) {
+    use std::io::Write;
+    use std::os::fd::AsFd;
+    let Ok((mut client, server)) = std::os::unix::net::UnixStream::pair() else { return };
+    let _ = client.write_all(&data[..data.len().min(REQUEST_LIMIT)]);
+    drop(client);
+    let mut read = 0;
+    while let Ok(Some(frame)) = receive(server.as_fd(), Descriptors::Taken) {
+        read += 4 + frame.bytes.len();
+        assert!(frame.descriptors.is_empty() && read <= data.len());
+    }
+}
+
 struct Receiver<'a> {
     socket: BorrowedFd<'a>,
     take: Descriptors,

@@ -87,6 +87,11 @@ pub fn serve(options: Options) -> Result<(), ServiceError> {
     outcome.map_err(|e| ServiceError::Os("the service", e))
 }
 
+/// See [`crate::fuzz::frames`].
+pub(crate) fn fuzz_frames(data: &[u8]) {
+    frames::fuzz(data);
+}
+
 /// A line for whoever runs the host.
 fn note(line: &str) {
     let _ = writeln!(io::stderr(), "fealty-host: {line}");
