@@ -283,7 +283,7 @@ impl EarlyVm {
             memory,
             loader: Loader::default(),
             entry: None,
-            pci: PciBus::new(),
+            pci: PciBus::default(),
             disks: vec![],
             console: None,
         })

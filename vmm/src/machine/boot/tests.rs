@@ -8,6 +8,9 @@ const MEMORY: u64 = 64 << 20;
 const ENTRY: u64 = 0x20_0000;
 const PVH_ENTRY: u32 = 0x20_0010;
 
+/// Breaks an image.
+type Change = fn(&mut Vec<u8>);
+
 fn memory() -> Memory {
     Memory::new(MEMORY, 0).expect("64 MiB")
 }
@@ -153,12 +156,12 @@ fn a_wrong_digest_is_refused() {
 
 #[test]
 fn bad_elf_kernels_are_refused() {
-    let with = |change: fn(&mut Vec<u8>)| {
+    let with = |change: Change| {
         let mut image = good_elf();
         change(&mut image);
         load(&image).err().map(|e| e.to_string()).unwrap_or_default()
     };
-    let cases: [(fn(&mut Vec<u8>), &str); 12] = [
+    let cases: [(Change, &str); 12] = [
         (|i| i[4] = 1, "no 64-bit"),
         (|i| i[18] = 3, "no 64-bit"),
         (|i| i[56] = 0, "program headers"),
@@ -180,12 +183,12 @@ fn bad_elf_kernels_are_refused() {
 
 #[test]
 fn bad_bzimages_are_refused() {
-    let with = |change: fn(&mut Vec<u8>)| {
+    let with = |change: Change| {
         let mut image = good_bzimage();
         change(&mut image);
         load(&image).err().map(|e| e.to_string()).unwrap_or_default()
     };
-    let cases: [(fn(&mut Vec<u8>), &str); 8] = [
+    let cases: [(Change, &str); 8] = [
         (|i| i[0x207] = 1, "older than"),
         (|i| i[0x211] = 0, "no 64-bit entry"),
         (|i| i[0x236] = 0, "no 64-bit entry"),

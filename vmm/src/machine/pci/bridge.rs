@@ -8,9 +8,9 @@ use std::sync::Mutex;
 /// A host bridge without registers of its own.
 pub struct HostBridge(Mutex<ConfigSpace>);
 
-impl HostBridge {
-    /// The bridge, by the ids of QEMU's generic PCI Express host.
-    pub fn new() -> Self {
+/// The bridge, by the ids of QEMU's generic PCI Express host.
+impl Default for HostBridge {
+    fn default() -> Self {
         let identity = Identity { vendor: 0x1b36, device: 0x0008, class: 0x06_0000, revision: 0, subsystem: (0, 0) };
         Self(Mutex::new(ConfigSpace::new(&identity)))
     }

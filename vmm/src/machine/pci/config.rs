@@ -128,7 +128,7 @@ mod tests {
 
     fn space() -> ConfigSpace {
         let identity =
-            Identity { vendor: 0x1af4, device: 0x1042, class: 0x0180_00, revision: 1, subsystem: (0x1af4, 0x40) };
+            Identity { vendor: 0x1af4, device: 0x1042, class: 0x01_8000, revision: 1, subsystem: (0x1af4, 0x40) };
         let mut space = ConfigSpace::new(&identity);
         space.set_memory_bar(0xc001_0000, 0x8000);
         space

@@ -41,11 +41,6 @@ pub struct PciBus {
 pub struct SlotsTaken;
 
 impl PciBus {
-    /// A bus with its host bridge in slot 0.
-    pub fn new() -> Self {
-        Self { slots: vec![Arc::new(HostBridge::new())], address: AtomicU32::new(0) }
-    }
-
     /// The slot that the next function gets.
     pub fn next_slot(&self) -> Result<u8, SlotsTaken> {
         u8::try_from(self.slots.len()).ok().filter(|slot| usize::from(*slot) < PCI_SLOTS).ok_or(SlotsTaken)
@@ -119,7 +114,7 @@ impl PciBus {
         let address = self.address.load(Ordering::Relaxed);
         let (enabled, bus) = (address >> 31 == 1, address >> 16 & 0xff);
         let (function, register) = (address >> 8 & 0xff, address & 0xfc);
-        (enabled && bus == 0).then(|| function << 12 | register + u32::from(offset - 4))
+        (enabled && bus == 0).then(|| (function << 12) | (register + u32::from(offset - 4)))
     }
 
     fn config_read(&self, at: u32, data: &mut [u8]) {
@@ -144,6 +139,13 @@ impl PciBus {
     }
 }
 
+/// A bus with its host bridge in slot 0.
+impl Default for PciBus {
+    fn default() -> Self {
+        Self { slots: vec![Arc::new(HostBridge::default())], address: AtomicU32::new(0) }
+    }
+}
+
 fn ecam_offset(address: u64) -> Option<u32> {
     let offset = address.checked_sub(ECAM).filter(|offset| *offset < ECAM_SIZE)?;
     u32::try_from(offset).ok()
@@ -162,7 +164,7 @@ mod tests {
 
     #[test]
     fn both_ways_lead_to_the_same_registers() {
-        let bus = PciBus::new();
+        let bus = PciBus::default();
         assert_eq!(dword(&bus, 0), 0x0008_1b36);
         bus.port_write(0xcf8, &0x8000_0000_u32.to_le_bytes());
         let mut data = [0; 2];
@@ -175,7 +177,7 @@ mod tests {
 
     #[test]
     fn what_is_not_there_reads_as_ones() {
-        let bus = PciBus::new();
+        let bus = PciBus::default();
         assert_eq!(dword(&bus, 1 << 15), u32::MAX, "empty slot");
         assert_eq!(dword(&bus, 1 << 12), u32::MAX, "second function");
         assert_eq!(dword(&bus, 0x100), 0, "no extended capabilities");
@@ -188,17 +190,17 @@ mod tests {
 
     #[test]
     fn the_bus_has_an_end() {
-        let mut bus = PciBus::new();
+        let mut bus = PciBus::default();
         for _ in 1..PCI_SLOTS {
-            assert_eq!(bus.add(Arc::new(HostBridge::new())), Ok(()));
+            assert_eq!(bus.add(Arc::new(HostBridge::default())), Ok(()));
         }
-        assert_eq!(bus.add(Arc::new(HostBridge::new())), Err(SlotsTaken));
+        assert_eq!(bus.add(Arc::new(HostBridge::default())), Err(SlotsTaken));
     }
 
     proptest! {
         #[test]
         fn no_access_panics(at in 0..ECAM_SIZE + 16, port in 0xcf8_u16..0xd00, data: u64, width in 0_usize..4) {
-            let bus = PciBus::new();
+            let bus = PciBus::default();
             let mut bytes = data.to_le_bytes();
             let bytes = &mut bytes[..1 << width];
             bus.memory_write(ECAM + at, bytes);
