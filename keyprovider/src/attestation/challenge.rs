@@ -16,8 +16,11 @@ use tokio::sync::watch;
 /// How long a nonce lives, in microseconds.
 pub const NONCE_US: u64 = 60_000_000;
 
-/// The most open attestations of one client key.
+/// The most attestations of one client key that wait for evidence.
 const PER_KEY: usize = 4;
+
+/// The most attestations of one client key in a minute, answered ones counted.
+const PER_KEY_AND_MINUTE: usize = 120;
 
 /// The most open attestations of one address.
 const PER_ADDRESS: usize = 2048;
@@ -104,9 +107,11 @@ impl Challenges {
     pub fn add(&self, challenge: Challenge, now_us: u64) -> Result<(), Refusal> {
         let mut all = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         all.retain(|_, entry| entry.until_us > now_us);
-        let of_key = all.values().filter(|e| e.client_key == challenge.client_key).count();
+        let of_key = || all.values().filter(|e| e.client_key == challenge.client_key);
+        let waiting = of_key().filter(|e| matches!(e.stage, Stage::Open(_))).count();
         let of_address = all.values().filter(|e| e.address == challenge.address).count();
-        if all.len() >= ALL || of_key >= PER_KEY || of_address >= PER_ADDRESS {
+        let too_many = waiting >= PER_KEY || of_key().count() >= PER_KEY_AND_MINUTE || of_address >= PER_ADDRESS;
+        if all.len() >= ALL || too_many {
             return Err(Refusal::new(ProblemType::TooMuch, "too many attestations are open")
                 .hint("answer the ones that are, or wait a minute until their nonces end"));
         }

@@ -12,7 +12,7 @@ use crate::server::Server;
 use crate::store::people::Role;
 use policy::header::ProviderUrl;
 use rcgen::{KeyPair, PublicKeyData};
-use std::io::Write;
+use std::io::{IsTerminal, Write};
 use std::path::Path;
 use std::sync::Arc;
 use tokio::signal::unix::{SignalKind, signal};
@@ -55,7 +55,12 @@ pub(super) fn write_profile(path: &Path, profile: &Profile) -> Result<(), CliErr
 /// Serves until SIGTERM or SIGINT.
 pub(super) fn serve(serve: &Serve) -> Result<(), CliError> {
     let filter = EnvFilter::try_from_env("FEALTY_LOG").unwrap_or_else(|_| EnvFilter::new("info,sqlx=warn"));
-    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_target(false).init();
+    tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr)
+        .with_target(false)
+        .with_ansi(std::io::stderr().is_terminal())
+        .init();
     runtime()?.block_on(async {
         let provider = Arc::new(Provider::open(&serve.dir).await?);
         backups::clear(&provider);

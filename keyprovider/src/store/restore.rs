@@ -80,16 +80,15 @@ async fn rewrite(c: &mut SqliteConnection) -> Result<Restored, StoreError> {
         .execute(&mut *c)
         .await?;
         let vms = done.rows_affected();
-        let mut raised = 0;
         for volume in volumes::list(c, &customer).await? {
             volumes::new_write_key(c, &volume).await?;
             volumes::raise_open(c, &volume, volume.next_open + OPENINGS).await?;
-            raised += 1;
         }
-        sqlx::query("UPDATE volumes SET unconfirmed = 1 WHERE customer = ? AND anchor IS NOT NULL")
+        let done = sqlx::query("UPDATE volumes SET unconfirmed = 1 WHERE customer = ? AND anchor IS NOT NULL")
             .bind(customer.as_str())
             .execute(&mut *c)
             .await?;
+        let raised = done.rows_affected();
         let draft = Draft::new(&customer, Actor::Provider, AuditKind::ProviderRestored)
             .detail("instance_floor", floor)
             .detail("vms", vms)

@@ -1,0 +1,179 @@
+//! SIGKILL, full disks, backups: no number is given out twice, and the log stays whole.
+
+use crate::support::vm::SoftVm;
+use crate::support::{Lab, Provider, anchor, keys_command};
+use attest::protocol::{AnchorUpdate, ProblemType};
+use std::collections::HashSet;
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+#[test]
+fn killed_at_any_moment_the_provider_gives_out_no_number_twice() {
+    let mut lab = Lab::new();
+    let names: Vec<String> = (0..4).map(|n| format!("vm-{n}")).collect();
+    let files: Vec<_> = names
+        .iter()
+        .map(|name| {
+            let volume = lab.make_volume(name);
+            lab.anchor_volume(name, 1);
+            lab.keys(&["vm", "create", "acme", name]);
+            lab.seal(name, &[volume])
+        })
+        .collect();
+    let mut seen = HashSet::new();
+    let mut releases = 0;
+    for round in 0..4u64 {
+        let stop = std::sync::atomic::AtomicBool::new(false);
+        let got: Vec<_> = std::thread::scope(|scope| {
+            let tasks: Vec<_> = names
+                .iter()
+                .zip(&files)
+                .map(|(name, file)| {
+                    let mut vm = SoftVm::of(&lab, "acme", name, *file);
+                    let (host, stop) = (&lab.host, &stop);
+                    scope.spawn(move || {
+                        let mut got = Vec::new();
+                        while !stop.load(std::sync::atomic::Ordering::SeqCst) {
+                            let Ok(keys) = vm.attest(host) else { break };
+                            let volume = &keys.release.volumes[0];
+                            got.push((name.clone(), keys.release.instance.get(), volume.open_number.get()));
+                        }
+                        got
+                    })
+                })
+                .collect();
+            std::thread::sleep(Duration::from_millis(150 + 70 * round));
+            let pid = lab.provider.pid();
+            rustix::process::kill_process(pid, rustix::process::Signal::KILL).expect("killed");
+            stop.store(true, std::sync::atomic::Ordering::SeqCst);
+            tasks.into_iter().flat_map(|t| t.join().expect("joined")).collect()
+        });
+        releases += got.len();
+        for (name, instance, open) in got {
+            assert!(seen.insert((name.clone(), "instance", instance)), "instance {instance} of {name} twice");
+            assert!(seen.insert((name.clone(), "opening", u64::from(open))), "opening {open} of {name} twice");
+        }
+        lab.restart();
+        // The chain is checked by the tool; every release that anybody got stands in it.
+        assert!(lab.events("keys-released").len() >= releases);
+    }
+    assert!(releases > 4, "only {releases} releases: the test showed nothing");
+    assert_eq!(lab.integrity(), "ok");
+}
+
+#[test]
+fn a_full_disk_stops_the_provider_from_releasing_and_nothing_else() {
+    let mut lab = Lab::new();
+    let mut vm = SoftVm::new(&lab);
+    let instance = vm.start(&lab.host).release.instance;
+    vm.end(instance).expect("ended");
+    lab.provider.kill();
+    // No file may grow beyond 2 MiB: a write beyond fails as on a full disk, first of the write-ahead log.
+    let limited = "ulimit -f 4096; trap '' XFSZ; exec \"$@\"";
+    let mut command = Command::new("sh");
+    command.args(["-c", limited, "sh", env!("CARGO_BIN_EXE_fealty-keys")]);
+    lab.provider = Provider::start_as(command, &lab.path("keys"), "/dev/null".as_ref());
+    let mut refused = 0;
+    for _ in 0..400 {
+        let mut vm = SoftVm::new(&lab);
+        if let Err(error) = vm.attest(&lab.host) {
+            assert_eq!(error.problem(), Some(ProblemType::Unavailable), "{error}");
+            refused += 1;
+            break;
+        }
+    }
+    assert_eq!(refused, 1, "the disk never got full");
+    lab.restart();
+    assert_eq!(lab.integrity(), "ok");
+    lab.audit();
+    SoftVm::new(&lab).start(&lab.host);
+}
+
+#[test]
+fn one_provider_serves_from_a_folder() {
+    let lab = Lab::new();
+    let second = keys_command().args(["serve", "--listen", "127.0.0.1:0", "--dir"]).arg(lab.path("keys")).output();
+    let second = second.expect("runs");
+    assert_eq!(second.status.code(), Some(1));
+    assert!(String::from_utf8_lossy(&second.stderr).contains("another process"));
+}
+
+#[test]
+fn a_restored_provider_voids_what_it_can_not_know() {
+    let mut lab = Lab::with(3, crate::support::GO);
+    let mut running = SoftVm::new(&lab);
+    let before = running.start(&lab.host).release;
+    let key_id = before.volumes[0].key_id;
+    lab.keys(&["backup", "--out", "backup.db"]);
+    // After the backup the VM goes on, and a second instance starts.
+    let mut lost = SoftVm::new(&lab);
+    let lost_instance = lost.start(&lab.host).release;
+    let newer = anchor(lab.volume, lost_instance.volumes[0].open_number.get(), 4);
+    lost.anchor(lost_instance.instance, &AnchorUpdate { anchor: newer.clone(), closed: false }).expect("kept");
+    lab.provider.kill();
+    std::fs::create_dir(lab.path("again")).expect("a folder");
+    // A backup serves nobody as it is, and opens nothing without the master key.
+    std::fs::copy(lab.path("backup.db"), lab.path("again/keys.db")).expect("copied");
+    let text = |name: &str| lab.text(name);
+    let restore = || keys_command().args(["restore", "--dir", &text("again"), "--from", &text("backup.db")]).output();
+    let restore = || restore().expect("runs");
+    std::fs::write(lab.path("again/master.key"), [0; 32]).expect("written");
+    rustix::fs::chmod(lab.path("again/master.key"), 0o600.into()).expect("chmod");
+    let serve = keys_command().args(["serve", "--listen", "127.0.0.1:0", "--dir", &lab.text("again")]).output();
+    assert!(String::from_utf8_lossy(&serve.expect("runs").stderr).contains("is a backup"));
+    assert!(!restore().status.success(), "never over a database");
+    std::fs::remove_file(lab.path("again/keys.db")).expect("removed");
+    assert!(!restore().status.success(), "another master key");
+    std::fs::remove_file(lab.path("again/master.key")).expect("removed");
+    assert!(!restore().status.success(), "no master key");
+    std::fs::copy(lab.path("keys/master.key"), lab.path("again/master.key")).expect("copied");
+    let done = restore();
+    assert!(done.status.success(), "{}", String::from_utf8_lossy(&done.stderr));
+    lab.provider = Provider::start(&lab.path("again"));
+
+    // Leases of before are void, for the instance that the backup knows and for the one that it does not.
+    running.reconnect(&lab);
+    lost.reconnect(&lab);
+    for vm in [&mut running, &mut lost] {
+        vm.operation = policy::operation::OperationRequest::plain(policy::Operation::Renew);
+        assert_eq!(vm.refused(&lab.host), ProblemType::OldInstance);
+    }
+    // A new instance waits until whoever was never seen has surely lost its lease …
+    let mut vm = SoftVm::new(&lab);
+    assert_eq!(vm.refused(&lab.host), ProblemType::StillRuns);
+    lab.keys(&["vm", "confirm", "acme", "payroll"]);
+    // … and for an administrator to say that the anchor is the volume's newest, or what that is.
+    assert_eq!(vm.refused(&lab.host), ProblemType::VolumeHeld);
+    let stale = crate::support::text_of(&anchor(lab.volume, 1, 0));
+    lab.refused(&["volume", "confirm", "acme", "root", "--anchor", &stale]);
+    lab.keys(&["volume", "confirm", "acme", "root", "--anchor", &crate::support::text_of(&newer)]);
+    lab.refused(&["volume", "confirm", "acme", "root"]);
+    let after = vm.start(&lab.host).release;
+    assert!(after.instance.get() > 1_700_000_000_000_000, "above the time of the restore: {}", after.instance);
+    assert!(after.volumes[0].open_number > lost_instance.volumes[0].open_number);
+    assert_ne!(after.volumes[0].key_id, key_id, "new writes have a new key");
+    assert_eq!(after.volumes[0].anchor, Some(newer));
+    assert_eq!(lab.events("provider-restored").len(), 1);
+    assert_eq!(lab.events("anchor-confirmed").len(), 2);
+}
+
+#[test]
+fn a_restored_provider_lets_vms_start_when_old_leases_are_past() {
+    let mut lab = Lab::with(2, crate::support::GO);
+    lab.keys(&["backup", "--out", "backup.db"]);
+    lab.provider.kill();
+    std::fs::create_dir(lab.path("again")).expect("a folder");
+    std::fs::copy(lab.path("keys/master.key"), lab.path("again/master.key")).expect("copied");
+    let restored =
+        keys_command().args(["restore", "--dir", &lab.text("again"), "--from", &lab.text("backup.db")]).output();
+    crate::support::good(restored.expect("runs"));
+    lab.provider = Provider::start(&lab.path("again"));
+    lab.keys(&["volume", "confirm", "acme", "root"]);
+    let mut vm = SoftVm::new(&lab);
+    let start = Instant::now();
+    while let Err(error) = vm.attest(&lab.host) {
+        assert_eq!(error.problem(), Some(ProblemType::StillRuns));
+        assert!(start.elapsed().as_secs() < 60, "it never starts");
+        std::thread::sleep(Duration::from_millis(200));
+    }
+}
