@@ -40,7 +40,7 @@ pub(super) fn run(rounds: u32, attested: bool, printer: &mut Printer) -> Result<
     let (mut attested_ms, mut tpm_ms, mut tls_ms) = (Samples::default(), Samples::default(), Samples::default());
     for round in 0..rounds + WARM_UP {
         let counts = round >= WARM_UP;
-        let mut keep = |samples: &mut Samples, ms: f64| {
+        let keep = |samples: &mut Samples, ms: f64| {
             if counts {
                 samples.add(ms)
             }
