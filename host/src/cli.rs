@@ -3,7 +3,8 @@
 use crate::measure::{self, LayerArg, MeasureError, Measured};
 use crate::runtime::{IdentityFile, RuntimeDir, RuntimeError};
 use crate::service::{self, LogPaths, Options, ServiceError};
-use attest::service::{ControlClient, StartError};
+use attest::service::ControlClient;
+use attest::service::start::{LOCK_TAKEN, StartError};
 use attest_tpm::{EkChoice, EkKind, Tcti};
 use clap::{Args, Parser, Subcommand};
 use std::ffi::OsString;
@@ -149,7 +150,7 @@ enum CliError {
 impl CliError {
     fn code(&self) -> u8 {
         match self {
-            Self::Service(ServiceError::Runtime(RuntimeError::Taken(_))) => 3,
+            Self::Service(ServiceError::Runtime(RuntimeError::Taken(_))) => LOCK_TAKEN,
             _ => 1,
         }
     }
@@ -157,6 +158,7 @@ impl CliError {
 
 /// Does what the command line says.
 pub fn run(cli: Cli) -> ExitCode {
+    let started = matches!(&cli.command, Action::Tpm(args) if args.ready_fd.is_some());
     let outcome = match cli.command {
         Action::Tpm(args) => tpm(args),
         Action::Measure(args) => measure(&args),
@@ -166,7 +168,11 @@ pub fn run(cli: Cli) -> ExitCode {
     match outcome {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            let _ = writeln!(io::stderr(), "fealty-host: {error}");
+            // A starter joins the service that has the lock; a service that was started said itself why it ended.
+            let known = started && error.code() == LOCK_TAKEN;
+            if !known && !matches!(error, CliError::Start(StartError::Ended(_))) {
+                let _ = writeln!(io::stderr(), "fealty-host: {error}");
+            }
             ExitCode::from(error.code())
         }
     }

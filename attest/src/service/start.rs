@@ -8,12 +8,16 @@ use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
 
 /// Name of the control socket in the runtime folder.
 pub const CONTROL_SOCKET: &str = "control.sock";
 
 /// Environment variable that names the folder of runtime folders.
 pub const RUNTIME_VARIABLE: &str = "FEALTY_RUNTIME_DIR";
+
+/// The exit code of a service whose TPM another one serves.
+pub const LOCK_TAKEN: u8 = 3;
 
 /// Why no service could be had.
 #[derive(Debug, thiserror::Error)]
@@ -55,31 +59,30 @@ pub fn spawn_or_join_with(
 ) -> Result<ControlClient, StartError> {
     let dir = runtime_dir(tcti, runtime);
     let socket = dir.join(CONTROL_SOCKET);
-    if let Ok(client) = ControlClient::connect(&socket) {
-        return Ok(client);
-    }
     let spawned = |e| StartError::Spawn(service_binary.display().to_string(), e);
-    let (ready, theirs) = rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC).map_err(|e| spawned(e.into()))?;
-    let mut child = spawn(tcti, &dir, service_binary, more, &theirs).map_err(spawned)?;
-    drop(theirs);
-    let mut byte = [0];
-    if std::fs::File::from(ready).read(&mut byte).map_err(spawned)? == 1 {
-        return Ok(ControlClient::connect(&socket)?);
-    }
-    let status = child.wait().map_err(spawned)?;
-    // It may have ended because another one holds the lock: that one is ready, or will be in a moment.
-    for _ in 0..50 {
+    let deadline = Instant::now() + JOIN_TIME;
+    loop {
         if let Ok(client) = ControlClient::connect(&socket) {
             return Ok(client);
         }
-        if status.success() {
-            std::thread::sleep(std::time::Duration::from_millis(100));
-        } else {
-            std::thread::sleep(std::time::Duration::from_millis(10));
+        let (ready, theirs) =
+            rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC).map_err(|e| spawned(e.into()))?;
+        let mut child = spawn(tcti, &dir, service_binary, more, &theirs).map_err(spawned)?;
+        drop(theirs);
+        if std::fs::File::from(ready).read(&mut [0]).map_err(spawned)? == 1 {
+            return Ok(ControlClient::connect(&socket)?);
         }
+        let status = child.wait().map_err(spawned)?;
+        if status.code() != Some(LOCK_TAKEN.into()) || Instant::now() > deadline {
+            return Err(StartError::Ended(status.to_string()));
+        }
+        // Another one holds the lock: it opens its TPM, or is just ending.
+        std::thread::sleep(Duration::from_millis(50));
     }
-    Err(StartError::Ended(status.to_string()))
 }
+
+/// A discrete TPM may take a minute to make an RSA key.
+const JOIN_TIME: Duration = Duration::from_secs(120);
 
 fn spawn(tcti: &str, dir: &Path, binary: &Path, more: &[OsString], ready: &OwnedFd) -> std::io::Result<Child> {
     // The child needs the pipe's end under some number: without close-on-exec it keeps this one.
@@ -110,7 +113,7 @@ mod tests {
     fn a_service_that_fails_at_once_is_told() {
         let dir = tempfile::tempdir().expect("tempdir");
         let program = dir.path().join("fealty-host");
-        std::fs::write(&program, "#!/bin/sh\nexit 3\n").expect("written");
+        std::fs::write(&program, "#!/bin/sh\nexit 1\n").expect("written");
         std::fs::set_permissions(&program, std::fs::Permissions::from_mode(0o755)).expect("executable");
         let started = spawn_or_join("swtpm:path=/nowhere", Some(dir.path()), &program);
         assert!(matches!(started, Err(StartError::Ended(_))), "{started:?}");

@@ -79,7 +79,7 @@ pub fn serve(options: Options) -> Result<(), ServiceError> {
     if let Some(ready) = &options.ready {
         detach(ready, &options.dir).map_err(|e| ServiceError::Os("--ready-fd", e))?;
     }
-    let outcome = accept_all(&options, &signals, &listener, &shared);
+    let outcome = accept_all(&options, &signals, listener, &shared);
     // First nobody new, then the last word to the TPM, then what the next service must know, then the lock.
     let _ = fs::remove_file(options.dir.control_socket());
     shared.worker().stop();
@@ -121,7 +121,12 @@ fn detach(ready: &OwnedFd, dir: &RuntimeDir) -> io::Result<()> {
     os::replace_stderr(&log)
 }
 
-fn accept_all(options: &Options, signals: &OwnedFd, listener: &UnixListener, shared: &Arc<Shared>) -> io::Result<()> {
+fn accept_all(
+    options: &Options,
+    signals: &OwnedFd,
+    mut listener: UnixListener,
+    shared: &Arc<Shared>,
+) -> io::Result<()> {
     let mut busy = Instant::now() + FIRST_IDLE;
     loop {
         let mut polled = [
@@ -142,14 +147,26 @@ fn accept_all(options: &Options, signals: &OwnedFd, listener: &UnixListener, sha
             return Err(io::Error::other("the thread that owns the TPM ended"));
         }
         if !polled[1].revents().is_empty() {
-            connection::accept(listener, shared);
+            connection::accept(&listener, shared);
         }
         if shared.is_busy() {
             busy = Instant::now() + IDLE;
         } else if options.exit_when_idle && Instant::now() > busy {
-            return Ok(());
+            // Nobody finds the socket from now on; who found it before is served yet.
+            fs::remove_file(options.dir.control_socket())?;
+            if !is_readable(&listener)? {
+                return Ok(());
+            }
+            connection::accept(&listener, shared);
+            listener = listen(&options.dir)?;
         }
     }
+}
+
+fn is_readable(fd: &impl AsFd) -> io::Result<bool> {
+    let mut polled = [PollFd::from_borrowed_fd(fd.as_fd(), PollFlags::IN)];
+    let now = Timespec { tv_sec: 0, tv_nsec: 0 };
+    Ok(rustix::event::poll(&mut polled, Some(&now))? > 0)
 }
 
 /// How long a service that ends when idle waits for its first client.

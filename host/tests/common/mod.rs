@@ -92,7 +92,12 @@ impl Host {
     /// Starts the service and waits until it answers.
     pub fn serve(&self, more: &[&str]) -> Background {
         let service = self.start(more);
-        self.control();
+        let start = Instant::now();
+        while ControlClient::connect(&self.socket()).is_err() {
+            // A service that ends says why.
+            assert!(service.err().is_empty() && start.elapsed() < LIMIT, "no service: {}", service.err());
+            std::thread::sleep(Duration::from_millis(10));
+        }
         service
     }
 
