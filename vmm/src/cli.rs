@@ -102,11 +102,20 @@ struct Ctl {
 
 /// Runs the program; its exit code.
 pub fn main() -> std::process::ExitCode {
+    std::panic::set_hook(Box::new(tell_panic));
     let exit = match Cli::try_parse() {
-        Ok(cli) => perform(cli.command),
+        Ok(cli) => std::panic::catch_unwind(|| perform(cli.command)).unwrap_or(Exit::Internal),
         Err(error) => usage(&error),
     };
     std::process::ExitCode::from(exit as u8)
+}
+
+/// One line, on a terminal that is as it was. A backtrace would open files, which the sandbox answers with death.
+fn tell_panic(panic: &std::panic::PanicHookInfo<'_>) {
+    crate::console::terminal::restore();
+    let place = panic.location().map(ToString::to_string).unwrap_or_default();
+    let what = panic.payload_as_str().unwrap_or("no reason given");
+    crate::steps::line(&crate::exit::one_line(&format!("fealty: fault of this program at {place}: {what}")));
 }
 
 fn usage(error: &clap::Error) -> Exit {

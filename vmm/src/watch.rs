@@ -99,9 +99,12 @@ impl Watch {
             {
                 return end;
             }
+            if ready.input && self.typed(&mut keys) {
+                self.steps.step("stopping", "Ctrl-A x");
+                return End::Stopped;
+            }
             let asked = if ready.signals { self.signals.count() } else { 0 };
-            let ended = ready.input && self.typed(&mut keys);
-            for _ in 0..asked + usize::from(ended) {
+            for _ in 0..asked {
                 if deadline.is_some() {
                     self.steps.step("stopping", "asked a second time");
                     return End::Stopped;

@@ -91,6 +91,8 @@ fn a_core_dump_of_an_unprotected_vm_has_nobody_to_permit_it() {
     let vm = start("spin");
     let out = vm.folder.path().join("core").display().to_string();
     assert!(vm.ctl(&["coredump", "--out", &out]).code(4).why().contains("provider"));
+    assert!(!std::path::Path::new(&out).exists(), "nothing is left behind");
+    std::fs::write(&out, b"precious").expect("written");
     assert!(vm.ctl(&["coredump", "--out", &out]).code(13).why().contains("never overwritten"));
     let answer = vm.raw(b"PUT /api/v1/vm.coredump HTTP/1.1\r\nContent-Length: 2\r\n\r\n{}");
     assert!(answer.starts_with("HTTP/1.1 400") && answer.contains("fealty/vm.coredump"), "{answer}");

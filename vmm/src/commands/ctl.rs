@@ -63,7 +63,10 @@ pub fn run(socket: &Path, action: &Action, json: bool) -> Result<Exit, Failure> 
         Action::Shutdown => talk.done("vm.shutdown", "ending", json)?,
         Action::Coredump { .. } => {
             let Some((path, file)) = out else { return Ok(Exit::Internal) };
-            let done = talk.ask("PUT", "fealty/vm.coredump", Some(&file))?;
+            let done = talk.ask("PUT", "fealty/vm.coredump", Some(&file)).inspect_err(|_| {
+                // What was not written whole opens nowhere. If it can't be removed, it stays.
+                let _ = std::fs::remove_file(path);
+            })?;
             let bytes = done["bytes"].as_u64().unwrap_or_default();
             print(if json {
                 done.to_string()

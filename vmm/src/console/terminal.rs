@@ -54,17 +54,19 @@ const FATAL: [i32; 5] = [libc::SIGSEGV, libc::SIGBUS, libc::SIGILL, libc::SIGFPE
 
 fn restore_on_fatal_signals() {
     for signal in FATAL {
-        // SAFETY: an all-zero sigaction is valid; the handler is a plain function that makes one system call, takes no lock and
-        // allocates nothing. SA_RESETHAND gives the signal back its default, which the fault that comes again meets.
+        // SAFETY: an all-zero sigaction is valid; the handler is a plain function that makes system calls alone, takes no lock and
+        // allocates nothing. SA_RESETHAND gives the signal back its default, which then ends the process.
         unsafe {
             let mut action: libc::sigaction = std::mem::zeroed();
-            action.sa_sigaction = restore_and_return as extern "C" fn(i32) as usize;
+            action.sa_sigaction = restore_and_die as extern "C" fn(i32) as usize;
             action.sa_flags = libc::SA_RESETHAND | libc::SA_ONSTACK;
             libc::sigaction(signal, &raw const action, std::ptr::null_mut());
         }
     }
 }
 
-extern "C" fn restore_and_return(_signal: i32) {
+extern "C" fn restore_and_die(signal: i32) {
     restore();
+    // SAFETY: raise may be called in a signal handler. The signal has its default again, and comes once this returns.
+    unsafe { libc::raise(signal) };
 }

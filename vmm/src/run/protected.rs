@@ -28,6 +28,7 @@ use policy::config::{ProvedFile, VmConfig};
 use policy::operation::OperationRequest;
 use policy::report::{EndReason, ReportEvent};
 use std::fs::File;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
@@ -77,7 +78,10 @@ pub fn run(start: &ProtectedRun, settings: &Settings) -> Result<Exit, Failure> {
     let link = prepared.link.clone();
     link.keep(&prepared.file.header.customer, &prepared.file.header.vm, &opened);
     tell_release(&opened, steps);
-    let (result, reason, detail) = match live(prepared, early, opened, settings) {
+    // A fault of this program is an end too, and is reported as one.
+    let lived = catch_unwind(AssertUnwindSafe(|| live(prepared, early, opened, settings)));
+    let lived = lived.unwrap_or_else(|_| Err(Failure::new(Exit::Internal, "a fault of this program ended the VM")));
+    let (result, reason, detail) = match lived {
         Ok(end) => outcome(end),
         Err(failure) => {
             let detail = failure.message.clone();
