@@ -33,6 +33,9 @@ pub async fn report(
     check_text(&report.event)?;
     let digest = Digest::of(&body);
     let now_us = provider.clock.now_us();
+    if !provider.reports.allow(&caller.key, now_us) {
+        return Err(Refusal::new(ProblemType::TooMuch, "too many reports in a minute").hint("send it again later"));
+    }
     let mut tx = provider.db.write().await?;
     let mut instance = running(&mut tx, &caller, &vm, number).await?;
     if report.sequence == instance.report_sequence && digest == instance.report_digest {

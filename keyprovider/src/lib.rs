@@ -14,6 +14,7 @@
 //! | [`store`] | the database: one writer, durable before anything is answered |
 //! | [`keystore`] | the master key and what is wrapped under it |
 //! | [`authority`] | the certificate authorities of the provider: one for itself, one for its administrators |
+//! | [`clock`], [`bounds`] | the time that leases are counted in; how much one party may write a minute |
 //! | [`api`] | bodies of the administrators' HTTP API |
 //! | [`client`], [`cli`] | the customer's tool |
 
@@ -21,9 +22,12 @@ pub mod admin;
 pub mod api;
 pub mod attestation;
 pub mod authority;
+pub mod bounds;
 pub mod cli;
 pub mod client;
 pub mod clock;
+#[doc(hidden)]
+pub mod fuzz;
 pub mod instance;
 pub mod keystore;
 pub mod provider;

@@ -10,9 +10,9 @@
 
 use crate::api::TrustView;
 use crate::attestation::challenge::Challenges;
-use crate::attestation::refusals::Refusals;
 use crate::attestation::rules::RulesCache;
 use crate::authority::{Authority, AuthorityError, spki_of};
+use crate::bounds::PerMinute;
 use crate::clock::Clock;
 use crate::keystore::{FileKeyStore, KeyLabel, KeyStore, KeyStoreError};
 use crate::store::people::Customer;
@@ -30,6 +30,12 @@ const AUTHORITY: &str = "fealty provider authority";
 
 /// Common name of the authority that signs administrators' certificates.
 const ADMIN_AUTHORITY: &str = "fealty administrators authority";
+
+/// Refusals logged for a customer in a minute.
+const REFUSALS: u32 = 120;
+
+/// Reports taken from an instance in a minute.
+const REPORTS: u32 = 3000;
 
 /// The provider.
 pub struct Provider {
@@ -55,8 +61,10 @@ pub struct Provider {
     pub challenges: Challenges,
     /// Parsed policies.
     pub rules: RulesCache,
-    /// Bounds what refused strangers write into audit logs.
-    pub refusals: Refusals,
+    /// Bounds what refused strangers write into a customer's audit log.
+    pub refusals: PerMinute<CustomerId>,
+    /// Bounds what an instance, by its client key, writes there.
+    pub reports: PerMinute<Digest>,
     /// Its folder.
     pub dir: PathBuf,
     _lock: OwnedFd,
@@ -217,7 +225,8 @@ impl Provider {
             directive_key,
             challenges: Challenges::default(),
             rules: RulesCache::default(),
-            refusals: Refusals::default(),
+            refusals: PerMinute::new(REFUSALS),
+            reports: PerMinute::new(REPORTS),
             dir: dir.to_owned(),
             _lock: lock,
         })

@@ -19,7 +19,7 @@ pub const NONCE_US: u64 = 60_000_000;
 /// The most attestations of one client key that wait for evidence.
 const PER_KEY: usize = 4;
 
-/// The most attestations of one client key in a minute, answered ones counted.
+/// The most attestations of one client key in a minute, refused ones counted.
 const PER_KEY_AND_MINUTE: usize = 120;
 
 /// The most open attestations of one address.
@@ -92,7 +92,6 @@ enum Stage {
 struct Entry {
     stage: Stage,
     client_key: Digest,
-    customer: CustomerId,
     vm: VmId,
     address: IpAddr,
     until_us: u64,
@@ -115,15 +114,15 @@ impl Challenges {
             return Err(Refusal::new(ProblemType::TooMuch, "too many attestations are open")
                 .hint("answer the ones that are, or wait a minute until their nonces end"));
         }
+        let id = challenge.id;
         let entry = Entry {
             client_key: challenge.client_key,
-            customer: challenge.customer.clone(),
             vm: challenge.vm.clone(),
             address: challenge.address,
             until_us: challenge.until_us,
             stage: Stage::Open(Box::new(challenge)),
         };
-        all.insert(entry.id(), entry);
+        all.insert(id, entry);
         Ok(())
     }
 
@@ -133,10 +132,9 @@ impl Challenges {
         all.get(id).is_some_and(|e| e.client_key == *client_key && e.vm == *vm && e.until_us > now_us)
     }
 
-    /// Whose VM an open attestation is about.
-    pub fn customer(&self, id: &AttestationId) -> Option<CustomerId> {
-        let all = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        all.get(id).map(|e| e.customer.clone())
+    /// Forgets an attestation whose answer is kept elsewhere.
+    pub fn forget(&self, id: &AttestationId) {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).remove(id);
     }
 
     /// Consumes the nonce for `evidence`, the digest of the evidence's bytes.
@@ -156,16 +154,6 @@ impl Challenges {
         match std::mem::replace(&mut entry.stage, taken) {
             Stage::Open(challenge) => Taken::Judge(challenge, sender),
             Stage::Taken { .. } => Taken::Stale,
-        }
-    }
-}
-
-impl Entry {
-    fn id(&self) -> AttestationId {
-        match &self.stage {
-            Stage::Open(challenge) => challenge.id,
-            // Only open entries are inserted.
-            Stage::Taken { .. } => AttestationId([0; 16]),
         }
     }
 }

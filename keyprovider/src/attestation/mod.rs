@@ -10,7 +10,6 @@
 
 pub mod challenge;
 pub mod ek;
-pub mod refusals;
 pub mod release;
 pub mod rules;
 pub mod verdict;
@@ -113,8 +112,8 @@ async fn answer_to(
     request: Request,
     wanted: Wanted,
 ) -> Result<Response<HttpBody>, Refusal> {
-    let kept = kept_answer(&provider, &caller, &id).await?;
-    if kept.is_none() && !provider.challenges.knows(&id, &caller.key, &vm, provider.clock.now_us()) {
+    let kept = kept_answer(&provider, &caller, &id).await?.is_some();
+    if !kept && !provider.challenges.knows(&id, &caller.key, &vm, provider.clock.now_us()) {
         return Err(stale());
     }
     let _room = BODIES.acquire().await.map_err(|_| stale())?;
@@ -129,8 +128,11 @@ async fn answer_to(
             tokio::spawn(judge(provider.clone(), challenge, bytes, digest, wanted, sender));
             answer
         }
-        // The nonce is not here; a provider that ran before this one may have kept the answer.
-        Taken::Unknown => return kept.filter(|k| k.evidence == digest).map(|k| json(k.body)).ok_or_else(stale),
+        // Keys were released already, perhaps a moment ago, perhaps by a provider that ran before this one.
+        Taken::Unknown => {
+            let kept = kept_answer(&provider, &caller, &id).await?;
+            return kept.filter(|k| k.evidence == digest).map(|k| json(k.body)).ok_or_else(stale);
+        }
         Taken::Stale => return Err(stale()),
     };
     let answer = answer.wait_for(Option::is_some).await.map_err(|_| unavailable())?.clone();
@@ -152,7 +154,7 @@ async fn judge(
         .detail("operation", challenge.operation.operation)
         .detail("address", challenge.address);
     let restricted = challenge.operation.operation.class() == OperationClass::Restricted;
-    let (customer, vm) = (challenge.customer.clone(), challenge.vm.clone());
+    let (id, customer, vm) = (challenge.id, challenge.customer.clone(), challenge.vm.clone());
     let answer = decide(&provider, *challenge, bytes, digest, wanted).await;
     let answer = match (wanted, answer) {
         (Wanted::Keys, Ok(body)) => Ok(body),
@@ -172,7 +174,12 @@ async fn judge(
             serde_json::to_vec(&opinion).map_err(|_| unavailable())
         }
     };
+    let released = wanted == Wanted::Keys && answer.is_ok();
     sender.send_replace(Some(answer.map(Arc::new)));
+    if released {
+        // From here on the database has the answer.
+        provider.challenges.forget(&id);
+    }
 }
 
 async fn decide(
@@ -368,17 +375,17 @@ fn because(draft: Draft, refusal: &Refusal) -> Draft {
 
 /// Writes to the customer's log what was not granted; `counted` names the VM where it counts among the operations asked for.
 async fn log(provider: &Provider, customer: &CustomerId, draft: Draft, counted: Option<&VmId>) {
-    if !provider.refusals.allow(customer, provider.clock.now_us()) {
-        return;
-    }
     let logged = async {
+        let now_us = provider.clock.now_us();
+        // Strangers may name any customer: those that are none cost no write.
+        let known = people::customer(&mut *provider.db.read().await?, customer).await?.is_some();
+        if !known || !provider.refusals.allow(customer, now_us) {
+            return Ok(());
+        }
         let mut tx = provider.db.write().await?;
-        if people::customer(&mut tx, customer).await?.is_some() {
-            let now_us = provider.clock.now_us();
-            append(&mut tx, now_us, draft).await?;
-            if let Some(vm) = counted {
-                vms::count_asked(&mut tx, customer, vm, now_us).await?;
-            }
+        append(&mut tx, now_us, draft).await?;
+        if let Some(vm) = counted {
+            vms::count_asked(&mut tx, customer, vm, now_us).await?;
         }
         tx.commit().await.map_err(StoreError::from)
     };

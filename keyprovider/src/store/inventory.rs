@@ -143,11 +143,11 @@ pub async fn host(c: &mut SqliteConnection, id: &HostId) -> Result<Option<Host>,
 
 /// Hosts of a cloud.
 pub async fn hosts(c: &mut SqliteConnection, cloud: &CloudId) -> Result<Vec<Host>, StoreError> {
-    let rows: Vec<(Vec<u8>, Option<String>, Option<Vec<u8>>)> =
-        sqlx::query_as("SELECT id, name, certificate FROM hosts WHERE cloud = ? ORDER BY id")
-            .bind(cloud.as_str())
-            .fetch_all(c)
-            .await?;
+    type Row = (Vec<u8>, Option<String>, Option<Vec<u8>>);
+    let rows: Vec<Row> = sqlx::query_as("SELECT id, name, certificate FROM hosts WHERE cloud = ? ORDER BY id")
+        .bind(cloud.as_str())
+        .fetch_all(c)
+        .await?;
     rows.into_iter()
         .map(|(id, name, certificate)| {
             Ok(Host { id: HostId(digest(&id, "host")?), cloud: cloud.clone(), name, certificate })

@@ -123,7 +123,8 @@ pub async fn admin_by_key(c: &mut SqliteConnection, key: &Digest) -> Result<Opti
 
 /// Every administrator: the record, its key, whether it is revoked.
 pub async fn admins(c: &mut SqliteConnection) -> Result<Vec<(Admin, Digest, bool)>, StoreError> {
-    let rows: Vec<(String, String, Option<String>, Vec<u8>, bool)> =
+    type Row = (String, String, Option<String>, Vec<u8>, bool);
+    let rows: Vec<Row> =
         sqlx::query_as("SELECT name, role, customer, key, revoked FROM admins ORDER BY name").fetch_all(c).await?;
     rows.into_iter()
         .map(|(name, role, customer, key, revoked)| {

@@ -219,44 +219,44 @@ pub async fn file(
     .transpose()
 }
 
-type InstanceRow =
-    ((String, String, i64, Vec<u8>, Vec<u8>, Vec<u8>, i64, Vec<u8>), (i64, bool, bool, i64, Vec<u8>, i64));
-
-fn read_instance(row: sqlx::sqlite::SqliteRow) -> Result<Instance, StoreError> {
-    use sqlx::Row;
-    let ((customer, vm, n, key, host, ak, reset, file), (lease, ended, revoked, sequence, report, gap)): InstanceRow = (
-        (
-            row.try_get(0)?,
-            row.try_get(1)?,
-            row.try_get(2)?,
-            row.try_get(3)?,
-            row.try_get(4)?,
-            row.try_get(5)?,
-            row.try_get(6)?,
-            row.try_get(7)?,
-        ),
-        (row.try_get(8)?, row.try_get(9)?, row.try_get(10)?, row.try_get(11)?, row.try_get(12)?, row.try_get(13)?),
-    );
-    Ok(Instance {
-        customer: label(&customer, "customer")?,
-        vm: label(&vm, "VM")?,
-        number: instance_number(n)?,
-        client_key: digest(&key, "client key")?,
-        host: HostId(digest(&host, "host")?),
-        ak,
-        reset_count: u32::try_from(reset).map_err(|_| StoreError::Damaged("resetCount"))?,
-        file: digest(&file, "VM file's digest")?,
-        lease_end_us: number(lease),
-        ended,
-        revoked,
-        report_sequence: number(sequence),
-        report_digest: digest(&report, "digest of a report")?,
-        gap_at: number(gap),
-    })
+#[derive(sqlx::FromRow)]
+struct InstanceRow {
+    customer: String,
+    vm: String,
+    number: i64,
+    client_key: Vec<u8>,
+    host: Vec<u8>,
+    ak: Vec<u8>,
+    reset_count: i64,
+    file: Vec<u8>,
+    lease_end_us: i64,
+    ended: bool,
+    revoked: bool,
+    report_sequence: i64,
+    report_digest: Vec<u8>,
+    gap_at: i64,
 }
 
-const INSTANCE: &str = "SELECT customer, vm, number, client_key, host, ak, reset_count, file, lease_end_us, ended,
-    revoked, report_sequence, report_digest, gap_at FROM instances";
+impl InstanceRow {
+    fn read(self) -> Result<Instance, StoreError> {
+        Ok(Instance {
+            customer: label(&self.customer, "customer")?,
+            vm: label(&self.vm, "VM")?,
+            number: instance_number(self.number)?,
+            client_key: digest(&self.client_key, "client key")?,
+            host: HostId(digest(&self.host, "host")?),
+            ak: self.ak,
+            reset_count: u32::try_from(self.reset_count).map_err(|_| StoreError::Damaged("resetCount"))?,
+            file: digest(&self.file, "VM file's digest")?,
+            lease_end_us: number(self.lease_end_us),
+            ended: self.ended,
+            revoked: self.revoked,
+            report_sequence: number(self.report_sequence),
+            report_digest: digest(&self.report_digest, "digest of a report")?,
+            gap_at: number(self.gap_at),
+        })
+    }
+}
 
 /// The newest instance of a VM.
 pub async fn last_instance(
@@ -264,21 +264,23 @@ pub async fn last_instance(
     customer: &CustomerId,
     vm: &VmId,
 ) -> Result<Option<Instance>, StoreError> {
-    let query = const_format_instance("WHERE customer = ? AND vm = ? ORDER BY number DESC LIMIT 1");
-    let row =
-        sqlx::query(sqlx::AssertSqlSafe(query)).bind(customer.as_str()).bind(vm.as_str()).fetch_optional(c).await?;
-    row.map(read_instance).transpose()
+    let row: Option<InstanceRow> =
+        sqlx::query_as("SELECT * FROM instances WHERE customer = ? AND vm = ? ORDER BY number DESC LIMIT 1")
+            .bind(customer.as_str())
+            .bind(vm.as_str())
+            .fetch_optional(c)
+            .await?;
+    row.map(InstanceRow::read).transpose()
 }
 
 /// The newest instance that has this client key.
 pub async fn instance_by_key(c: &mut SqliteConnection, client_key: &Digest) -> Result<Option<Instance>, StoreError> {
-    let query = const_format_instance("WHERE client_key = ? ORDER BY number DESC LIMIT 1");
-    let row = sqlx::query(sqlx::AssertSqlSafe(query)).bind(&client_key.as_bytes()[..]).fetch_optional(c).await?;
-    row.map(read_instance).transpose()
-}
-
-fn const_format_instance(tail: &'static str) -> String {
-    format!("{INSTANCE} {tail}")
+    let row: Option<InstanceRow> =
+        sqlx::query_as("SELECT * FROM instances WHERE client_key = ? ORDER BY number DESC LIMIT 1")
+            .bind(&client_key.as_bytes()[..])
+            .fetch_optional(c)
+            .await?;
+    row.map(InstanceRow::read).transpose()
 }
 
 /// Records a new instance.

@@ -4,6 +4,7 @@
 mod attacks;
 mod durability;
 mod gate;
+mod ima;
 mod limits;
 mod operations;
 mod power_on;

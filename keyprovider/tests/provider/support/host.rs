@@ -1,6 +1,6 @@
 //! A host whose TPM is software keys in TPM structures.
 
-use attest::eventlog::{FirmwareLog, LayerLog, firmware};
+use attest::eventlog::{FirmwareLog, ImaLog, LayerLog, firmware};
 use attest::protocol::{Challenge, Credential, Evidence, PROTOCOL_VERSION};
 use attest::qualify::Qualified;
 use attest::tpm::attested::{Attested, ClockInfo};
@@ -107,6 +107,8 @@ pub(crate) struct SoftHost {
     pub(crate) firmware: Vec<u8>,
     pub(crate) layers: Vec<u8>,
     pcrs: BTreeMap<u8, Digest>,
+    /// The IMA log, once it has one.
+    pub(crate) ima: Vec<u8>,
     pub(crate) clock: ClockInfo,
 }
 
@@ -143,6 +145,7 @@ impl SoftHost {
             firmware: Vec::new(),
             layers: Vec::new(),
             pcrs: BTreeMap::new(),
+            ima: Vec::new(),
             clock: ClockInfo { clock: 1000, reset_count: 7, restart_count: 0, safe: true },
         };
         host.boot(layers);
@@ -170,6 +173,28 @@ impl SoftHost {
         self.firmware = firmware.as_bytes().to_vec();
         self.layers = log.as_bytes().to_vec();
         self.wrap = PrivateKey::generate(&ECDH_P256).expect("random");
+    }
+
+    /// Begins an IMA log with the boot aggregate.
+    pub(crate) fn start_ima(&mut self) {
+        self.pcrs.remove(&10);
+        self.ima.clear();
+        let mut log = ImaLog::new();
+        let digest = log.boot_aggregate(&self.pcrs);
+        self.extend_ima(&log, digest);
+    }
+
+    /// A file was run.
+    pub(crate) fn measure(&mut self, path: &str, content: &[u8]) {
+        let mut log = ImaLog::new();
+        let digest = log.entry(path, &Digest::of(content));
+        self.extend_ima(&log, digest);
+    }
+
+    fn extend_ima(&mut self, log: &ImaLog, digest: Digest) {
+        let before = self.pcrs.get(&10).copied().unwrap_or(Digest([0; 32]));
+        self.pcrs.insert(10, attest::tpm::pcr::extend(&before, &digest));
+        self.ima.extend_from_slice(log.as_bytes());
     }
 
     /// Resets: the TPM counts, and keys of the boot before are gone.
@@ -218,6 +243,9 @@ impl SoftHost {
     pub(crate) fn evidence(&self, ak: &SoftAk, s: &Statement<'_>, activation: Option<Vec<u8>>) -> Evidence {
         let wrap = self.wrap_public();
         let pcrs = &s.challenge.pcrs;
+        let ima_offset = s.challenge.ima_offset.unwrap_or(0);
+        let from = usize::try_from(ima_offset).expect("in memory").min(self.ima.len());
+        let ima_log = if s.challenge.ima_offset.is_some() { self.ima[from..].to_vec() } else { Vec::new() };
         let claims = br#"{"key_memory":"memfd-secret","ptrace_scope":3}"#;
         let qualified = Qualified {
             nonce: &s.challenge.nonce,
@@ -233,8 +261,8 @@ impl SoftHost {
             earlier_peer: s.earlier_peer,
             firmware_log: &self.firmware,
             layer_log: &self.layers,
-            ima_log: &[],
-            ima_offset: 0,
+            ima_log: &ima_log,
+            ima_offset,
             pin: &s.pin,
             claims,
         };
@@ -267,8 +295,8 @@ impl SoftHost {
             earlier_peer: s.earlier_peer,
             firmware_log: self.firmware.clone().into(),
             layer_log: self.layers.clone().into(),
-            ima_log: Vec::new().into(),
-            ima_offset: 0,
+            ima_log: ima_log.into(),
+            ima_offset,
             claims: claims.to_vec().into(),
         }
     }

@@ -190,10 +190,13 @@ impl Lab {
         self.write("firmware.log", &self.host.firmware);
         self.write("layers.log", &self.host.layers);
         let (firmware, layers) = (self.text("firmware.log"), self.text("layers.log"));
-        let learned = keys_command()
-            .args(["reference", "learn", "--firmware-log", &firmware, "--layer-log", &layers])
-            .output()
-            .expect("the tool runs");
+        let mut learn = keys_command();
+        learn.args(["reference", "learn", "--firmware-log", &firmware, "--layer-log", &layers]);
+        if !self.host.ima.is_empty() {
+            self.write("ima.log", &self.host.ima);
+            learn.args(["--ima-log", &self.text("ima.log")]);
+        }
+        let learned = learn.output().expect("the tool runs");
         self.write("values.json", good(learned).as_bytes());
         self.keys(&["reference", "set", "acme", &self.text("values.json")]);
     }
