@@ -3,7 +3,7 @@
 use crate::process::{Ended, run};
 use std::fs;
 use std::hash::{BuildHasher, Hasher, RandomState};
-use std::net::{TcpListener, TcpStream};
+use std::net::TcpListener;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
@@ -124,8 +124,8 @@ impl Swtpm {
             if child.try_wait().expect("a child").is_some() {
                 return false;
             }
-            // The control channel listens after the other, and connecting to it disturbs nobody.
-            if TcpStream::connect(("127.0.0.1", port + 1)).is_ok() {
+            // Not found out by connecting: somebody else's TPM may have been faster.
+            if [port, port + 1].iter().all(|p| listens(child.id(), *p)) {
                 self.child = Some(child);
                 return true;
             }
@@ -153,6 +153,23 @@ fn free_pair() -> Option<u16> {
             return Some(port);
         }
     }
+}
+
+/// Whether process `pid` listens on `port` of 127.0.0.1.
+fn listens(pid: u32, port: u16) -> bool {
+    let table = fs::read_to_string("/proc/net/tcp").unwrap_or_default();
+    let address = format!("0100007F:{port:04X}");
+    let sockets = table.lines().filter_map(|line| {
+        let mut fields = line.split_whitespace().skip(1);
+        let listens = fields.next() == Some(&address) && fields.nth(1) == Some("0A");
+        listens.then(|| fields.nth(5)).flatten().map(|inode| format!("socket:[{inode}]"))
+    });
+    let sockets: Vec<String> = sockets.collect();
+    let Ok(descriptors) = fs::read_dir(format!("/proc/{pid}/fd")) else { return false };
+    descriptors
+        .flatten()
+        .filter_map(|fd| fs::read_link(fd.path()).ok())
+        .any(|link| sockets.iter().any(|socket| link.as_os_str() == socket.as_str()))
 }
 
 /// Without configuration files of our own, swtpm_setup would write to system folders.
