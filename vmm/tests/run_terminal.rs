@@ -113,6 +113,7 @@ fn the_terminal_is_raw_while_the_guest_runs_and_cooked_after_its_end() {
 fn ctrl_a_speaks_to_the_process() {
     let mut vm = start("spin");
     vm.until("runs");
+    vm.until("spinning");
     vm.press(b"\x01c");
     vm.until("running, 1 vCPUs");
     vm.press(b"\x01h");

@@ -106,6 +106,14 @@ fn connect(machine: &mut Machine, console: Console) -> Result<(File, Typing, Opt
     Ok((keyboard, typing, raw))
 }
 
+/// Tells that the guest runs: once it does and can be operated; on a terminal, which the guest writes to as well, a moment
+/// before, so that the line does not fall into the guest's first one.
+fn tell_start(steps: Steps, typing: Typing, before: bool) {
+    if before == (typing == Typing::Terminal && !steps.json()) {
+        steps.step("runs", "");
+    }
+}
+
 /// What a machine's failure means for the exit code.
 fn machine_failure(error: &MachineError) -> Failure {
     let exit = match error {

@@ -3,7 +3,7 @@
 //! Each function here is one stretch of the way; what it leaves behind the next one takes. After the release, whatever goes
 //! wrong is the instance's end, and the provider is told so before the process exits.
 
-use super::{Host, Settings, connect, folder_of, hook, machine_failure, outcome, read_file, serve_api};
+use super::{Host, Settings, connect, folder_of, hook, machine_failure, outcome, read_file, serve_api, tell_start};
 use crate::api::Api;
 use crate::console::Console;
 use crate::exit::{Exit, Failure, chain};
@@ -147,7 +147,7 @@ fn live(prepared: Prepared, early: EarlyVm, opened: OpenedRelease, settings: &Se
     let lease = crate::lease::LeaseClock::new(opened.release.lease, opened.asked_ms);
     gate.open_until(lease.quiesce_ms(), lease.end_ms());
 
-    let started = start(machine, &config, &volumes, console, permit, &gate);
+    let started = start(machine, &config, &volumes, console, permit, &gate, steps);
     let (running, keyboard, typing, raw) = match started {
         Ok(started) => started,
         Err(failure) => {
@@ -171,7 +171,7 @@ fn live(prepared: Prepared, early: EarlyVm, opened: OpenedRelease, settings: &Se
     if let Some(api) = &api {
         api.runs(operations.clone());
     }
-    steps.step("runs", "");
+    tell_start(steps, typing, false);
     let end = guard.map(|guard| {
         let grace = settings.grace;
         let mut watch = Watch { steps, signals, inbox, operations, keyboard, typing, grace, guard: Some(guard) };
@@ -258,6 +258,7 @@ fn start(
     console: Console,
     permit: StartPermit,
     gate: &Arc<LeaseGate>,
+    steps: Steps,
 ) -> Result<Started, Failure> {
     for (volume, disk) in volumes.iter().zip(&config.disks) {
         let disk_slot = DiskSlot {
@@ -268,6 +269,7 @@ fn start(
         machine.add_disk(disk_slot).map_err(|e| machine_failure(&e))?;
     }
     let (keyboard, typing, raw) = connect(&mut machine, console)?;
+    tell_start(steps, typing, true);
     let running = machine.start(permit, gate.clone(), hook()).map_err(|e| machine_failure(&e))?;
     Ok((running, keyboard, typing, raw))
 }

@@ -1,7 +1,7 @@
 //! A VM without a provider: a plain file, no keys, the same sandbox.
 
 use super::plain::{CONFIG_LIMIT, parse};
-use super::{Settings, connect, folder_of, hook, machine_failure, outcome, read_file, serve_api};
+use super::{Settings, connect, folder_of, hook, machine_failure, outcome, read_file, serve_api, tell_start};
 use crate::console::Console;
 use crate::exit::{Exit, Failure};
 use crate::helm::Helm;
@@ -44,13 +44,14 @@ pub fn run(file: &Path, settings: &Settings) -> Result<Exit, Failure> {
     let (keyboard, typing, raw) = connect(&mut machine, console)?;
     let permit = StartPermit::from_plain(&config);
     let gate = Arc::new(LeaseGate::unlimited());
+    tell_start(steps, typing, true);
     let running = machine.start(permit, gate.clone(), hook()).map_err(|e| machine_failure(&e))?;
     let helm = Arc::new(Helm::new(running.clone(), gate));
     let operations = Arc::new(Operations::new(helm, facts, post, None));
     if let Some(api) = &api {
         api.runs(operations.clone());
     }
-    steps.step("runs", "");
+    tell_start(steps, typing, false);
     let mut watch = Watch { steps, signals, inbox, operations, keyboard, typing, grace: settings.grace, guard: None };
     let end = watch.until_end(running.events());
     running.stop();
