@@ -52,6 +52,9 @@ pub enum TpmError {
     /// The certificate in NV is another key's.
     #[error("the endorsement key certificate in the TPM does not belong to its endorsement key")]
     ForeignCertificate,
+    /// An endorsement key after a template of its maker's own.
+    #[error("the endorsement key's policy is none of the TCG's profiles: choose another one with --ek")]
+    ForeignPolicy,
     /// The TPM was reset while we were at work.
     #[error("the TPM was reset while this host runs: reboot the host")]
     Reset,

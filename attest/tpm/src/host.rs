@@ -180,6 +180,7 @@ impl HostTpm {
             })
             .map_err(|e| match TpmError::of("TPM2_ActivateCredential", e) {
                 TpmError::Refused { .. } | TpmError::WrongPoint => TpmError::WrongCredential,
+                TpmError::PcrsChanged => TpmError::ForeignPolicy,
                 other => other,
             })?;
         Ok(opened.to_vec())
