@@ -103,10 +103,16 @@ impl Lab {
     /// Plays the firmware and measures the host's layers: what a boot does.
     #[track_caller]
     pub fn boot_host(&self) {
-        let tcti = self.tpm.tcti();
-        let (firmware, ima) = (self.text("firmware.log"), self.text("ima.log"));
-        self.program("play-firmware", &["--tcti", &tcti, "--firmware-log", &firmware, "--ima-log", &ima]).good();
+        self.play_firmware();
         self.measure(&[]).good();
+    }
+
+    /// Plays the firmware alone.
+    #[track_caller]
+    pub fn play_firmware(&self) {
+        let (firmware, ima) = (self.text("firmware.log"), self.text("ima.log"));
+        let words = ["--tcti", &self.tpm.tcti(), "--firmware-log", &firmware, "--ima-log", &ima];
+        self.run_tool("play-firmware", &words).good();
     }
 
     /// Measures the host's own programs, and `more` as `NAME=PATH`.
@@ -119,7 +125,7 @@ impl Lab {
         words.extend(["--firmware-log", &firmware, "--ima-log", &ima]);
         words.extend(layers.iter().map(String::as_str));
         words.extend(more);
-        self.program("fealty-host", &words)
+        self.run_tool("fealty-host", &words)
     }
 
     /// Starts the provider, on the address it had before if it ran already.
@@ -156,7 +162,7 @@ impl Lab {
     /// Runs `fealty-keys` without a server.
     #[track_caller]
     pub fn keys_local(&self, words: &[&str]) -> Ended {
-        self.program("fealty-keys", words)
+        self.run_tool("fealty-keys", words)
     }
 
     /// Runs `fealty-keys` as the first administrator.
@@ -166,7 +172,7 @@ impl Lab {
         let mut all = words.to_vec();
         let at = all.iter().position(|w| *w == "--").unwrap_or(all.len());
         all.splice(at..at, ["--profile", &profile, "--url", &url]);
-        self.program("fealty-keys", &all)
+        self.run_tool("fealty-keys", &all)
     }
 
     /// Learns reference values from this host's logs and sets them.
@@ -235,7 +241,7 @@ impl Lab {
         std::fs::copy(kernel, self.path("store/guest")).expect("copied");
         let config = serde_json::json!({
             "cpus": {"boot_vcpus": 1},
-            "memory": {"size": 128u64 << 20},
+            "memory": {"size": 32u64 << 20},
             "payload": {"kernel": {"name": "guest"}, "cmdline": format!("console=ttyS0 fealty.do={words}")},
             "disks": [{"id": "root", "volume": self.volume_id(), "anchor_mode": anchor_mode}],
         });
@@ -285,8 +291,9 @@ impl Lab {
         self.audit().iter().filter_map(|e| e["kind"].as_str().map(str::to_owned)).collect()
     }
 
+    /// Runs one of the project's programs in the laboratory's folder.
     #[track_caller]
-    fn program(&self, name: &str, words: &[&str]) -> Ended {
+    pub fn run_tool(&self, name: &str, words: &[&str]) -> Ended {
         run(Command::new(program(name)).args(words).current_dir(self.dir.path()), LIMIT)
     }
 }

@@ -44,7 +44,11 @@ fn a_provider_restored_from_a_backup_asks_before_it_trusts_an_older_anchor() {
     let refused = lab.run_vm(&[]).refused();
     assert!(!refused.out.contains("fealty-guest"), "{}", refused.out);
     lab.keys(&["vm", "confirm", "acme", "payroll"]).good();
-    lab.keys(&["volume", "confirm", "acme", "root"]).good();
+    // The customer looks at the volume, and says that the state it shows is the one to go on from.
+    let info = lab.run_tool("fealty-disk", &["--json", "info", &lab.text("store/root.vol")]).good().out;
+    let info: serde_json::Value = serde_json::from_str(info.trim()).expect("JSON about the volume");
+    let shown = info["anchor"].as_str().unwrap_or_else(|| panic!("no anchor in {info}"));
+    lab.keys(&["volume", "confirm", "acme", "root", "--anchor", shown]).good();
     lab.run_vm(&[]).good();
     assert!(lab.export()[4 * 4096..5 * 4096].iter().all(|b| *b == 0x44));
     let kinds = lab.audit_kinds();
