@@ -130,6 +130,8 @@ pub struct HostView {
     pub name: Option<String>,
     /// Whether its key is pinned, without a certificate.
     pub pinned: bool,
+    /// Whether its TPM is a laboratory's.
+    pub lab: bool,
 }
 
 /// Reference values in force.

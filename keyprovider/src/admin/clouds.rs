@@ -7,7 +7,7 @@ use crate::server::body::{At, DOCUMENT, Json as Body};
 use crate::server::gate::Caller;
 use crate::server::problem::Refusal;
 use crate::store::audit::{Draft, append};
-use crate::store::inventory::{self, Cloud, Enrolled, Host};
+use crate::store::inventory::{self, Cloud, CloudKind, Enrolled, Host};
 use crate::store::people;
 use attest::protocol::ProblemType;
 use axum::Json;
@@ -41,8 +41,8 @@ pub async fn create(State(provider): State<Arc<Provider>>, Body(new): Body<NewCl
 /// Hosts of a cloud.
 pub async fn hosts(State(provider): State<Arc<Provider>>, At(id): At<CloudId>) -> Answer<Vec<HostView>> {
     let mut reader = provider.db.read().await?;
-    found(inventory::cloud(&mut reader, &id).await?, &id)?;
-    Ok(Json(inventory::hosts(&mut reader, &id).await?.into_iter().map(view).collect()))
+    let cloud = found(inventory::cloud(&mut reader, &id).await?, &id)?;
+    Ok(Json(inventory::hosts(&mut reader, &id).await?.into_iter().map(|host| view(host, &cloud)).collect()))
 }
 
 /// Enters a host into an inventory.
@@ -76,7 +76,7 @@ pub async fn enroll(
             return Err(conflict(format!("host {} or its name is enrolled already, otherwise", host.id))
                 .hint("a host's identity never changes: a new TPM is a new host under a new name"));
         }
-        Enrolled::Already => return Ok((StatusCode::OK, Json(view(host)))),
+        Enrolled::Already => return Ok((StatusCode::OK, Json(view(host, &cloud)))),
         Enrolled::New => {}
     }
     for customer in people::customers_of_cloud(&mut tx, &id).await? {
@@ -88,15 +88,21 @@ pub async fn enroll(
         append(&mut tx, now_us, draft).await?;
     }
     tx.commit().await?;
-    Ok((StatusCode::CREATED, Json(view(host))))
+    Ok((StatusCode::CREATED, Json(view(host, &cloud))))
 }
 
 fn found(cloud: Option<Cloud>, id: &CloudId) -> Result<Cloud, Refusal> {
     cloud.ok_or_else(|| Refusal::missing(format!("cloud {id}")))
 }
 
-fn view(host: Host) -> HostView {
-    HostView { host: host.id, cloud: host.cloud, name: host.name, pinned: host.certificate.is_none() }
+fn view(host: Host, cloud: &Cloud) -> HostView {
+    HostView {
+        host: host.id,
+        cloud: host.cloud,
+        name: host.name,
+        pinned: host.certificate.is_none(),
+        lab: cloud.kind == CloudKind::Lab,
+    }
 }
 
 /// The host of a pinned key: a TPM's public area, or a SubjectPublicKeyInfo.

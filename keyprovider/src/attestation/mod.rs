@@ -189,18 +189,14 @@ async fn decide(
     digest: Digest,
     wanted: Wanted,
 ) -> Result<Vec<u8>, Refusal> {
-    let evidence: Evidence = parse(&bytes)?;
-    drop(bytes);
-    if evidence.version != PROTOCOL_VERSION || evidence.operation != challenge.operation {
-        return Err(Refusal::new(ProblemType::BadRequest, "the evidence is for another operation or protocol version"));
-    }
-    activated(&challenge, &evidence)?;
     let pin = provider.pin;
+    // Megabytes of JSON, replays and signatures: not on the threads that serve connections.
     let judged = tokio::task::spawn_blocking(move || {
+        let evidence = read_evidence(&challenge, &bytes)?;
         let verified = verdict::verify(&challenge, &evidence, &pin);
-        (challenge, evidence, verified)
+        Ok::<_, Refusal>((challenge, evidence, verified))
     });
-    let (challenge, evidence, verified) = judged.await.map_err(|_| unavailable())?;
+    let (challenge, evidence, verified) = judged.await.map_err(|_| unavailable())??;
     if verified.is_err() && verdict::may_be_ima(&challenge) {
         let mut tx = provider.db.write().await?;
         inventory::forget_ima(&mut tx, &challenge.customer, &challenge.host, &challenge.ak_name).await?;
@@ -208,6 +204,15 @@ async fn decide(
         return verified.map(|_| Vec::new()).map_err(|r| r.hint("attest again: the whole IMA log will be asked for"));
     }
     release::release(provider, &challenge, &evidence, verified?, digest, wanted).await
+}
+
+fn read_evidence(challenge: &Challenge, bytes: &[u8]) -> Result<Evidence, Refusal> {
+    let evidence: Evidence = parse(bytes)?;
+    if evidence.version != PROTOCOL_VERSION || evidence.operation != challenge.operation {
+        return Err(Refusal::new(ProblemType::BadRequest, "the evidence is for another operation or protocol version"));
+    }
+    activated(challenge, &evidence)?;
+    Ok(evidence)
 }
 
 /// Whether the AK was proved to live beside the EK: by the record, or by the credential's secret.

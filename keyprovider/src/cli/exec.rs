@@ -3,8 +3,9 @@
 
 use super::{CliError, Session};
 use crate::api::{Done, SessionAnchor, SessionEnd, SessionEvent, SessionView};
-use crate::client::OneTimeKey;
+use crate::client::{AdminClientError, OneTimeKey};
 use crate::server::problem::chain;
+use attest::client::ClientError;
 use policy::CustomerId;
 use policy::disk::{DiskSession, HolderAnswer, MESSAGE_LIMIT, ToolMessage};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
@@ -25,6 +26,9 @@ const RENEWALS: u32 = 3;
 
 /// How often the provider is asked again while it does not answer.
 const RETRY: Duration = Duration::from_secs(2);
+
+/// How long it is waited for: the session would be over soon after.
+const PATIENCE: Duration = Duration::from_secs(60);
 
 /// Runs `command` with the volume.
 pub(super) fn exec(
@@ -72,16 +76,30 @@ impl Held {
         }
     }
 
-    fn answer(&mut self, message: ToolMessage) -> HolderAnswer {
-        let answered: Result<Done, _> = match message {
-            ToolMessage::Anchor(anchor) => {
-                self.s.client.put(&format!("{}/anchor", self.path), &SessionAnchor { anchor })
+    /// Passes a message on. A provider that can't be reached is waited for: a volume that is open loses nothing by it.
+    fn answer(&mut self, message: &ToolMessage) -> HolderAnswer {
+        let started = Instant::now();
+        loop {
+            match self.tell(message) {
+                Ok(_) => return HolderAnswer::Kept,
+                Err(AdminClientError::Client(ClientError::Unreachable { .. })) if started.elapsed() < PATIENCE => {
+                    std::thread::sleep(RETRY);
+                }
+                Err(error) => return HolderAnswer::Refused(chain(&error)),
             }
-            ToolMessage::Event(text) => self.s.client.post(&format!("{}/events", self.path), &SessionEvent { text }),
-        };
-        match answered {
-            Ok(_) => HolderAnswer::Kept,
-            Err(error) => HolderAnswer::Refused(chain(&error)),
+        }
+    }
+
+    fn tell(&mut self, message: &ToolMessage) -> Result<Done, AdminClientError> {
+        match message {
+            ToolMessage::Anchor(anchor) => {
+                let update = SessionAnchor { anchor: anchor.clone() };
+                self.s.client.put(&format!("{}/anchor", self.path), &update)
+            }
+            ToolMessage::Event(text) => {
+                let event = SessionEvent { text: text.clone() };
+                self.s.client.post(&format!("{}/events", self.path), &event)
+            }
         }
     }
 
@@ -154,9 +172,9 @@ fn serve(
             continue;
         }
         let Some(message) = receive(&mut stream).map_err(broken)? else { return Ok(()) };
-        let message = serde_json::from_slice(&message)
+        let message: ToolMessage = serde_json::from_slice(&message)
             .map_err(|e| CliError::Input(format!("the command sent a message that can't be read: {e}")))?;
-        let answer = held.answer(message);
+        let answer = held.answer(&message);
         let text = serde_json::to_vec(&answer).map_err(|e| CliError::Input(e.to_string()))?;
         send(&mut stream, &text).map_err(broken)?;
     }

@@ -19,7 +19,7 @@ pub(super) fn cloud(mut s: Session, command: CloudCommand) -> Result<(), CliErro
             let ek_public = ek_public.map(|path| der(&path)).transpose()?.map(Into::into);
             let new = NewHost { certificate, ek_public, name };
             let view: HostView = s.client.post(&format!("/v1/clouds/{id}/hosts"), &new)?;
-            s.out.print(format!("enrolled host {} in cloud {id}", view.host), &view)
+            s.out.print(format!("enrolled host {} in cloud {id}{}", view.host, lab(&view)), &view)
         }
         CloudCommand::List => {
             let all: Vec<CloudView> = s.client.get("/v1/clouds")?;
@@ -29,10 +29,14 @@ pub(super) fn cloud(mut s: Session, command: CloudCommand) -> Result<(), CliErro
             let all: Vec<HostView> = s.client.get(&format!("/v1/clouds/{id}/hosts"))?;
             s.out.list(&all, |h| {
                 let name = h.name.as_deref().unwrap_or("-");
-                format!("{} {name}{}", h.host, if h.pinned { " pinned" } else { "" })
+                format!("{} {name}{}{}", h.host, if h.pinned { " pinned" } else { "" }, lab(h))
             })
         }
     }
+}
+
+fn lab(host: &HostView) -> &'static str {
+    if host.lab { " (lab)" } else { "" }
 }
 
 /// A file's DER, also where it is PEM.

@@ -12,6 +12,7 @@ use crate::server::Server;
 use crate::store::people::Role;
 use policy::header::ProviderUrl;
 use rcgen::{KeyPair, PublicKeyData};
+use rustix::process::{Resource, getrlimit, setrlimit};
 use std::io::{IsTerminal, Write};
 use std::path::Path;
 use std::sync::Arc;
@@ -61,6 +62,7 @@ pub(super) fn serve(serve: &Serve) -> Result<(), CliError> {
         .with_target(false)
         .with_ansi(std::io::stderr().is_terminal())
         .init();
+    allow_descriptors();
     runtime()?.block_on(async {
         let provider = Arc::new(Provider::open(&serve.dir).await?);
         backups::clear(&provider);
@@ -73,6 +75,15 @@ pub(super) fn serve(serve: &Serve) -> Result<(), CliError> {
         provider.db.close().await;
         Ok(())
     })
+}
+
+/// Each connection takes a descriptor: as many as this process may have.
+fn allow_descriptors() {
+    let mut limit = getrlimit(Resource::Nofile);
+    limit.current = limit.maximum;
+    if let Err(error) = setrlimit(Resource::Nofile, limit) {
+        tracing::warn!("fewer connections at once than there could be: {error}");
+    }
 }
 
 fn announce(serve: &Serve, line: &str) -> Result<(), CliError> {

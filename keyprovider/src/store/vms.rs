@@ -131,11 +131,12 @@ pub async fn list(c: &mut SqliteConnection, customer: &CustomerId) -> Result<Vec
 
 /// An administrator vouches that no instance from before a restore runs any more.
 pub async fn confirm(c: &mut SqliteConnection, customer: &CustomerId, vm: &VmId) -> Result<(), StoreError> {
-    sqlx::query("UPDATE vms SET unconfirmed_until_us = 0 WHERE customer = ? AND id = ?")
-        .bind(customer.as_str())
-        .bind(vm.as_str())
-        .execute(c)
-        .await?;
+    for statement in [
+        "UPDATE vms SET unconfirmed_until_us = 0 WHERE customer = ? AND id = ?",
+        "UPDATE instances SET ended = 1 WHERE customer = ? AND vm = ?",
+    ] {
+        sqlx::query(statement).bind(customer.as_str()).bind(vm.as_str()).execute(&mut *c).await?;
+    }
     Ok(())
 }
 

@@ -142,6 +142,7 @@ fn a_restored_provider_voids_what_it_can_not_know() {
     let mut vm = SoftVm::new(&lab);
     assert_eq!(vm.refused(&lab.host), ProblemType::StillRuns);
     lab.keys(&["vm", "confirm", "acme", "payroll"]);
+    vm.earlier_peer = policy::instance::EarlierPeer::Unknown;
     // … and for an administrator to say that the anchor is the volume's newest, or what that is.
     assert_eq!(vm.refused(&lab.host), ProblemType::VolumeHeld);
     let stale = crate::support::text_of(&anchor(lab.volume, 1, 0));
