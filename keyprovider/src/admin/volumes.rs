@@ -21,7 +21,7 @@ use axum::http::StatusCode;
 use policy::anchor::AnchorStep;
 use policy::audit::AuditKind;
 use policy::disk::{CipherSuite, VolumeGrant};
-use policy::{AnchorMode, Base64Url, CustomerId, VolumeAnchor, VolumeId};
+use policy::{AnchorMode, Base64Url, CustomerId, KeyId, VolumeAnchor, VolumeId};
 use secretmem::Secret;
 use sqlx::SqliteConnection;
 use std::sync::Arc;
@@ -169,9 +169,11 @@ pub async fn grant(
         return Err(held(format!("volume {name} is held by {}", holder_name(&holder)))
             .hint("end that first, or wait until its lease is past"));
     }
-    // A volume that was never closed has no key of its own yet: each try to create it gets a fresh one.
-    let key_id = match (volume.key_id, &volume.anchor) {
-        (Some(id), Some(_)) => id,
+    // An id is the volume's once an anchor names it; until then each opening gets a fresh one, so that no id ever names two
+    // masters.
+    let anchored = volume.anchor.as_ref().map(anchored_key);
+    let key_id = match volume.key_id {
+        Some(id) if anchored == Some(id) => id,
         _ => volumes::new_write_key(c, volume).await?,
     };
     let open_number = volumes::next_open(c, volume).await?;
@@ -281,6 +283,13 @@ async fn session(
 
 async fn find(c: &mut SqliteConnection, id: &CustomerId, name: &str) -> Result<Volume, Refusal> {
     volumes::by_name(c, id, name).await?.ok_or_else(|| Refusal::missing(format!("volume {name} of {id}")))
+}
+
+/// The key id that an anchor names (`policy::anchor` draws its bytes).
+fn anchored_key(anchor: &VolumeAnchor) -> KeyId {
+    let mut id = [0; 8];
+    id.copy_from_slice(&anchor.as_bytes()[104..112]);
+    KeyId(u64::from_be_bytes(id))
 }
 
 /// Whether a holder's lease, with the margin after it, still counts.

@@ -120,6 +120,16 @@ fn each_try_to_create_a_volume_has_a_key_id_and_number_of_its_own() {
         let _: api::Done = admin.post(&format!("{path}/{}/end", session.session), &end).expect("ended");
     }
     assert_eq!(ids.len(), 1);
+    // An opening whose anchor names another key leaves that id to nobody: the next opening gets a fresh one.
+    let one_time = OneTimeKey::generate().expect("memory");
+    let session: api::SessionView = admin.post(path, &one_time.request()).expect("a session");
+    let grant = &session.grant;
+    let update = api::SessionAnchor { anchor: anchor(grant.volume, grant.open_number.get(), 2) };
+    let _: api::Done = admin.put(&format!("{path}/{}/anchor", session.session), &update).expect("anchored");
+    let end = api::SessionEnd { outcome: "done".into() };
+    let _: api::Done = admin.post(&format!("{path}/{}/end", session.session), &end).expect("ended");
+    let session: api::SessionView = admin.post(path, &one_time.request()).expect("a session");
+    assert!(!ids.contains(&session.grant.key_id));
 }
 
 #[test]

@@ -9,7 +9,7 @@ use fealty_keyprovider::client::{AdminClient, OneTimeKey, Profile};
 use fealty_keyprovider::store::Database;
 use host::SoftHost;
 use policy::header::ProviderUrl;
-use policy::{Digest, VolumeAnchor, VolumeId};
+use policy::{Digest, KeyId, VolumeAnchor, VolumeId};
 use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
@@ -227,7 +227,7 @@ impl Lab {
         let one_time = OneTimeKey::generate().expect("memory");
         let session: api::SessionView = admin.post(&path, &one_time.request()).expect("a session");
         let grant = &session.grant;
-        let anchor = anchor(grant.volume, grant.open_number.get(), epoch);
+        let anchor = anchor_of(grant.volume, grant.open_number.get(), epoch, grant.key_id);
         let path = format!("{path}/{}", session.session);
         let update = api::SessionAnchor { anchor: anchor.clone() };
         let _: api::Done = admin.put(&format!("{path}/anchor"), &update).expect("anchored");
@@ -296,13 +296,19 @@ impl Lab {
     }
 }
 
-/// An anchor as far as the provider looks at it.
+/// An anchor that names no key of the volume's.
 pub(crate) fn anchor(volume: VolumeId, writer: u32, epoch: u8) -> VolumeAnchor {
+    anchor_of(volume, writer, epoch, KeyId(0))
+}
+
+/// An anchor as far as the provider looks at it.
+pub(crate) fn anchor_of(volume: VolumeId, writer: u32, epoch: u8, key: KeyId) -> VolumeAnchor {
     let mut bytes = [0; VolumeAnchor::LENGTH];
     bytes[0] = 1;
     bytes[4..20].copy_from_slice(&volume.0);
     bytes[20..24].copy_from_slice(&writer.to_be_bytes());
     bytes[31] = epoch;
+    bytes[104..112].copy_from_slice(&key.0.to_be_bytes());
     VolumeAnchor::from_bytes(&bytes).expect("an anchor")
 }
 
