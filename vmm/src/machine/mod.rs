@@ -27,6 +27,13 @@ mod vcpu;
 pub mod virtio;
 pub mod wires;
 
+/// Parsers of this room as functions of bytes, for fuzzing: they must return, whatever comes.
+#[doc(hidden)]
+pub mod fuzz {
+    pub use super::block::fuzz::fuzz_requests;
+    pub use super::boot::fuzz_kernel;
+}
+
 pub use acpi::AcpiError;
 pub use block::{BlockCounters, Disk, DiskError, RawDisk};
 pub use boot::{Boot, BootError, Image};

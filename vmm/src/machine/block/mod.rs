@@ -4,6 +4,8 @@
 mod counters;
 mod device;
 mod disk;
+#[doc(hidden)]
+pub mod fuzz;
 mod request;
 mod worker;
 

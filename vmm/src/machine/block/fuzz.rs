@@ -1,0 +1,120 @@
+//! The way of a request as a function of bytes, for fuzzing: guest memory in, whatever the driver wrote there.
+
+use super::counters::Tally;
+use super::disk::{Disk, DiskError};
+use super::request::{Outcome, Server};
+use crate::machine::memory::GuestRam;
+use crate::machine::sync::lock;
+use crate::machine::virtio::{Chain, Ring};
+use std::sync::Mutex;
+use vm_memory::{Bytes, GuestAddress};
+
+const MEMORY: usize = 64 << 10;
+const DISK: usize = 16 << 10;
+/// Size, and descriptor table, available ring, used ring.
+const QUEUE: (u16, [u64; 3]) = (16, [0, 0x100, 0x200]);
+/// A queue holds no more at once, and nobody adds any.
+const REQUESTS_MAX: usize = 16;
+
+struct Scratch(Mutex<Vec<u8>>);
+
+impl Disk for Scratch {
+    fn size(&self) -> u64 {
+        DISK as u64
+    }
+    fn read(&self, offset: u64, data: &mut [u8]) -> Result<(), DiskError> {
+        data.copy_from_slice(&lock(&self.0)[offset as usize..][..data.len()]);
+        Ok(())
+    }
+    fn write(&self, offset: u64, data: &[u8]) -> Result<(), DiskError> {
+        lock(&self.0)[offset as usize..][..data.len()].copy_from_slice(data);
+        Ok(())
+    }
+    fn flush(&self) -> Result<(), DiskError> {
+        Ok(())
+    }
+    fn id(&self) -> [u8; 20] {
+        [b'x'; 20]
+    }
+}
+
+/// Serves the queue in a guest of 64 KiB whose memory begins with `data`. The disk panics if it is asked for what it does not
+/// have, so that a request that leaves its bounds shows.
+pub fn fuzz_requests(data: &[u8]) {
+    serve(data);
+}
+
+/// How many requests were answered.
+fn serve(data: &[u8]) -> usize {
+    let Ok(memory) = GuestRam::from_ranges(&[(GuestAddress(0), MEMORY)]) else { return 0 };
+    if memory.write_slice(&data[..data.len().min(MEMORY)], GuestAddress(0)).is_err() {
+        return 0;
+    }
+    let (disk, tally) = (Scratch(Mutex::new(vec![0; DISK])), Tally::default());
+    let server = Server { disk: &disk, read_only: false, tally: &tally, may_submit: &|| true };
+    let Ok(mut ring) = Ring::new(QUEUE.0, QUEUE.0, QUEUE.1, 0, 64) else { return 0 };
+    let (mut chain, mut buffer) = (Chain::default(), vec![]);
+    let mut served = 0;
+    while let Ok(true) = ring.next(&memory, &mut chain) {
+        match server.serve(&chain, &memory, &mut buffer) {
+            Outcome::Done(written) if ring.complete(&memory, &chain, written).is_ok() => served += 1,
+            _ => break,
+        }
+        // A request may write into the ring itself and so make more requests; a driver could do that for ever, too.
+        if served >= REQUESTS_MAX {
+            break;
+        }
+    }
+    assert!(buffer.len() <= DISK, "no buffer is larger than what a good request needs here");
+    served
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A guest with a read, a write, a flush and a question for the name.
+    fn seed() -> Vec<u8> {
+        let mut memory = vec![0; 0x2000];
+        let mut put = |at: usize, bytes: &[u8]| memory[at..at + bytes.len()].copy_from_slice(bytes);
+        for (slot, kind) in [0_u32, 1, 4, 8].into_iter().enumerate() {
+            let (first, header) = (3 * slot as u16, 0x400 + 64 * slot as u64);
+            put(header as usize, &kind.to_le_bytes());
+            put(header as usize + 8, &(slot as u64).to_le_bytes());
+            let data = if kind == 1 { 1_u16 } else { 3 };
+            let chain = [(header, 16_u32, 1_u16, first + 1), (0x1000, 512, data, first + 2), (header + 32, 1, 2, 0)];
+            for (index, (address, length, flags, next)) in chain.into_iter().enumerate() {
+                let at = 16 * (usize::from(first) + index);
+                put(at, &address.to_le_bytes());
+                put(at + 8, &length.to_le_bytes());
+                put(at + 12, &flags.to_le_bytes());
+                put(at + 14, &next.to_le_bytes());
+            }
+            put(0x104 + 2 * slot, &first.to_le_bytes());
+        }
+        put(0x102, &4_u16.to_le_bytes());
+        memory
+    }
+
+    #[test]
+    fn requests_and_their_mutations_are_survived() {
+        let seed = seed();
+        assert_eq!(serve(&seed), 4);
+        let mut random = 0x9e37_79b9_7f4a_7c15_u64;
+        let mut next = move || {
+            random ^= random << 13;
+            random ^= random >> 7;
+            random ^= random << 17;
+            random as usize
+        };
+        for _ in 0..10_000 {
+            let mut memory = seed.clone();
+            for _ in 0..1 + next() % 12 {
+                // Rings, tables and headers are where it matters.
+                let at = next() % 0x500;
+                memory[at] = if next() % 3 == 0 { 0xff } else { next() as u8 };
+            }
+            fuzz_requests(&memory);
+        }
+    }
+}
