@@ -114,7 +114,9 @@ pub fn main() -> std::process::ExitCode {
 fn tell_panic(panic: &std::panic::PanicHookInfo<'_>) {
     crate::console::terminal::restore();
     let place = panic.location().map(ToString::to_string).unwrap_or_default();
-    let what = panic.payload_as_str().unwrap_or("no reason given");
+    let payload = panic.payload();
+    let text = payload.downcast_ref::<&str>().copied().or_else(|| payload.downcast_ref::<String>().map(String::as_str));
+    let what = text.unwrap_or("no reason given");
     crate::steps::line(&crate::exit::one_line(&format!("fealty: fault of this program at {place}: {what}")));
 }
 

@@ -16,7 +16,7 @@ use policy::{InstanceNumber, Operation};
 use serde_json::{Value, json};
 use std::fs::File;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 /// What the operator may know of the machine: nothing that is sealed.
 #[derive(Clone, Debug)]
@@ -47,6 +47,7 @@ pub struct Operations {
     facts: Facts,
     post: Post,
     protected: Option<Arc<Protected>>,
+    ending: AtomicBool,
 }
 
 /// What became of a core dump.
@@ -94,7 +95,7 @@ impl OperationError {
 impl Operations {
     /// Operations on the VM at `helm`.
     pub fn new(helm: Arc<Helm>, facts: Facts, post: Post, protected: Option<Arc<Protected>>) -> Self {
-        Self { helm, facts, post, protected }
+        Self { helm, facts, post, protected, ending: AtomicBool::new(false) }
     }
 
     /// `vm.info`, in Cloud Hypervisor's shape.
@@ -150,25 +151,33 @@ impl Operations {
         }
     }
 
-    /// Does a free operation and reports it.
+    /// Does a free operation and reports it; a shutdown is done by [`end_if_asked`](Self::end_if_asked).
     pub fn free(&self, operation: Operation) -> Result<(), OperationError> {
         if operation.class() != OperationClass::Free {
             return Err(OperationError::State(format!("{operation} is not free")));
         }
         self.room()?;
         match operation {
-            Operation::Pause => {
-                if !self.helm.hold(Hold::Operator) {
-                    return Err(OperationError::State("the VM is paused already".into()));
-                }
-            }
+            Operation::Pause => self.pause()?,
             Operation::Resume => self.resume()?,
             Operation::PowerButton => self.helm.running().power_button(),
-            Operation::Shutdown => self.post.put(Message::Shutdown),
+            Operation::Shutdown => self.ending.store(true, Ordering::SeqCst),
             _ => {}
         }
         self.report(ReportEvent::Operation { operation });
         Ok(())
+    }
+
+    /// Ends the VM if that was asked for: called once the one who asked has an answer.
+    pub fn end_if_asked(&self) {
+        if self.ending.load(Ordering::SeqCst) {
+            self.post.put(Message::Shutdown);
+        }
+    }
+
+    fn pause(&self) -> Result<(), OperationError> {
+        let held = self.helm.hold(Hold::Operator);
+        if held { Ok(()) } else { Err(OperationError::State("the VM is paused already".into())) }
     }
 
     fn resume(&self) -> Result<(), OperationError> {

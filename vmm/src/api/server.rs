@@ -129,7 +129,11 @@ fn turn(connection: &mut Connection, operations: &OnceLock<Arc<Operations>>) -> 
             Turn::Request(request, descriptor) => {
                 let (status, body) = routes::route(&request, descriptor, operations.get().map(AsRef::as_ref));
                 let answer = http::answer(status, body.as_deref(), request.keep_alive);
-                if !connection.answer(&answer) || !request.keep_alive {
+                let answered = connection.answer(&answer);
+                if let Some(operations) = operations.get() {
+                    operations.end_if_asked();
+                }
+                if !answered || !request.keep_alive {
                     return false;
                 }
             }

@@ -93,7 +93,8 @@ fn bounded(mut event: ReportEvent) -> ReportEvent {
     | ReportEvent::DiskIntegrity { reason: text, .. }
     | ReportEvent::Ended { detail: text, .. } = &mut event
     {
-        text.truncate(text.floor_char_boundary(TEXT));
+        let end = (0..=TEXT.min(text.len())).rev().find(|at| text.is_char_boundary(*at));
+        text.truncate(end.unwrap_or(0));
     }
     event
 }
