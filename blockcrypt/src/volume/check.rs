@@ -71,9 +71,8 @@ struct Check<'a> {
 /// The check holds the volume's lock: no request is served meanwhile.
 pub(super) fn check(shared: &Shared, heard: &mut dyn FnMut(CheckStep)) -> Result<CheckReport, VolumeError> {
     let mut core = shared.core()?;
-    core.readable()?;
+    shared.ready()?;
     let from = &shared.backing;
-    from.has_keys()?;
     let words = usize::try_from(from.geometry.total.div_ceil(64)).map_err(|_| VolumeError::System("memory"))?;
     let fresh = fresh_pages(&core);
     let mut check = Check { core: &mut core, from, heard, report: CheckReport::default(), fresh, used: vec![0; words] };

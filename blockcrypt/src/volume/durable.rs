@@ -1,6 +1,6 @@
 //! FLUSH and checkpoint: when is it durable?
 
-use super::{CHECKPOINT_EVERY, Condition, Core, DIRTY_PAGES, Shared};
+use super::{CHECKPOINT_EVERY, Core, DIRTY_PAGES, Shared};
 use crate::VolumeError;
 use crate::backing::Backing;
 use crate::format::log::RECORDS;
@@ -10,6 +10,7 @@ use crate::format::{BLOCK, put};
 use crate::tree::PageId;
 use policy::VolumeAnchor;
 use std::sync::MutexGuard;
+use std::sync::atomic::Ordering;
 use std::time::Instant;
 
 /// What a checkpoint is for.
@@ -33,9 +34,9 @@ struct Plan {
 
 impl Shared {
     pub(super) fn flush(&self) -> Result<(), VolumeError> {
-        self.backing.has_keys()?;
+        self.ready()?;
         if self.read_only {
-            return self.core()?.readable();
+            return Ok(());
         }
         let written = {
             let core = self.core()?;
@@ -74,9 +75,9 @@ impl Shared {
     }
 
     pub(super) fn checkpoint(&self) -> Result<(), VolumeError> {
-        self.backing.has_keys()?;
+        self.ready()?;
         if self.read_only {
-            return self.core()?.readable();
+            return Ok(());
         }
         let _group = self.flushing();
         let mut core = self.core()?;
@@ -102,8 +103,8 @@ impl Shared {
     }
 
     pub(super) fn close(&self) -> Result<VolumeAnchor, VolumeError> {
-        if let Some(anchor) = self.closed_already()? {
-            return Ok(anchor);
+        if self.open().is_err() {
+            return self.anchoring.kept().ok_or(VolumeError::Closed);
         }
         if !self.read_only {
             self.backing.has_keys()?;
@@ -118,16 +119,8 @@ impl Shared {
             drop(core);
             self.anchoring.keep_now()?;
         }
-        let mut core = self.core()?;
-        core.state = Condition::Closed;
+        self.closed.store(true, Ordering::Release);
         self.anchoring.kept().ok_or(VolumeError::NoAnchor)
-    }
-
-    fn closed_already(&self) -> Result<Option<VolumeAnchor>, VolumeError> {
-        match self.core()?.state {
-            Condition::Closed => self.anchoring.kept().map(Some).ok_or(VolumeError::Closed),
-            _ => Ok(None),
-        }
     }
 }
 

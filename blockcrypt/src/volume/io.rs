@@ -51,12 +51,13 @@ fn chunks(offset: u64, length: usize) -> impl Iterator<Item = Chunk> {
 
 impl Shared {
     fn check_request(&self, offset: u64, length: usize) -> Result<(), VolumeError> {
+        self.ready()?;
         let size = self.backing.geometry.size;
         let inside = offset.checked_add(length as u64).is_some_and(|end| end <= size);
         if !inside || !offset.is_multiple_of(512) || !length.is_multiple_of(512) {
             return Err(VolumeError::Request { offset, length });
         }
-        self.backing.has_keys()
+        Ok(())
     }
 
     pub(super) fn read(&self, offset: u64, buffer: &mut [u8]) -> Result<(), VolumeError> {
@@ -66,7 +67,6 @@ impl Shared {
             let entries = &mut entries[..chunk.blocks()];
             {
                 let mut core = self.core()?;
-                core.readable()?;
                 core.lookup(chunk.first(), entries, &self.backing)?;
             }
             self.read_chunk(&chunk, entries, &mut buffer[chunk.buffer.clone()])?;

@@ -35,6 +35,7 @@ use anchoring::{Anchoring, INTERVAL};
 use log::Log;
 use policy::{CustomerId, KeyId, VolumeAnchor, VolumeId};
 use serde::Serialize;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
@@ -60,6 +61,7 @@ pub(crate) struct Shared {
     pub(crate) backing: Backing,
     customer: CustomerId,
     read_only: bool,
+    closed: AtomicBool,
     flushing: Mutex<()>,
     core: Mutex<Core>,
     anchoring: Arc<Anchoring>,
@@ -94,7 +96,6 @@ enum Condition {
     Good,
     /// Reads go on; what is durable is unknown.
     Failed(String),
-    Closed,
 }
 
 /// Facts about an open volume.
@@ -195,9 +196,7 @@ impl Volume {
     pub fn put_back_keys(&self, kek: &Kek) -> Result<(), VolumeError> {
         let slots = {
             let core = self.shared.core()?;
-            if matches!(core.state, Condition::Closed) {
-                return Err(VolumeError::Closed);
-            }
+            self.shared.open()?;
             [std::slice::from_ref(&core.superblock.slot), &core.older].concat()
         };
         self.shared.backing.set_keys(Some(KeyRing::open(&slots, kek, &self.shared.customer)?));
@@ -228,6 +227,17 @@ impl Shared {
         self.core.lock().map_err(|_| VolumeError::Failed("a thread panicked".to_owned()))
     }
 
+    /// An error once it is closed.
+    fn open(&self) -> Result<(), VolumeError> {
+        if self.closed.load(Ordering::Acquire) { Err(VolumeError::Closed) } else { Ok(()) }
+    }
+
+    /// An error unless it takes requests.
+    fn ready(&self) -> Result<(), VolumeError> {
+        self.open()?;
+        self.backing.has_keys()
+    }
+
     fn flushing(&self) -> MutexGuard<'_, ()> {
         self.flushing.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -252,17 +262,11 @@ impl Shared {
 }
 
 impl Core {
-    /// An error unless the volume takes reads.
-    fn readable(&self) -> Result<(), VolumeError> {
-        if matches!(self.state, Condition::Closed) { Err(VolumeError::Closed) } else { Ok(()) }
-    }
-
     /// An error unless the volume takes writes.
     fn writable(&self) -> Result<(), VolumeError> {
         match &self.state {
             Condition::Good => Ok(()),
             Condition::Failed(why) => Err(VolumeError::Failed(why.clone())),
-            Condition::Closed => Err(VolumeError::Closed),
         }
     }
 

@@ -20,6 +20,7 @@ use policy::disk::VolumeGrant;
 use policy::{KeyId, VolumeAnchor, VolumeId};
 use secretmem::Secret;
 use serde::Serialize;
+use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex};
 use std::time::Instant;
 
@@ -205,6 +206,7 @@ impl Shared {
             backing,
             customer: grant.customer.clone(),
             read_only,
+            closed: AtomicBool::new(false),
             flushing: Mutex::new(()),
             core: Mutex::new(core),
             anchoring: Arc::new(anchoring),

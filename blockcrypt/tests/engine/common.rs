@@ -1,5 +1,4 @@
 //! What the tests of the engine share: a key provider in memory, a store that loses power, random numbers from a seed.
-#![allow(dead_code, reason = "each test file uses its part")]
 
 use fealty_blockcrypt as blockcrypt;
 
@@ -11,23 +10,23 @@ use std::collections::BTreeMap;
 use std::io;
 use std::sync::{Arc, Mutex, MutexGuard};
 
-pub const MIB: u64 = 1 << 20;
+pub(crate) const MIB: u64 = 1 << 20;
 
 /// The provider's side: anchors kept, events heard, open numbers issued.
-pub struct Provider {
-    pub volume: VolumeId,
-    pub mode: AnchorMode,
-    pub key_id: Mutex<u64>,
+pub(crate) struct Provider {
+    pub(crate) volume: VolumeId,
+    pub(crate) mode: AnchorMode,
+    pub(crate) key_id: Mutex<u64>,
     kek: [u8; 32],
     open_number: Mutex<u32>,
-    pub anchor: Mutex<Option<VolumeAnchor>>,
-    pub kept: Mutex<u64>,
-    pub events: Mutex<Vec<String>>,
-    pub refuse: Mutex<Option<AnchorRefused>>,
+    pub(crate) anchor: Mutex<Option<VolumeAnchor>>,
+    pub(crate) kept: Mutex<u64>,
+    pub(crate) events: Mutex<Vec<String>>,
+    pub(crate) refuse: Mutex<Option<AnchorRefused>>,
 }
 
 impl Provider {
-    pub fn new(mode: AnchorMode) -> Arc<Self> {
+    pub(crate) fn new(mode: AnchorMode) -> Arc<Self> {
         Arc::new(Self {
             volume: VolumeId::random(),
             mode,
@@ -41,12 +40,12 @@ impl Provider {
         })
     }
 
-    pub fn kek(&self) -> Kek {
+    pub(crate) fn kek(&self) -> Kek {
         Kek::new(KeyId(77), Secret::copy_of(&self.kek).expect("room"))
     }
 
     /// The next grant.
-    pub fn grant(&self) -> VolumeGrant {
+    pub(crate) fn grant(&self) -> VolumeGrant {
         let mut number = lock(&self.open_number);
         *number += 1;
         VolumeGrant {
@@ -61,19 +60,19 @@ impl Provider {
         }
     }
 
-    pub fn create(self: &Arc<Self>, store: impl Store + 'static, size: u64) -> Result<Volume, VolumeError> {
+    pub(crate) fn create(self: &Arc<Self>, store: impl Store + 'static, size: u64) -> Result<Volume, VolumeError> {
         Volume::create(store, size, &self.grant(), &self.kek(), self.clone(), self.clone())
     }
 
-    pub fn open(self: &Arc<Self>, store: impl Store + 'static) -> Result<Volume, VolumeError> {
+    pub(crate) fn open(self: &Arc<Self>, store: impl Store + 'static) -> Result<Volume, VolumeError> {
         self.open_with(store, &self.grant(), OpenOptions::default())
     }
 
-    pub fn open_read_only(self: &Arc<Self>, store: impl Store + 'static) -> Result<Volume, VolumeError> {
+    pub(crate) fn open_read_only(self: &Arc<Self>, store: impl Store + 'static) -> Result<Volume, VolumeError> {
         self.open_with(store, &self.grant(), OpenOptions { read_only: true })
     }
 
-    pub fn open_with(
+    pub(crate) fn open_with(
         self: &Arc<Self>,
         store: impl Store + 'static,
         grant: &VolumeGrant,
@@ -82,11 +81,11 @@ impl Provider {
         Volume::open(store, grant, &self.kek(), options, self.clone(), self.clone())
     }
 
-    pub fn anchor(&self) -> Option<VolumeAnchor> {
+    pub(crate) fn anchor(&self) -> Option<VolumeAnchor> {
         lock(&self.anchor).clone()
     }
 
-    pub fn heard(&self) -> Vec<String> {
+    pub(crate) fn heard(&self) -> Vec<String> {
         std::mem::take(&mut *lock(&self.events))
     }
 }
@@ -118,16 +117,16 @@ impl Events for Provider {
     }
 }
 
-pub fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().expect("no test thread panicked")
 }
 
 /// Random numbers from a seed (SplitMix64).
 #[derive(Clone)]
-pub struct Random(pub u64);
+pub(crate) struct Random(pub(crate) u64);
 
 impl Random {
-    pub fn next(&mut self) -> u64 {
+    pub(crate) fn number(&mut self) -> u64 {
         self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
         let mut z = self.0;
         z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
@@ -135,17 +134,17 @@ impl Random {
         z ^ (z >> 31)
     }
 
-    pub fn below(&mut self, end: u64) -> u64 {
-        self.next() % end
+    pub(crate) fn below(&mut self, end: u64) -> u64 {
+        self.number() % end
     }
 
-    pub fn chance(&mut self, percent: u64) -> bool {
+    pub(crate) fn chance(&mut self, percent: u64) -> bool {
         self.below(100) < percent
     }
 
-    pub fn fill(&mut self, bytes: &mut [u8]) {
+    pub(crate) fn fill(&mut self, bytes: &mut [u8]) {
         for chunk in bytes.chunks_mut(8) {
-            chunk.copy_from_slice(&self.next().to_le_bytes()[..chunk.len()]);
+            chunk.copy_from_slice(&self.number().to_le_bytes()[..chunk.len()]);
         }
     }
 }
@@ -155,7 +154,7 @@ const SECTOR: usize = 512;
 /// A store that loses power. What was not synced survives sector by sector, in any of the versions written, or not at all: so
 /// writes are lost, torn and reordered.
 #[derive(Default)]
-pub struct SimStore(Mutex<Sim>);
+pub(crate) struct SimStore(Mutex<Sim>);
 
 #[derive(Default)]
 struct Sim {
@@ -167,20 +166,20 @@ struct Sim {
     /// New blocks that the store has room for.
     room: Option<u64>,
     touched: std::collections::HashSet<u64>,
-    pub syncs: u64,
+    pub(crate) syncs: u64,
 }
 
 impl SimStore {
-    pub fn new() -> Arc<Self> {
+    pub(crate) fn new() -> Arc<Self> {
         Arc::new(Self::default())
     }
 
-    pub fn bytes(&self) -> Vec<u8> {
+    pub(crate) fn bytes(&self) -> Vec<u8> {
         lock(&self.0).now.clone()
     }
 
     /// Replaces the content, durably: what a tamperer does.
-    pub fn set(&self, bytes: Vec<u8>) {
+    pub(crate) fn set(&self, bytes: Vec<u8>) {
         let mut sim = lock(&self.0);
         sim.durable = bytes.clone();
         sim.now = bytes;
@@ -188,21 +187,21 @@ impl SimStore {
     }
 
     /// Power fails at the `n`th write or sync from now on.
-    pub fn burn(&self, n: u64) {
+    pub(crate) fn burn(&self, n: u64) {
         lock(&self.0).fuse = Some(n);
     }
 
     /// Only so many more blocks that were never written find room.
-    pub fn limit(&self, blocks: Option<u64>) {
+    pub(crate) fn limit(&self, blocks: Option<u64>) {
         lock(&self.0).room = blocks;
     }
 
-    pub fn syncs(&self) -> u64 {
+    pub(crate) fn syncs(&self) -> u64 {
         lock(&self.0).syncs
     }
 
     /// Power comes back.
-    pub fn crash(&self, random: &mut Random) {
+    pub(crate) fn crash(&self, random: &mut Random) {
         let mut sim = lock(&self.0);
         let style = random.below(4);
         let unsynced = std::mem::take(&mut sim.unsynced);
@@ -299,7 +298,7 @@ impl Store for SimStore {
 
 /// A whole check that finds nothing wrong.
 #[track_caller]
-pub fn check_good(volume: &Volume) {
+pub(crate) fn check_good(volume: &Volume) {
     let mut said = Vec::new();
     let report = volume.check(&mut |step| {
         if !matches!(step, blockcrypt::CheckStep::Progress { .. }) {

@@ -1,0 +1,8 @@
+//! The engine as its users see it, over stores that are honest, lose power, run full, hang, or lie.
+
+mod anchors;
+mod common;
+mod kill;
+mod model;
+mod requests;
+mod tamper;

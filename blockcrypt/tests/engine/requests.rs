@@ -1,0 +1,260 @@
+//! Reads, writes and FLUSH on an honest store, and on one that runs full or hangs.
+
+use crate::common::{MIB, Provider, Random, SimStore, check_good, lock};
+use fealty_blockcrypt::{MemoryStore, Store, VolumeError};
+use policy::AnchorMode;
+use std::io;
+use std::sync::{Arc, Condvar, Mutex};
+
+#[test]
+fn what_is_written_is_read_also_after_closing() {
+    let (provider, store) = (Provider::new(AnchorMode::Close), Arc::new(MemoryStore::default()));
+    let size = 3 * MIB + 1536;
+    let volume = provider.create(store.clone(), size).expect("a volume");
+    assert_eq!((volume.size(), volume.id()), (size, provider.volume));
+    let mut model = vec![0; size as usize];
+    let mut random = Random(1);
+    for (offset, length) in [(0, 4096), (512, 512), (3584, 1024), (4096, 300_000 / 512 * 512), (size - 512, 512)] {
+        let part = &mut model[offset as usize..][..length];
+        random.fill(part);
+        volume.write(offset, part).expect("written");
+    }
+    let mut found = vec![1; size as usize];
+    volume.read(0, &mut found).expect("read");
+    assert!(found == model);
+    assert_eq!(volume.close().expect("closed"), provider.anchor().expect("kept"));
+    assert_eq!(volume.close().expect("closed already"), provider.anchor().expect("kept"));
+    assert!(matches!(volume.read(0, &mut found[..512]), Err(VolumeError::Closed)));
+    assert!(matches!(volume.write(0, &found[..512]), Err(VolumeError::Closed)));
+    drop(volume);
+
+    let volume = provider.open(store.clone()).expect("opens");
+    volume.read(0, &mut found).expect("read");
+    assert!(found == model);
+    let info = volume.info();
+    assert_eq!((info.size, info.dropped_writes), (size, 0));
+    assert!(info.mapped < size / 2, "what was never written takes no room: {info:?}");
+    check_good(&volume);
+    let text = store.bytes();
+    assert!(!text.windows(32).any(|w| w == &model[8192..8224]), "no plain text in the store");
+}
+
+#[test]
+fn impossible_requests_change_nothing() {
+    let provider = Provider::new(AnchorMode::Close);
+    let volume = provider.create(MemoryStore::default(), MIB + 512).expect("a volume");
+    let mut buffer = vec![0; 4096];
+    for (offset, length) in [(1, 512), (0, 511), (MIB + 512, 512), (MIB, 1024), (u64::MAX - 511, 512), (u64::MAX, 512)]
+    {
+        let refused = |r| matches!(r, Err(VolumeError::Request { .. }));
+        assert!(refused(volume.read(offset, &mut buffer[..length])), "{offset} {length}");
+        assert!(refused(volume.write(offset, &buffer[..length])), "{offset} {length}");
+    }
+    volume.read(MIB + 512, &mut []).expect("nothing at the end");
+    volume.write(0, &[]).expect("nothing");
+    for size in [0, 513, u64::MAX] {
+        let made = Provider::new(AnchorMode::Close).create(MemoryStore::default(), size);
+        assert!(matches!(made.err(), Some(VolumeError::Size { .. })));
+    }
+}
+
+#[test]
+fn overwriting_a_full_volume_never_runs_out() {
+    let (provider, store) = (Provider::new(AnchorMode::Close), Arc::new(MemoryStore::default()));
+    let volume = provider.create(store.clone(), MIB).expect("a volume");
+    let mut data = vec![0; MIB as usize];
+    for round in 0..8 {
+        Random(round).fill(&mut data);
+        // No FLUSH at all: the engine finds room by itself.
+        volume.write(0, &data).expect("written");
+    }
+    volume.flush().expect("flushed");
+    check_good(&volume);
+    let mut found = vec![0; MIB as usize];
+    volume.read(0, &mut found).expect("read");
+    assert!(found == data);
+}
+
+#[test]
+fn a_read_only_volume_writes_nothing() {
+    let (provider, store) = (Provider::new(AnchorMode::Flush), Arc::new(MemoryStore::default()));
+    let volume = provider.create(store.clone(), MIB).expect("a volume");
+    volume.close().expect("closed");
+    let volume = provider.open(store.clone()).expect("opens");
+    volume.write(8192, &[3; 512]).expect("written");
+    volume.flush().expect("flushed");
+    drop(volume);
+    let (before, anchor) = (store.bytes(), provider.anchor());
+    let volume = provider.open_read_only(store.clone()).expect("opens with its log replayed");
+    let mut sector = [0; 512];
+    volume.read(8192, &mut sector).expect("read");
+    assert_eq!(sector, [3; 512]);
+    assert!(matches!(volume.write(0, &sector), Err(VolumeError::ReadOnly)));
+    volume.flush().expect("nothing to do");
+    volume.checkpoint().expect("nothing to do");
+    check_good(&volume);
+    assert_eq!(volume.close().ok(), anchor);
+    assert!(store.bytes() == before && provider.anchor() == anchor);
+}
+
+#[test]
+fn several_threads_share_a_volume() {
+    let provider = Provider::new(AnchorMode::Flush);
+    let volume = provider.create(MemoryStore::default(), 2 * MIB).expect("a volume");
+    std::thread::scope(|scope| {
+        for thread in 0..4 {
+            let volume = &volume;
+            scope.spawn(move || {
+                let mut random = Random(thread);
+                let base = thread * MIB / 2;
+                let mut model = vec![0; (MIB / 2) as usize];
+                for _ in 0..40 {
+                    let at = random.below(120) * 4096 + random.below(8) * 512;
+                    let part = &mut model[at as usize..][..4096];
+                    random.fill(part);
+                    volume.write(base + at, part).expect("written");
+                    if random.chance(20) {
+                        volume.flush().expect("flushed");
+                    }
+                    let at = random.below(128) * 4096;
+                    let mut found = [0; 4096];
+                    volume.read(base + at, &mut found).expect("read");
+                    assert!(found == model[at as usize..][..4096]);
+                }
+            });
+        }
+    });
+    check_good(&volume);
+}
+
+#[test]
+fn a_full_store_loses_nothing_acknowledged() {
+    let (provider, store) = (Provider::new(AnchorMode::Close), SimStore::new());
+    provider.create(store.clone(), 2 * MIB).expect("a volume").close().expect("closed");
+    let volume = provider.open(store.clone()).expect("opens");
+    let data = vec![5; 64 * 1024];
+    volume.write(0, &data).expect("written");
+    volume.flush().expect("flushed");
+    store.limit(Some(40));
+    let mut acknowledged = vec![true];
+    for i in 1..32 {
+        let written = volume.write(i * 64 * 1024, &data).and_then(|()| volume.flush());
+        assert!(written.is_ok() || matches!(written, Err(VolumeError::Full(_))), "{written:?}");
+        acknowledged.push(written.is_ok());
+    }
+    assert!(acknowledged.contains(&true) && acknowledged.contains(&false));
+    let check = |volume: &fealty_blockcrypt::Volume| {
+        for (i, _) in acknowledged.iter().enumerate().filter(|(_, a)| **a) {
+            let mut found = vec![0; data.len()];
+            volume.read(i as u64 * 64 * 1024, &mut found).expect("read");
+            assert!(found == data, "{i}");
+        }
+    };
+    check(&volume);
+    drop(volume);
+    store.crash(&mut Random(1));
+    // The metadata of recovery may not find room either: then it does not open, and changes nothing.
+    if let Err(error) = provider.open(store.clone()) {
+        assert!(matches!(error, VolumeError::Full(_)), "{error}");
+    }
+    store.limit(None);
+    let volume = provider.open(store.clone()).expect("opens once there is room");
+    check(&volume);
+    volume.write(31 * 64 * 1024, &data).expect("goes on");
+    volume.close().expect("closed");
+}
+
+#[test]
+fn after_a_failed_sync_nothing_more_is_acknowledged() {
+    let (provider, store) = (Provider::new(AnchorMode::Close), SimStore::new());
+    provider.create(store.clone(), MIB).expect("a volume").close().expect("closed");
+    let volume = provider.open(store.clone()).expect("opens");
+    volume.write(0, &[7; 4096]).expect("written");
+    volume.flush().expect("flushed");
+    volume.write(4096, &[8; 4096]).expect("written");
+    store.burn(2);
+    assert!(matches!(volume.flush(), Err(VolumeError::Store(..))));
+    store.burn(u64::MAX);
+    assert!(matches!(volume.flush(), Err(VolumeError::Failed(_))), "a second fdatasync proves nothing");
+    assert!(matches!(volume.write(0, &[9; 4096]), Err(VolumeError::Failed(_))));
+    assert!(volume.close().is_err());
+    let mut found = [0; 4096];
+    volume.read(0, &mut found).expect("reads go on");
+    assert!(found == [7; 4096] && provider.heard().iter().any(|e| e.contains("no more writes")));
+    drop(volume);
+    store.crash(&mut Random(2));
+    provider.open(store).expect("opens again").read(0, &mut found).expect("read");
+    assert!(found == [7; 4096]);
+}
+
+/// A store whose writes and syncs wait until they are let through.
+struct Hanging {
+    inner: MemoryStore,
+    hangs: Mutex<bool>,
+    changed: Condvar,
+}
+
+impl Hanging {
+    fn hang(&self, hangs: bool) {
+        *lock(&self.hangs) = hangs;
+        self.changed.notify_all();
+    }
+
+    fn wait(&self) {
+        drop(self.changed.wait_while(lock(&self.hangs), |hangs| *hangs));
+    }
+}
+
+impl Store for Hanging {
+    fn len(&self) -> io::Result<u64> {
+        self.inner.len()
+    }
+    fn read_at(&self, buffer: &mut [u8], offset: u64) -> io::Result<()> {
+        self.inner.read_at(buffer, offset)
+    }
+    fn write_at(&self, bytes: &[u8], offset: u64) -> io::Result<()> {
+        self.wait();
+        self.inner.write_at(bytes, offset)
+    }
+    fn sync_data(&self) -> io::Result<()> {
+        self.wait();
+        self.inner.sync_data()
+    }
+    fn set_len(&self, bytes: u64) -> io::Result<()> {
+        self.inner.set_len(bytes)
+    }
+}
+
+#[test]
+fn keys_are_wiped_while_the_store_hangs_and_nothing_is_lost_when_they_come_back() {
+    let provider = Provider::new(AnchorMode::Close);
+    let store = Arc::new(Hanging { inner: MemoryStore::default(), hangs: Mutex::new(false), changed: Condvar::new() });
+    let volume = provider.create(store.clone(), MIB).expect("a volume");
+    volume.write(0, &[1; 8192]).expect("written");
+    store.hang(true);
+    std::thread::scope(|scope| {
+        let stuck = scope.spawn(|| volume.write(4096, &[2; 4096]));
+        let flush = scope.spawn(|| volume.flush());
+        std::thread::sleep(std::time::Duration::from_millis(50));
+        // This is what must return although both others are stuck.
+        volume.wipe_keys();
+        let mut block = [9; 4096];
+        assert!(matches!(volume.read(0, &mut block), Err(VolumeError::NoKeys)) && block == [0; 4096]);
+        assert!(matches!(volume.flush(), Err(VolumeError::NoKeys)));
+        store.hang(false);
+        // The write had sealed its block before the keys went: it may have been done.
+        let (written, flushed) = (stuck.join().expect("joined"), flush.join().expect("joined"));
+        assert!(matches!(written, Ok(()) | Err(VolumeError::NoKeys)), "{written:?}");
+        assert!(matches!(flushed, Ok(()) | Err(VolumeError::NoKeys)), "{flushed:?}");
+    });
+    assert!(matches!(volume.checkpoint(), Err(VolumeError::NoKeys)));
+    assert!(matches!(volume.close(), Err(VolumeError::NoKeys)));
+    volume.put_back_keys(&provider.kek()).expect("the same key again");
+    let mut found = [0; 8192];
+    volume.read(0, &mut found).expect("read");
+    assert!(found[..4096] == [1; 4096] && (found[4096..] == [1; 4096] || found[4096..] == [2; 4096]));
+    volume.write(0, &[3; 512]).expect("goes on");
+    volume.flush().expect("flushed");
+    check_good(&volume);
+    volume.close().expect("closed");
+}

@@ -1,0 +1,319 @@
+//! A store that lies: whatever it does, an error or a state that the anchor allows, never other data.
+
+use crate::common::{MIB, Provider, Random, SimStore, lock};
+use fealty_blockcrypt::{Volume, VolumeError, inspect};
+use policy::AnchorMode;
+use std::sync::Arc;
+
+const BLOCK: usize = 4096;
+const SIZE: u64 = MIB;
+
+/// A volume with data in its map and, if not closed, more in its log; and what each block may hold.
+struct Scene {
+    provider: Arc<Provider>,
+    store: Arc<SimStore>,
+    bytes: Vec<u8>,
+    /// Each block's acknowledged content, then what is older but not older than the anchor.
+    allowed: Vec<Vec<u8>>,
+}
+
+fn fill(lba: u64, round: u8) -> Vec<u8> {
+    let mut block = vec![round; BLOCK];
+    block[..8].copy_from_slice(&lba.to_le_bytes());
+    block
+}
+
+/// Two lives: the first fills every other block and closes, the second overwrites some, with FLUSHes, and dies.
+fn scene(mode: AnchorMode) -> Scene {
+    let (provider, store) = (Provider::new(mode), SimStore::new());
+    let volume = provider.create(store.clone(), SIZE).expect("a volume");
+    let mut allowed = vec![vec![0]; (SIZE as usize) / BLOCK];
+    for lba in (0..SIZE / BLOCK as u64).step_by(2) {
+        volume.write(lba * BLOCK as u64, &fill(lba, 1)).expect("written");
+        allowed[lba as usize] = vec![1];
+    }
+    volume.close().expect("closed");
+    drop(volume);
+    let volume = provider.open(store.clone()).expect("opens");
+    for round in 2..8 {
+        for lba in (0..40).map(|i| (i * 7 + u64::from(round)) % 200) {
+            volume.write(lba * BLOCK as u64, &fill(lba, round)).expect("written");
+            if mode == AnchorMode::Flush {
+                allowed[lba as usize] = vec![round];
+            } else {
+                allowed[lba as usize].push(round);
+            }
+        }
+        volume.flush().expect("flushed");
+    }
+    drop(volume);
+    let bytes = store.bytes();
+    Scene { provider, store, bytes, allowed }
+}
+
+impl Scene {
+    /// Opens over `bytes`; every block that can be read must be one that is allowed. Says how it went.
+    #[track_caller]
+    fn judge(&self, bytes: Vec<u8>, what: &str) -> Outcome {
+        self.store.set(bytes);
+        let anchor = self.provider.anchor();
+        let opened = self.provider.open_read_only(self.store.clone());
+        let outcome = match opened {
+            Err(error) => {
+                assert!(error.is_integrity() || matches!(error, VolumeError::WrongKey), "{what}: {error}");
+                Outcome::Refused(error)
+            }
+            Ok(volume) => self.read_all(&volume, what),
+        };
+        *lock(&self.provider.anchor) = anchor;
+        outcome
+    }
+
+    fn read_all(&self, volume: &Volume, what: &str) -> Outcome {
+        let mut bad = 0;
+        for (lba, allowed) in self.allowed.iter().enumerate() {
+            let mut found = vec![0xee; BLOCK];
+            match volume.read((lba * BLOCK) as u64, &mut found) {
+                Ok(()) => {
+                    let round = found[BLOCK - 1];
+                    let right = if round == 0 { vec![0; BLOCK] } else { fill(lba as u64, round) };
+                    assert!(found == right && allowed.contains(&round), "{what}: block {lba} holds {round}");
+                }
+                Err(error) => {
+                    assert!(error.is_integrity(), "{what}: {error}");
+                    assert!(found.iter().all(|b| *b == 0), "{what}: an error leaves no bytes");
+                    bad += 1;
+                }
+            }
+        }
+        if bad == 0 { Outcome::Whole } else { Outcome::Bad }
+    }
+}
+
+#[derive(Debug)]
+enum Outcome {
+    Refused(VolumeError),
+    Bad,
+    Whole,
+}
+
+#[test]
+fn flipped_bits_are_errors() {
+    for mode in [AnchorMode::Close, AnchorMode::Flush] {
+        let scene = scene(mode);
+        assert!(matches!(scene.judge(scene.bytes.clone(), "untouched"), Outcome::Whole));
+        let mut random = Random(mode as u64);
+        let used: Vec<usize> = (0..scene.bytes.len() / BLOCK)
+            .filter(|b| scene.bytes[b * BLOCK..][..BLOCK].iter().any(|x| *x != 0))
+            .collect();
+        let (mut noticed, mut all) = (0, 0);
+        for _ in 0..120 {
+            let mut bytes = scene.bytes.clone();
+            let block = used[random.below(used.len() as u64) as usize];
+            let at = block * BLOCK + random.below(BLOCK as u64) as usize;
+            bytes[at] ^= 1 << random.below(8);
+            let outcome = scene.judge(bytes, &format!("{mode:?}: a bit of byte {at} (block {block})"));
+            noticed += u32::from(!matches!(outcome, Outcome::Whole));
+            all += 1;
+        }
+        // Some hit blocks that nothing refers to any more.
+        assert!(noticed * 3 > all, "{noticed} of {all}");
+    }
+}
+
+#[test]
+fn swapped_and_zeroed_blocks_are_errors() {
+    let scene = scene(AnchorMode::Flush);
+    let mut random = Random(5);
+    let blocks = (scene.bytes.len() / BLOCK) as u64;
+    for _ in 0..80 {
+        let mut bytes = scene.bytes.clone();
+        let (a, b) = (random.below(blocks) as usize, random.below(blocks) as usize);
+        if random.chance(30) {
+            bytes[a * BLOCK..][..BLOCK].fill(0);
+        } else {
+            let (first, second) = (bytes[a * BLOCK..][..BLOCK].to_vec(), bytes[b * BLOCK..][..BLOCK].to_vec());
+            bytes[a * BLOCK..][..BLOCK].copy_from_slice(&second);
+            bytes[b * BLOCK..][..BLOCK].copy_from_slice(&first);
+        }
+        scene.judge(bytes, &format!("blocks {a} and {b}"));
+    }
+}
+
+#[test]
+fn blocks_of_another_volume_are_errors() {
+    let (scene, other) = (scene(AnchorMode::Flush), scene(AnchorMode::Flush));
+    let mut random = Random(6);
+    for _ in 0..60 {
+        let mut bytes = scene.bytes.clone();
+        let at = random.below((bytes.len() / BLOCK) as u64) as usize * BLOCK;
+        bytes[at..at + BLOCK].copy_from_slice(&other.bytes[at..at + BLOCK]);
+        scene.judge(bytes, "a block of another volume");
+    }
+    let whole = scene.judge(other.bytes.clone(), "another volume");
+    assert!(matches!(whole, Outcome::Refused(VolumeError::OtherVolume { .. })), "{whole:?}");
+}
+
+#[test]
+fn a_truncated_volume_does_not_open() {
+    let scene = scene(AnchorMode::Close);
+    for keep in [0, 512, 4096, 8192, 12_288, scene.bytes.len() / 2, scene.bytes.len() - 1, scene.bytes.len() - 4096] {
+        let outcome = scene.judge(scene.bytes[..keep].to_vec(), "truncated");
+        assert!(matches!(outcome, Outcome::Refused(_)), "{keep}: {outcome:?}");
+        if keep >= 12_288 {
+            assert!(matches!(outcome, Outcome::Refused(VolumeError::Truncated { .. })), "{keep}: {outcome:?}");
+        }
+    }
+}
+
+#[test]
+fn either_end_of_superblocks_may_be_lost() {
+    let scene = scene(AnchorMode::Close);
+    let end = scene.bytes.len();
+    for damaged in [0..2 * BLOCK, end - 2 * BLOCK..end, 0..BLOCK, BLOCK..2 * BLOCK] {
+        let mut bytes = scene.bytes.clone();
+        bytes[damaged.clone()].fill(0x5a);
+        assert!(matches!(scene.judge(bytes, "one end"), Outcome::Whole), "{damaged:?}");
+    }
+    let mut bytes = scene.bytes.clone();
+    bytes[..2 * BLOCK].fill(0);
+    bytes[end - 2 * BLOCK..].fill(0);
+    assert!(matches!(scene.judge(bytes, "both ends"), Outcome::Refused(VolumeError::NotAVolume)));
+}
+
+#[test]
+fn an_older_volume_does_not_open() {
+    let (provider, store) = (Provider::new(AnchorMode::Close), SimStore::new());
+    provider.create(store.clone(), SIZE).expect("a volume").close().expect("closed");
+    let mut copies = vec![store.bytes()];
+    for round in 1..4 {
+        let volume = provider.open(store.clone()).expect("opens");
+        copies.push(store.bytes());
+        volume.write(0, &fill(0, round)).expect("written");
+        volume.flush().expect("flushed");
+        volume.close().expect("closed");
+        drop(volume);
+        copies.push(store.bytes());
+    }
+    let newest = copies.pop().expect("some");
+    for (i, copy) in copies.into_iter().enumerate() {
+        store.set(copy);
+        let refused = provider.open(store.clone()).err();
+        let Some(VolumeError::RolledBack(_)) = &refused else { panic!("copy {i}: {refused:?}") };
+        let text = refused.map(|e| e.to_string()).unwrap_or_default();
+        assert!(text.contains("volume") && text.contains("anchor") && text.contains("older"), "{text}");
+        // Another life's superblock in one slot does not help it.
+        let mut mixed = newest.clone();
+        let old = store.bytes();
+        let end = old.len();
+        mixed[..BLOCK].copy_from_slice(&old[..BLOCK]);
+        mixed[end - 2 * BLOCK..end - BLOCK].copy_from_slice(&old[end - 2 * BLOCK..end - BLOCK]);
+        store.set(mixed);
+        if let Ok(volume) = provider.open_read_only(store.clone()) {
+            let mut found = vec![0; BLOCK];
+            volume.read(0, &mut found).expect("read");
+            assert!(found == fill(0, 3));
+        }
+    }
+    assert!(provider.heard().iter().any(|e| e.starts_with("integrity")));
+    store.set(newest);
+    provider.open(store).expect("the newest opens");
+}
+
+/// The log between an earlier copy of this life and now: what a store could serve.
+#[test]
+fn in_mode_flush_a_shorter_log_does_not_open() {
+    let (provider, store) = (Provider::new(AnchorMode::Flush), SimStore::new());
+    provider.create(store.clone(), SIZE).expect("a volume").close().expect("closed");
+    let volume = provider.open(store.clone()).expect("opens");
+    let mut copies = Vec::new();
+    for round in 1..6 {
+        volume.write(0, &fill(0, round)).expect("written");
+        volume.flush().expect("flushed");
+        copies.push(store.bytes());
+    }
+    drop(volume);
+    let newest = copies.pop().expect("some");
+    for copy in copies {
+        store.set(copy);
+        assert!(matches!(provider.open(store.clone()).err(), Some(VolumeError::RolledBack(_))));
+    }
+    // The log alone taken back, or its last block damaged.
+    store.set(newest);
+    let mut found = vec![0; BLOCK];
+    provider.open_read_only(store.clone()).expect("opens").read(0, &mut found).expect("read");
+    assert!(found == fill(0, 5));
+}
+
+#[test]
+fn in_mode_close_a_shorter_log_is_a_state_since_the_anchor() {
+    let (provider, store) = (Provider::new(AnchorMode::Close), SimStore::new());
+    let volume = provider.create(store.clone(), SIZE).expect("a volume");
+    volume.write(0, &fill(0, 9)).expect("written");
+    volume.close().expect("closed");
+    drop(volume);
+    let volume = provider.open(store.clone()).expect("opens");
+    let mut copies = vec![(9, store.bytes())];
+    for round in 1..6 {
+        volume.write(0, &fill(0, round)).expect("written");
+        volume.flush().expect("flushed");
+        copies.push((round, store.bytes()));
+    }
+    drop(volume);
+    let newest = store.bytes();
+    for (round, copy) in &copies {
+        store.set(copy.clone());
+        let volume = provider.open_read_only(store.clone()).expect("allowed in this mode, and said so");
+        let mut found = vec![0; BLOCK];
+        volume.read(0, &mut found).expect("read");
+        assert!(found == fill(0, *round));
+    }
+    // The newest log over an older copy's data: mandatory records are errors, never older versions; optional ones may go.
+    let log = 2 * BLOCK..66 * BLOCK;
+    let mut mixed = copies[0].1.clone();
+    mixed[log.clone()].copy_from_slice(&newest[log]);
+    store.set(mixed);
+    let volume = provider.open_read_only(store.clone()).expect("opens");
+    let mut found = vec![0; BLOCK];
+    let read = volume.read(0, &mut found);
+    assert!(matches!(read, Err(VolumeError::Integrity { lba: 0 })), "{read:?} {}", found[BLOCK - 1]);
+}
+
+#[test]
+fn a_block_that_fails_can_be_written_anew_and_the_rest_goes_on() {
+    let scene = scene(AnchorMode::Flush);
+    let shown = inspect(&*scene.store).expect("readable");
+    // Every block of the pool that is not metadata of this superblock: find one of data by trying.
+    let pool = 66..(shown.store_size as usize / BLOCK) - 2;
+    let mut tried = 0;
+    for block in pool {
+        let mut bytes = scene.bytes.clone();
+        bytes[block * BLOCK + 100] ^= 1;
+        scene.store.set(bytes);
+        let anchor = scene.provider.anchor();
+        let opened = scene.provider.open(scene.store.clone());
+        if let Ok(volume) = &opened {
+            let bad = (0..SIZE / BLOCK as u64).find(|lba| {
+                let mut found = vec![0; BLOCK];
+                matches!(volume.read(lba * BLOCK as u64, &mut found), Err(VolumeError::Integrity { .. }))
+            });
+            if let Some(lba) = bad {
+                let mut found = vec![0; BLOCK];
+                let partly = volume.write(lba * BLOCK as u64 + 512, &[1; 512]);
+                assert!(matches!(partly, Err(VolumeError::Integrity { .. })), "the rest of the block is unknown");
+                volume.write(lba * BLOCK as u64, &fill(lba, 77)).expect("written anew");
+                volume.read(lba * BLOCK as u64, &mut found).expect("read");
+                assert!(found == fill(lba, 77));
+                assert!(scene.provider.heard().iter().any(|e| e.starts_with(&format!("integrity Some({lba})"))));
+                volume.close().expect("closed");
+                tried += 1;
+            }
+        }
+        drop(opened);
+        *lock(&scene.provider.anchor) = anchor;
+        if tried == 3 {
+            return;
+        }
+    }
+    panic!("no block of data was found");
+}
