@@ -139,6 +139,8 @@ enum CliError {
     NoCertificate,
     #[error("{0}: {1}")]
     File(PathBuf, #[source] io::Error),
+    #[error("the TPM service that runs does not read {0}: end it (or the VMs that it serves), then measure again")]
+    OtherLog(PathBuf),
     #[error("--ready-fd {0} is not an open descriptor")]
     ReadyFd(i32),
     #[error("the program's own path is not known: {0}")]
@@ -188,7 +190,7 @@ fn tpm(args: TpmArgs) -> Result<(), CliError> {
 }
 
 fn measure(args: &MeasureArgs) -> Result<(), CliError> {
-    let mut client = join(&args.place, Some(&args.logs))?;
+    let mut client = join_with_logs(&args.place, &args.logs)?;
     let measured = measure::measure(&mut client, &args.layers)?;
     for layer in &measured {
         let line = if args.json { json(layer) } else { show(layer) };
@@ -255,6 +257,27 @@ fn join(place: &TpmPlace, logs: Option<&LogPlaces>) -> Result<ControlClient, Cli
     }
     Ok(attest::service::spawn_or_join_with(&place.tcti.to_string(), Some(dir.path()), &me, &more)?)
 }
+
+/// Joins a service that reads these logs. One that reads others and is about to end gets the time to do so.
+fn join_with_logs(place: &TpmPlace, logs: &LogPlaces) -> Result<ControlClient, CliError> {
+    let dir = RuntimeDir::of(place.runtime_dir.as_deref(), &place.tcti);
+    let wanted = [absolute(logs.firmware_log.clone())?, absolute(logs.ima_log.clone())?];
+    let end = std::time::Instant::now() + IDLE_END;
+    loop {
+        let client = join(place, Some(logs))?;
+        let read = dir.state()?.map_or([None, None], |s| [s.firmware_log, s.ima_log]);
+        let other = wanted.iter().zip(&read).find(|(wanted, read)| wanted.is_some() && wanted != read);
+        let Some((wanted, _)) = other else { return Ok(client) };
+        drop(client);
+        if std::time::Instant::now() > end {
+            return Err(CliError::OtherLog(wanted.clone().unwrap_or_default()));
+        }
+        std::thread::sleep(std::time::Duration::from_millis(100));
+    }
+}
+
+/// How long a service that nobody uses may take to end.
+const IDLE_END: std::time::Duration = std::time::Duration::from_secs(10);
 
 /// An inherited descriptor, as an owned copy; standard ones are not for this.
 fn inherited(fd: i32) -> Option<OwnedFd> {
