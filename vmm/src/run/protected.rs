@@ -172,6 +172,7 @@ fn live(prepared: Prepared, early: EarlyVm, opened: OpenedRelease, settings: &Se
         api.runs(operations.clone());
     }
     tell_start(steps, typing, false);
+    process::forget_code();
     let end = guard.map(|guard| {
         let grace = settings.grace;
         let mut watch = Watch { steps, signals, inbox, operations, keyboard, typing, grace, guard: Some(guard) };

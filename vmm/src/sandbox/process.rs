@@ -29,6 +29,24 @@ pub fn harden() -> Result<(), SandboxError> {
     Ok(())
 }
 
+unsafe extern "C" {
+    /// First byte of the program's image, and the end of its code, by the linker.
+    static __executable_start: u8;
+    static etext: u8;
+}
+
+/// Lets go of code that ran once: attesting and parsing need megabytes of it, running a guest little. What is needed again
+/// comes back from the page cache at its next use.
+pub fn forget_code() {
+    const PAGE: usize = 4096;
+    let start = (&raw const __executable_start).addr() & !(PAGE - 1);
+    let end = (&raw const etext).addr() & !(PAGE - 1);
+    // SAFETY: from the executable's first byte to the end of its code lie its headers, constants and code: private file mappings
+    // that are never written (relocations change only what comes after the code), so that each page reads the same when it
+    // is mapped again. Advice that the kernel does not take changes nothing.
+    unsafe { libc::madvise(start as *mut libc::c_void, end.saturating_sub(start), libc::MADV_DONTNEED) };
+}
+
 /// Children that end leave nothing behind: for once nobody waits for one any more.
 pub fn forget_children() {
     // SAFETY: SIG_IGN is a valid disposition, and no code of this process waits for children after this.
