@@ -1,2 +1,7 @@
-//! fealty-disk: being written by helper `disktool` (main.rs and disk_tool/*); the engine helper leaves it.
-fn main() {}
+//! `fealty-disk`: makes, fills, empties, describes and verifies volumes. See `disk_tool`.
+
+mod disk_tool;
+
+fn main() -> std::process::ExitCode {
+    disk_tool::main()
+}

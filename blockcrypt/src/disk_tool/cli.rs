@@ -1,0 +1,215 @@
+//! The command line.
+
+use super::report;
+use super::size::Size;
+use clap::error::ErrorKind;
+use clap::{Args, Parser, Subcommand};
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+/// Makes, fills, empties, describes and verifies encrypted volumes.
+///
+/// A volume's key never stands on a command line. The customer's tool holds the volume's session with the key provider and
+/// starts this one with an inherited descriptor:
+///
+///     fealty-keys volume exec CUSTOMER VOLUME -- fealty-disk COMMAND ...
+///
+/// It appends `--keys-fd N` itself, and keeps the volume's new anchor at the provider when the command has done its work.
+#[derive(Parser, Debug)]
+#[command(name = "fealty-disk", version, after_help = EXIT_CODES, after_long_help = EXAMPLES, verbatim_doc_comment)]
+pub(crate) struct Cli {
+    #[command(subcommand)]
+    pub(crate) command: Command,
+    /// The inherited descriptor (a stream socket) that hands over key, open number and anchor; `fealty-keys volume exec`
+    /// appends this
+    #[arg(long, global = true, value_name = "N")]
+    pub(crate) keys_fd: Option<i32>,
+    /// Results on standard output and progress on standard error as JSON, one object a line
+    #[arg(long, global = true)]
+    pub(crate) json: bool,
+}
+
+#[derive(Subcommand, Debug)]
+pub(crate) enum Command {
+    /// Make an empty volume; it reads as zeroes
+    #[command(after_help = CREATE_HELP)]
+    Create(Create),
+    /// Make a volume from a raw image; its all-zero blocks take no room
+    #[command(after_help = IMPORT_HELP)]
+    Import(Import),
+    /// Decrypt a volume into a raw image, sparse where the volume is zero
+    #[command(after_help = EXPORT_HELP)]
+    Export(Export),
+    /// Say what a volume is; without keys, what its superblock claims
+    #[command(after_help = INFO_HELP)]
+    Info(Info),
+    /// Read and verify all of a volume, and name every bad block
+    #[command(after_help = CHECK_HELP)]
+    Check(Check),
+}
+
+#[derive(Args, Debug)]
+pub(crate) struct Create {
+    /// The file to make, or a block device (with --force)
+    pub(crate) volume: PathBuf,
+    /// Bytes that the guest sees: a number, or one with K, M, G or T (powers of 1024); a multiple of 512
+    #[arg(long, value_name = "N[K|M|G|T]")]
+    pub(crate) size: Size,
+    /// Replace what stands there
+    #[arg(long)]
+    pub(crate) force: bool,
+}
+
+#[derive(Args, Debug)]
+pub(crate) struct Import {
+    /// The raw image: a file, a block device, or - for standard input (with --size)
+    pub(crate) image: PathBuf,
+    /// The file to make, or a block device (with --force)
+    pub(crate) volume: PathBuf,
+    /// The volume's size, if it is not the image's: a larger volume is zero behind the image. Standard input must give exactly
+    /// as much
+    #[arg(long, value_name = "N[K|M|G|T]")]
+    pub(crate) size: Option<Size>,
+    /// Replace what stands there
+    #[arg(long)]
+    pub(crate) force: bool,
+}
+
+#[derive(Args, Debug)]
+pub(crate) struct Export {
+    /// The volume
+    pub(crate) volume: PathBuf,
+    /// The raw image to make: a file, a block device (with --force), or - for standard output
+    pub(crate) image: PathBuf,
+    /// Replace what stands there
+    #[arg(long)]
+    pub(crate) force: bool,
+}
+
+#[derive(Args, Debug)]
+pub(crate) struct Info {
+    /// The volume
+    pub(crate) volume: PathBuf,
+}
+
+#[derive(Args, Debug)]
+pub(crate) struct Check {
+    /// The volume
+    pub(crate) volume: PathBuf,
+}
+
+const EXIT_CODES: &str = "\
+Exit codes: 0 done; 1 failed (the store, the image, no room); 2 wrong arguments; 3 the volume is damaged, was tampered with or is
+older than its anchor; 4 refused, by the key holder or for want of the right key; 129, 130, 143 ended by SIGHUP, SIGINT, SIGTERM.
+After any other code than 0 no volume and no image was made or replaced, unless the line says otherwise.";
+
+const EXAMPLES: &str = "\
+Examples:
+  An empty volume of 20 GiB, for the volume `data` that customer `acme` has registered at the provider:
+    fealty-keys volume exec acme data -- fealty-disk create /store/data.vol --size 20G
+
+  A volume from an image, straight out of a pipe:
+    zstdcat root.img.zst | fealty-keys volume exec acme root -- fealty-disk import - /store/root.vol --size 8G
+
+  What it holds, decrypted, into another tool:
+    fealty-keys volume exec acme root -- fealty-disk export /store/root.vol - | sha256sum
+
+  Is it whole? (Code 3 if not, with a line for each bad range of blocks.)
+    fealty-keys volume exec acme root -- fealty-disk check /store/root.vol
+
+  What the operator, who has no key, can see of it:
+    fealty-disk info /store/root.vol
+
+Exit codes:
+  0    done
+  1    failed: the store, the image, no room
+  2    wrong arguments
+  3    the volume is damaged, was tampered with, or is older than its anchor at the provider
+  4    refused: by the key holder, or for want of the right key or a fresh open number
+  129, 130, 143  ended by SIGHUP, SIGINT, SIGTERM
+
+After any other code than 0 no volume and no image was made or replaced, unless the line on standard error says otherwise.";
+
+const CREATE_HELP: &str = "\
+The volume appears under its name when it is complete, and is usable once the provider keeps its first anchor, which is the last
+thing this does.
+
+Example: fealty-keys volume exec acme data -- fealty-disk create /store/data.vol --size 20G";
+
+const IMPORT_HELP: &str = "\
+The volume appears under its name when it is complete, and is usable once the provider keeps its first anchor, which is the last
+thing this does. Until then it is written to .NAME.partial beside it.
+
+Example: fealty-keys volume exec acme root -- fealty-disk import root.img /store/root.vol";
+
+const EXPORT_HELP: &str = "\
+The image is the guest's data in plain text, readable by you alone (mode 0600). It appears under its name when it is complete. A bad
+block ends the export.
+
+Example: fealty-keys volume exec acme root -- fealty-disk export /store/root.vol root.img";
+
+const INFO_HELP: &str = "\
+Without keys this shows what whoever could write the file wrote there. With keys the volume is opened, and everything shown has been
+authenticated.
+
+Examples: fealty-disk info /store/root.vol
+          fealty-keys volume exec acme root -- fealty-disk info /store/root.vol";
+
+const CHECK_HELP: &str = "\
+One line for each range of bad blocks (4096 bytes each, as the guest counts them), then a summary. Nothing is changed; each finding
+also goes to the customer's audit log.
+
+Example: fealty-keys volume exec acme root -- fealty-disk check /store/root.vol";
+
+/// The command line, or the exit code if there is nothing to do: help was asked for, or it makes no sense.
+pub(crate) fn parse() -> Result<Cli, ExitCode> {
+    Cli::try_parse().map_err(|error| match error.kind() {
+        ErrorKind::DisplayHelp | ErrorKind::DisplayVersion => {
+            let _ = error.print();
+            ExitCode::SUCCESS
+        }
+        ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand => {
+            report::line("a command is missing: create, import, export, info or check (see fealty-disk --help)");
+            ExitCode::from(2)
+        }
+        _ => {
+            report::line(&format!("{} (see fealty-disk --help)", first_sentence(&error)));
+            ExitCode::from(2)
+        }
+    })
+}
+
+/// clap's answer is several lines: what is wrong, perhaps a list of what is missing, then usage.
+fn first_sentence(error: &clap::Error) -> String {
+    let text = error.to_string();
+    let mut lines = text.lines().map(str::trim).take_while(|line| !line.is_empty());
+    let what = lines.next().unwrap_or_default().trim_start_matches("error: ").trim_end_matches(':').to_owned();
+    let missing: Vec<_> = lines.collect();
+    if missing.is_empty() { what } else { format!("{what}: {}", missing.join(", ")) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory;
+
+    #[test]
+    fn the_command_line_is_sound() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn the_descriptor_may_stand_last() {
+        let words = ["fealty-disk", "import", "-", "b", "--size", "1M", "--keys-fd", "7"];
+        let cli = Cli::try_parse_from(words).expect("good");
+        assert_eq!(cli.keys_fd, Some(7));
+        assert!(matches!(cli.command, Command::Import(words) if words.size.expect("given").bytes() == 1 << 20));
+    }
+
+    #[test]
+    fn what_is_missing_is_named_in_one_line() {
+        let error = Cli::try_parse_from(["fealty-disk", "create", "v"]).expect_err("no size");
+        let line = first_sentence(&error);
+        assert!(line.contains("--size") && !line.contains('\n'), "{line}");
+    }
+}

@@ -1,0 +1,79 @@
+//! Why the tool came to nothing, and the exit code that says so.
+
+use super::holder::HolderError;
+use super::image::ImageError;
+use super::inherit::InheritError;
+use super::make::MakeError;
+use super::place::PlaceError;
+use fealty_blockcrypt::VolumeError;
+use std::io;
+use std::path::PathBuf;
+
+/// What ends the tool with another code than 0.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum ToolError {
+    #[error(
+        "{0} needs the volume's key: run it as fealty-keys volume exec CUSTOMER VOLUME -- fealty-disk {0} ... (it appends --keys-fd)"
+    )]
+    NoKeys(&'static str),
+    #[error(transparent)]
+    Inherit(#[from] InheritError),
+    #[error(transparent)]
+    Holder(#[from] HolderError),
+    #[error("{0} can't be opened")]
+    Open(PathBuf, #[source] io::Error),
+    #[error("{0}")]
+    Volume(PathBuf, #[source] VolumeError),
+    #[error(transparent)]
+    Make(#[from] MakeError),
+    #[error(transparent)]
+    Place(#[from] PlaceError),
+    #[error(transparent)]
+    Image(#[from] ImageError),
+    #[error("{0} and {1} are the same file; name another one to make")]
+    SameFile(PathBuf, PathBuf),
+    #[error("{path} is not whole: {bad} bad blocks, {problems} other problems; restore it from a copy")]
+    Bad { path: PathBuf, bad: u64, problems: u64 },
+    #[error("{0} was overwritten in part")]
+    Overwritten(PathBuf, #[source] Box<ToolError>),
+    #[error("the process can't be protected")]
+    Harden(#[from] secretmem::SecretError),
+    #[error("signals can't be watched for")]
+    Signals(#[source] io::Error),
+    #[error("standard output takes no more")]
+    Output(#[source] io::Error),
+}
+
+impl ToolError {
+    /// What `--help` promises.
+    pub(crate) fn code(&self) -> u8 {
+        match self {
+            Self::NoKeys(_) | Self::Inherit(_) => USAGE,
+            Self::Holder(_) | Self::Make(MakeError::Anchor(_)) => REFUSED,
+            Self::Volume(_, error) => of_volume(error),
+            Self::Bad { .. } => BAD,
+            Self::Overwritten(_, error) => error.code(),
+            _ => FAILED,
+        }
+    }
+}
+
+const FAILED: u8 = 1;
+const USAGE: u8 = 2;
+const BAD: u8 = 3;
+const REFUSED: u8 = 4;
+
+fn of_volume(error: &VolumeError) -> u8 {
+    match error {
+        error if error.is_integrity() => BAD,
+        VolumeError::WrongKey
+        | VolumeError::NoAnchor
+        | VolumeError::Exists
+        | VolumeError::StaleOpenNumber { .. }
+        | VolumeError::KeyExhausted(_)
+        | VolumeError::Grant(_)
+        | VolumeError::Anchor(_) => REFUSED,
+        VolumeError::Size { .. } => USAGE,
+        _ => FAILED,
+    }
+}

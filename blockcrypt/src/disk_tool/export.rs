@@ -1,0 +1,140 @@
+//! `export`: a volume's content as a raw image.
+
+use super::blocks::{PIECE, filled};
+use super::cli::Export;
+use super::error::ToolError;
+use super::holder::{Handover, Holder};
+use super::image::ImageError;
+use super::place::{Content, Place, same_file};
+use super::progress::{Progress, rate};
+use super::size::Bytes;
+use super::{Context, open_file, open_volume};
+use fealty_blockcrypt::Volume;
+use policy::VolumeId;
+use serde::Serialize;
+use std::io::{self, Write};
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+
+#[derive(Serialize)]
+struct Exported<'a> {
+    volume: VolumeId,
+    image: &'a Path,
+    size: u64,
+    data: u64,
+}
+
+/// Where the content goes.
+enum Sink {
+    /// Standard output: every byte, in order.
+    Stream,
+    /// A file: zeroes stay holes.
+    File(Place),
+    /// A device: every byte, over what it held.
+    Device(Place),
+}
+
+pub(super) fn export(context: &Context, words: &Export) -> Result<(), ToolError> {
+    let file = open_file(&words.volume)?;
+    if same_file(&file, &words.image) {
+        return Err(ToolError::SameFile(words.volume.clone(), words.image.clone()));
+    }
+    let sink = Sink::begin(context, words)?;
+    let handover = context.handover("export")?;
+    let volume = open_volume(&words.volume, file, &handover)?;
+    let Handover { holder, .. } = handover;
+    sink.prepare(&words.image, volume.size())?;
+    let mut progress = Progress::of("export", volume.size(), context.report.json);
+    let data = copy(&volume, words, &sink, &holder, &mut progress)?;
+    let (size, seconds) = (volume.size(), progress.seconds());
+    drop((volume, progress));
+    holder.finish()?;
+    let aside = matches!(sink, Sink::Stream);
+    sink.finish(&words.image)?;
+    let id = handover.grant.volume;
+    let exported = Exported { volume: id, image: &words.image, size, data };
+    let text = format!(
+        "exported volume {id} to {}: {}, of it {} data, {}",
+        words.image.display(),
+        Bytes(size),
+        Bytes(data),
+        rate(size, seconds)
+    );
+    if aside {
+        context.report.aside(&exported, &text);
+        return Ok(());
+    }
+    context.report.result(&exported, &text)
+}
+
+/// Copies everything; how many bytes were not zero.
+fn copy(
+    volume: &Volume,
+    words: &Export,
+    sink: &Sink,
+    holder: &Holder,
+    progress: &mut Progress,
+) -> Result<u64, ToolError> {
+    let mut buffer = vec![0; PIECE];
+    let (mut at, mut data) = (0, 0);
+    while at < volume.size() {
+        holder.still_there()?;
+        let length = usize::try_from(volume.size() - at).unwrap_or(PIECE).min(PIECE);
+        let piece = &mut buffer[..length];
+        volume.read(at, piece).map_err(|e| ToolError::Volume(words.volume.clone(), e))?;
+        data += filled(piece).map(|(_, run)| run.len() as u64).sum::<u64>();
+        sink.write(at, piece).map_err(|e| write_failed(&words.image, e))?;
+        at += length as u64;
+        progress.at(at);
+    }
+    Ok(data)
+}
+
+impl Sink {
+    fn begin(context: &Context, words: &Export) -> Result<Self, ToolError> {
+        if words.image.as_os_str() == "-" {
+            return Ok(Self::Stream);
+        }
+        let place = Place::begin(&words.image, Content::Image, words.force, &context.interrupts)?;
+        Ok(if place.is_device() { Self::Device(place) } else { Self::File(place) })
+    }
+
+    /// Makes room for `size` bytes.
+    fn prepare(&self, path: &Path, size: u64) -> Result<(), ToolError> {
+        match self {
+            Self::Stream => Ok(()),
+            Self::File(place) => place.file().set_len(size).map_err(|e| write_failed(path, e)),
+            Self::Device(place) => {
+                let room = rustix::fs::seek(place.file(), rustix::fs::SeekFrom::End(0));
+                let room = room.map_err(|e| write_failed(path, e.into()))?;
+                if room < size {
+                    return Err(ImageError::NoRoom { path: path.to_owned(), room, wanted: size }.into());
+                }
+                place.overwrite();
+                Ok(())
+            }
+        }
+    }
+
+    fn write(&self, at: u64, piece: &[u8]) -> io::Result<()> {
+        match self {
+            Self::Stream => io::stdout().lock().write_all(piece),
+            Self::File(place) => {
+                filled(piece).try_for_each(|(offset, run)| place.file().write_all_at(run, at + offset as u64))
+            }
+            Self::Device(place) => place.file().write_all_at(piece, at),
+        }
+    }
+
+    fn finish(self, path: &Path) -> Result<(), ToolError> {
+        match self {
+            Self::Stream => io::stdout().lock().flush().map_err(|e| write_failed(path, e)),
+            Self::File(place) | Self::Device(place) => Ok(place.finish()?),
+        }
+    }
+}
+
+fn write_failed(path: &Path, error: io::Error) -> ToolError {
+    let path = if path.as_os_str() == "-" { PathBuf::from("standard output") } else { path.to_owned() };
+    ImageError::Write(path, error).into()
+}

@@ -1,0 +1,421 @@
+//! The conversation with whoever holds the volume's session with the key provider: `policy::disk` draws it.
+
+use super::report;
+use fealty_blockcrypt::{AnchorRefused, Anchors, Events, Kek};
+use policy::VolumeAnchor;
+use policy::disk::{DiskSession, HolderAnswer, MESSAGE_LIMIT, ToolMessage, VolumeGrant};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use secretmem::{Secret, SecretError};
+use std::io::{self, ErrorKind, Read, Write};
+use std::os::unix::net::UnixStream;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+/// How long the holder may take to hand over the volume.
+const HANDOVER: Duration = Duration::from_secs(60);
+/// How long it may take to answer: it asks the key provider first, and again while that is away.
+const ANSWER: Duration = Duration::from_secs(300);
+/// Findings that are told one by one; of further ones only the number. A store that is wrong everywhere has millions.
+const FINDINGS: u64 = 64;
+/// The longest text of an event, in bytes: what the key provider takes.
+const TEXT: usize = 500;
+
+/// Why the conversation with the holder failed.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum HolderError {
+    #[error("the key holder hung up before it handed over the volume's key; see what it says")]
+    NoHandover,
+    #[error("the key holder's hand-over broke off in {0}; let fealty-keys volume exec start this")]
+    Truncated(&'static str),
+    #[error("the key holder sent nothing for {} s; stop it and start again", HANDOVER.as_secs())]
+    Silent,
+    #[error("the key holder's message has {0} bytes; 1 to {MESSAGE_LIMIT} are allowed")]
+    Length(u32),
+    #[error("the key holder's message can't be read; let a fealty-keys of this version start this")]
+    Message(#[source] serde_json::Error),
+    #[error("the conversation with the key holder failed")]
+    Io(#[source] io::Error),
+    #[error("no memory for the volume's key")]
+    Secret(#[from] SecretError),
+    #[error("the key holder is gone, and with it the right to use the volume; start again")]
+    Gone,
+    #[error("the audit log did not take what was found: {0}; repeat this when it does")]
+    Unheard(String),
+}
+
+/// What the holder hands over.
+pub(crate) struct Handover {
+    pub(crate) grant: VolumeGrant,
+    pub(crate) kek: Kek,
+    pub(crate) holder: Arc<Holder>,
+}
+
+impl Handover {
+    /// Takes the hand-over from `stream`; the key goes from the socket straight into locked memory.
+    pub(crate) fn receive(stream: UnixStream) -> Result<Self, HolderError> {
+        stream.set_read_timeout(Some(HANDOVER)).map_err(HolderError::Io)?;
+        stream.set_write_timeout(Some(HANDOVER)).map_err(HolderError::Io)?;
+        let (session, key) = read_handover(&mut &stream)?;
+        stream.set_read_timeout(Some(ANSWER)).map_err(HolderError::Io)?;
+        let kek = Kek::new(session.grant.kek_id, key);
+        Ok(Self { grant: session.grant, kek, holder: Arc::new(Holder::new(stream)?) })
+    }
+}
+
+fn read_handover(from: &mut impl Read) -> Result<(DiskSession, Secret<32>), HolderError> {
+    let text = read_message(from)?;
+    let session = serde_json::from_slice(&text).map_err(HolderError::Message)?;
+    let mut key = Secret::<32>::zeroed()?;
+    read_part(from, key.expose_mut(), "the key")?;
+    Ok((session, key))
+}
+
+/// One message's JSON, at most [`MESSAGE_LIMIT`] bytes.
+fn read_message(from: &mut impl Read) -> Result<Vec<u8>, HolderError> {
+    let mut length = [0; 4];
+    let first = loop {
+        match from.read(&mut length) {
+            Err(error) if error.kind() == ErrorKind::Interrupted => {}
+            other => break other.map_err(broken("its length"))?,
+        }
+    };
+    if first == 0 {
+        return Err(HolderError::NoHandover);
+    }
+    read_part(from, &mut length[first..], "its length")?;
+    let length = u32::from_be_bytes(length);
+    if length == 0 || length as usize > MESSAGE_LIMIT {
+        return Err(HolderError::Length(length));
+    }
+    let mut text = vec![0; length as usize];
+    read_part(from, &mut text, "its text")?;
+    Ok(text)
+}
+
+fn read_part(from: &mut impl Read, part: &mut [u8], what: &'static str) -> Result<(), HolderError> {
+    from.read_exact(part).map_err(broken(what))
+}
+
+fn broken(what: &'static str) -> impl FnOnce(io::Error) -> HolderError {
+    move |error| match error.kind() {
+        ErrorKind::UnexpectedEof | ErrorKind::ConnectionReset => HolderError::Truncated(what),
+        ErrorKind::WouldBlock | ErrorKind::TimedOut => HolderError::Silent,
+        _ => HolderError::Io(error),
+    }
+}
+
+/// The holder, to be told of anchors and events.
+pub(crate) struct Holder {
+    /// To see whether it is still there while the conversation is in use.
+    line: UnixStream,
+    talk: Mutex<Talk>,
+}
+
+struct Talk {
+    stream: UnixStream,
+    /// Notes are told, but not shown: the command itself says how it ends.
+    hushed: bool,
+    /// Why no more can be said.
+    over: Option<String>,
+    /// Findings so far.
+    findings: u64,
+    /// Why an event is not in the audit log.
+    unheard: Option<String>,
+}
+
+/// What came of a message.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) enum Answer {
+    /// The holder did what was asked.
+    Kept,
+    /// It refused, and why.
+    Refused(String),
+    /// There was no answer: whether it did it is not known.
+    Unknown(String),
+}
+
+impl Holder {
+    fn new(stream: UnixStream) -> Result<Self, HolderError> {
+        let line = stream.try_clone().map_err(HolderError::Io)?;
+        Ok(Self { line, talk: Mutex::new(Talk { stream, hushed: false, over: None, findings: 0, unheard: None }) })
+    }
+
+    /// Whether the holder is still there: without it, the right to use the volume ends.
+    pub(crate) fn still_there(&self) -> Result<(), HolderError> {
+        let mut line = [PollFd::new(&self.line, PollFlags::RDHUP)];
+        let now = Timespec { tv_sec: 0, tv_nsec: 0 };
+        match poll(&mut line, Some(&now)) {
+            Ok(0) | Err(rustix::io::Errno::INTR) => Ok(()),
+            _ => Err(HolderError::Gone),
+        }
+    }
+
+    /// Asks for `anchor` to be kept.
+    pub(crate) fn anchor(&self, anchor: &VolumeAnchor) -> Answer {
+        self.talk().ask(&ToolMessage::Anchor(anchor.clone()))
+    }
+
+    /// Tells what was not told one by one; an error if anything did not reach the audit log.
+    pub(crate) fn finish(&self) -> Result<(), HolderError> {
+        let mut talk = self.talk();
+        if let Some(more) = talk.findings.checked_sub(FINDINGS).filter(|more| *more > 0) {
+            talk.tell(&format!("integrity: {more} more findings like these"));
+        }
+        talk.unheard.take().map_or(Ok(()), |why| Err(HolderError::Unheard(why)))
+    }
+
+    /// From now on notes go to the audit log alone.
+    pub(crate) fn hush(&self) {
+        self.talk().hushed = true;
+    }
+
+    fn talk(&self) -> MutexGuard<'_, Talk> {
+        self.talk.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Anchors for Holder {
+    fn keep(&self, anchor: &VolumeAnchor) -> Result<(), AnchorRefused> {
+        match self.anchor(anchor) {
+            Answer::Kept => Ok(()),
+            // No conversation, no later answer either.
+            Answer::Refused(why) | Answer::Unknown(why) => Err(AnchorRefused::Refused(why)),
+        }
+    }
+}
+
+impl Events for Holder {
+    fn integrity(&self, lba: Option<u64>, physical: Option<u64>, reason: &str) {
+        let mut talk = self.talk();
+        talk.findings += 1;
+        if talk.findings <= FINDINGS {
+            talk.tell(&finding(lba, physical, reason));
+        }
+    }
+
+    fn note(&self, text: &str) {
+        let mut talk = self.talk();
+        if !talk.hushed {
+            report::line(&format!("note: {text}"));
+        }
+        talk.tell(text);
+    }
+}
+
+fn finding(lba: Option<u64>, physical: Option<u64>, reason: &str) -> String {
+    let block = lba.map(|lba| format!("block {lba}"));
+    let store = physical.map(|physical| format!("store block {physical}"));
+    let place: Vec<_> = block.into_iter().chain(store).collect();
+    if place.is_empty() { format!("integrity: {reason}") } else { format!("integrity: {}: {reason}", place.join(", ")) }
+}
+
+impl Talk {
+    fn tell(&mut self, text: &str) {
+        match self.ask(&ToolMessage::Event(report::one_line(text, TEXT))) {
+            Answer::Kept => {}
+            Answer::Refused(why) | Answer::Unknown(why) => _ = self.unheard.get_or_insert(why),
+        }
+    }
+
+    fn ask(&mut self, message: &ToolMessage) -> Answer {
+        if let Some(why) = &self.over {
+            return Answer::Unknown(why.clone());
+        }
+        match self.exchange(message) {
+            Ok(HolderAnswer::Kept) => Answer::Kept,
+            Ok(HolderAnswer::Refused(why)) => Answer::Refused(report::one_line(&why, TEXT)),
+            Err(error) => {
+                let why = report::chain(&error);
+                self.over = Some(why.clone());
+                Answer::Unknown(why)
+            }
+        }
+    }
+
+    fn exchange(&mut self, message: &ToolMessage) -> Result<HolderAnswer, ExchangeError> {
+        let text = serde_json::to_vec(message).map_err(ExchangeError::Message)?;
+        let length = u32::try_from(text.len()).ok().filter(|n| *n as usize <= MESSAGE_LIMIT);
+        let length = length.ok_or(ExchangeError::TooLong)?;
+        let mut framed = length.to_be_bytes().to_vec();
+        framed.extend(text);
+        self.stream.write_all(&framed).map_err(ExchangeError::Io)?;
+        let answer = read_message(&mut self.stream).map_err(|error| match error {
+            HolderError::Io(error) => ExchangeError::Io(error),
+            HolderError::Silent => ExchangeError::Silent,
+            HolderError::NoHandover | HolderError::Truncated(_) => ExchangeError::Gone,
+            _ => ExchangeError::Nonsense,
+        })?;
+        serde_json::from_slice(&answer).map_err(ExchangeError::Message)
+    }
+}
+
+/// Why a message got no answer.
+#[derive(Debug, thiserror::Error)]
+enum ExchangeError {
+    #[error("the key holder hung up without an answer")]
+    Gone,
+    #[error("the key holder gave no answer for {} s", ANSWER.as_secs())]
+    Silent,
+    #[error("the key holder's answer makes no sense")]
+    Nonsense,
+    #[error("a message for the key holder is too long")]
+    TooLong,
+    #[error("the key holder's answer can't be read")]
+    Message(#[source] serde_json::Error),
+    #[error("the conversation with the key holder failed")]
+    Io(#[source] io::Error),
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use policy::disk::CipherSuite;
+    use policy::{AnchorMode, KeyId, OpenNumber, VolumeId};
+
+    fn session() -> DiskSession {
+        let grant = VolumeGrant {
+            volume: VolumeId([7; 16]),
+            customer: "acme".parse().expect("a name"),
+            cipher: CipherSuite::Aes256XtsHmacSha256,
+            kek_id: KeyId(1),
+            key_id: KeyId(2),
+            open_number: OpenNumber::try_from(3).expect("a number"),
+            anchor: None,
+            anchor_mode: AnchorMode::Interval,
+        };
+        DiskSession { grant }
+    }
+
+    fn framed(text: &[u8]) -> Vec<u8> {
+        let mut out = (text.len() as u32).to_be_bytes().to_vec();
+        out.extend(text);
+        out
+    }
+
+    fn handover() -> Vec<u8> {
+        let mut out = framed(&serde_json::to_vec(&session()).expect("JSON"));
+        out.extend([0x5a; 32]);
+        out
+    }
+
+    #[test]
+    fn a_handover_is_read_to_its_last_byte() {
+        let bytes = handover();
+        let mut rest = &bytes[..];
+        let (read, key) = read_handover(&mut rest).expect("good");
+        assert!(read == session() && key.expose() == &[0x5a; 32] && rest.is_empty());
+    }
+
+    #[test]
+    fn a_handover_cut_anywhere_is_refused() {
+        let bytes = handover();
+        assert!(matches!(read_handover(&mut &bytes[..0]), Err(HolderError::NoHandover)));
+        for end in 1..bytes.len() {
+            assert!(matches!(read_handover(&mut &bytes[..end]), Err(HolderError::Truncated(_))), "{end}");
+        }
+    }
+
+    #[test]
+    fn a_length_beyond_the_limit_reads_nothing_more() {
+        for length in [0, MESSAGE_LIMIT as u32 + 1, u32::MAX] {
+            let mut bytes = length.to_be_bytes().to_vec();
+            bytes.extend([b' '; 8]);
+            let mut rest = &bytes[..];
+            assert!(matches!(read_handover(&mut rest), Err(HolderError::Length(n)) if n == length));
+            assert_eq!(rest.len(), 8);
+        }
+    }
+
+    /// Whatever comes: an error or a session, never a panic and never more than the limit. Seeds are a good hand-over and its
+    /// relatives; mutations overwrite, cut, double and insert.
+    #[test]
+    fn no_handover_breaks_the_parser() {
+        let unknown = framed(br#"{"grant":{},"more":1}"#);
+        let seeds = [handover(), unknown, framed(b"null"), framed(b"[[[[[[[["), vec![0xff; 64]];
+        let mut state = 0x9e37_79b9_7f4a_7c15_u64;
+        let mut random = |below: usize| {
+            state ^= state << 13;
+            state ^= state >> 7;
+            state ^= state << 17;
+            (state % below.max(1) as u64) as usize
+        };
+        let mut good = 0;
+        for round in 0..20_000 {
+            let mut bytes = seeds[round % seeds.len()].clone();
+            for _ in 0..random(4) {
+                let at = random(bytes.len());
+                match random(4) {
+                    0 => bytes[at] = random(256) as u8,
+                    1 => bytes.truncate(at.max(1)),
+                    2 => bytes.insert(at, random(256) as u8),
+                    _ => bytes.extend_from_within(at..),
+                }
+            }
+            good += usize::from(read_handover(&mut &bytes[..]).is_ok());
+        }
+        assert!(good > 0, "the unmutated seed passes");
+    }
+
+    fn answered(answer: &[u8], ask: impl FnOnce(&Holder)) -> Vec<u8> {
+        let (ours, mut theirs) = UnixStream::pair().expect("a pair");
+        theirs.write_all(answer).expect("written");
+        theirs.shutdown(std::net::Shutdown::Write).expect("shut");
+        let holder = Holder::new(ours).expect("a holder");
+        ask(&holder);
+        drop(holder);
+        let mut heard = Vec::new();
+        // An end that was closed with something unread says so once, before what it had sent.
+        if theirs.read_to_end(&mut heard).is_err() {
+            theirs.read_to_end(&mut heard).expect("read");
+        }
+        heard
+    }
+
+    fn anchor() -> VolumeAnchor {
+        let mut bytes = [0; VolumeAnchor::LENGTH];
+        (bytes[0], bytes[23]) = (1, 1);
+        VolumeAnchor::from_bytes(&bytes).expect("good")
+    }
+
+    #[test]
+    fn only_a_clear_yes_is_a_yes() {
+        answered(&framed(br#""kept""#), |h| assert_eq!(h.anchor(&anchor()), Answer::Kept));
+        let refused = framed(br#"{"refused":"another\nholder"}"#);
+        answered(&refused, |h| assert_eq!(h.anchor(&anchor()), Answer::Refused("another holder".into())));
+        for nonsense in [&b""[..], &[0, 0], &framed(b"\"yes\""), &[0xff; 8], &framed(b"")] {
+            answered(nonsense, |h| {
+                assert!(matches!(h.anchor(&anchor()), Answer::Unknown(_)));
+                assert!(matches!(h.anchor(&anchor()), Answer::Unknown(_)), "and so it stays");
+            });
+        }
+    }
+
+    #[test]
+    fn findings_are_told_up_to_a_limit_and_then_counted() {
+        let kept = framed(br#""kept""#).repeat(FINDINGS as usize + 1);
+        let heard = answered(&kept, |h| {
+            (0..1000).for_each(|lba| h.integrity(Some(lba), None, "its tag"));
+            h.finish().expect("all heard");
+        });
+        let text = String::from_utf8_lossy(&heard);
+        assert_eq!(text.matches("integrity: block").count(), FINDINGS as usize);
+        assert!(text.contains("integrity: 936 more findings"), "{text}");
+    }
+
+    #[test]
+    fn an_event_that_nobody_takes_is_an_error_at_the_end() {
+        answered(&framed(br#"{"refused":"no"}"#), |h| {
+            h.integrity(None, None, "something");
+            assert!(matches!(h.finish(), Err(HolderError::Unheard(why)) if why == "no"));
+        });
+    }
+
+    #[test]
+    fn a_holder_that_leaves_is_noticed() {
+        let (ours, theirs) = UnixStream::pair().expect("a pair");
+        let holder = Holder::new(ours).expect("a holder");
+        holder.still_there().expect("there");
+        drop(theirs);
+        assert!(matches!(holder.still_there(), Err(HolderError::Gone)));
+    }
+}

@@ -1,0 +1,226 @@
+//! `create` and `import`: a volume appears whole, with its anchor at the key provider, or not at all.
+
+use super::Context;
+use super::blocks::{PIECE, filled};
+use super::cli::{Create, Import};
+use super::error::ToolError;
+use super::holder::{Answer, Handover, Holder, HolderError};
+use super::image::Image;
+use super::place::{Content, Place, PlaceError, same_file};
+use super::progress::{Progress, rate};
+use super::size::Bytes;
+use fealty_blockcrypt::{AnchorRefused, Anchors, FileStore, Volume, VolumeError};
+use policy::{AnchorMode, VolumeAnchor, VolumeId};
+use serde::Serialize;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+/// Why a volume was not made, or not wholly.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum MakeError {
+    #[error("the key provider refused the volume's first anchor, so the volume was not made: {0}")]
+    Anchor(String),
+    #[error(
+        "{path} stands complete, but whether the provider keeps its anchor is not known: {why}; if fealty-keys volume list shows none, make it anew with --force"
+    )]
+    Unknown { path: PathBuf, why: String },
+    #[error("{path} is made and anchored, but was not closed in order")]
+    Close {
+        path: PathBuf,
+        #[source]
+        source: VolumeError,
+    },
+    #[error("{0} was closed without an anchor, so it was not made")]
+    NoAnchor(PathBuf),
+}
+
+#[derive(Serialize)]
+struct Made<'a> {
+    volume: VolumeId,
+    path: &'a Path,
+    size: u64,
+    data: u64,
+}
+
+/// An empty volume.
+pub(super) fn create(context: &Context, words: &Create) -> Result<(), ToolError> {
+    let size = words.size.bytes();
+    let place = Place::begin(&words.volume, Content::Volume, words.force, &context.interrupts)?;
+    let id = make(context, "create", &words.volume, place, size, |_, _| Ok(()))?;
+    let made = Made { volume: id, path: &words.volume, size, data: 0 };
+    let text = format!("created volume {id} in {}: {}", words.volume.display(), Bytes(size));
+    context.report.result(&made, &text)
+}
+
+/// A volume from a raw image.
+pub(super) fn import(context: &Context, words: &Import) -> Result<(), ToolError> {
+    let mut image = Image::open(&words.image, words.size.map(super::size::Size::bytes))?;
+    if same_file(&image, &words.volume) {
+        return Err(ToolError::SameFile(words.image.clone(), words.volume.clone()));
+    }
+    let size = image.volume_size();
+    let place = Place::begin(&words.volume, Content::Volume, words.force, &context.interrupts)?;
+    let mut data = 0;
+    let mut seconds = 0.0;
+    let id = make(context, "import", &words.volume, place, size, |volume, holder| {
+        let mut progress = Progress::of("import", size, context.report.json);
+        let mut buffer = Box::new([0; PIECE]);
+        while let Some((at, length)) = image.next(&mut buffer)? {
+            holder.still_there()?;
+            for (offset, run) in filled(&buffer[..length]) {
+                let written = volume.write(at + offset as u64, run);
+                written.map_err(|e| ToolError::Volume(words.volume.clone(), e))?;
+                data += run.len() as u64;
+            }
+            progress.at(at + length as u64);
+        }
+        seconds = progress.seconds();
+        Ok(())
+    })?;
+    let made = Made { volume: id, path: &words.volume, size, data };
+    let text = format!(
+        "imported {} into volume {id} in {}: {}, of it {} data, {}",
+        words.image.display(),
+        words.volume.display(),
+        Bytes(size),
+        Bytes(data),
+        rate(size, seconds)
+    );
+    context.report.result(&made, &text)
+}
+
+/// Makes a volume of `size` bytes at `path`, which `place` is the beginning of, with what `fill` writes.
+fn make(
+    context: &Context,
+    command: &'static str,
+    path: &Path,
+    place: Place,
+    size: u64,
+    fill: impl FnOnce(&Volume, &Holder) -> Result<(), ToolError>,
+) -> Result<VolumeId, ToolError> {
+    let Handover { mut grant, kek, holder } = context.handover(command)?;
+    // Nothing of it is anchored before it is complete, whatever the mode is later.
+    grant.anchor_mode = AnchorMode::Close;
+    let failed = |e| ToolError::Volume(path.to_owned(), e);
+    let store = FileStore::exclusive(place.another()?).map_err(failed)?;
+    let first = Arc::new(FirstAnchor { holder: holder.clone(), state: Mutex::new(State::Filling) });
+    let device = place.is_device();
+    place.overwrite();
+    let made = || {
+        let volume = Volume::create(store, size, &grant, &kek, first.clone(), holder.clone()).map_err(failed)?;
+        drop(kek);
+        fill(&volume, &holder)?;
+        holder.finish()?;
+        holder.hush();
+        first.complete(place);
+        let closed = volume.close();
+        drop(volume);
+        first.outcome(path, closed.map(drop))
+    };
+    match made() {
+        Err(error) if device => Err(ToolError::Overwritten(path.to_owned(), Box::new(error))),
+        other => other.map(|()| grant.volume),
+    }
+}
+
+/// Gives the volume its name when its first anchor comes, for that comes only when all of it is durable; then sends the anchor.
+struct FirstAnchor {
+    holder: Arc<Holder>,
+    state: Mutex<State>,
+}
+
+enum State {
+    /// It is being written.
+    Filling,
+    /// All is written: an anchor may come.
+    Complete(Place),
+    /// It has its name and its anchor.
+    Anchored,
+    /// It has none, or nobody knows.
+    Failed(Failure),
+}
+
+enum Failure {
+    Place(PlaceError),
+    Gone(HolderError),
+    Refused(String),
+    Unknown(String),
+}
+
+impl FirstAnchor {
+    fn complete(&self, place: Place) {
+        *self.state() = State::Complete(place);
+    }
+
+    /// What became of the volume, and of its file.
+    fn outcome(&self, path: &Path, closed: Result<(), VolumeError>) -> Result<(), ToolError> {
+        let state = std::mem::replace(&mut *self.state(), State::Filling);
+        let path = path.to_owned();
+        Err(match (state, closed) {
+            (State::Anchored, Ok(())) => return Ok(()),
+            (State::Anchored, Err(source)) => MakeError::Close { path, source }.into(),
+            (State::Failed(Failure::Place(error)), _) => error.into(),
+            (State::Failed(Failure::Gone(error)), _) => error.into(),
+            (State::Failed(Failure::Refused(why)), _) => MakeError::Anchor(why).into(),
+            (State::Failed(Failure::Unknown(why)), _) => MakeError::Unknown { path, why }.into(),
+            (State::Filling | State::Complete(_), Err(error)) => ToolError::Volume(path, error),
+            (State::Filling | State::Complete(_), Ok(())) => MakeError::NoAnchor(path).into(),
+        })
+    }
+
+    fn publish(&self, place: Place, anchor: &VolumeAnchor) -> Result<(), Failure> {
+        self.holder.still_there().map_err(Failure::Gone)?;
+        let published = place.publish().map_err(Failure::Place)?;
+        match self.holder.anchor(anchor) {
+            Answer::Kept => {
+                published.settle();
+                Ok(())
+            }
+            Answer::Refused(why) => {
+                published.retract();
+                Err(Failure::Refused(why))
+            }
+            // Perhaps it is kept: then the only copy of what it names must not go.
+            Answer::Unknown(why) => {
+                published.settle();
+                Err(Failure::Unknown(why))
+            }
+        }
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Anchors for FirstAnchor {
+    fn keep(&self, anchor: &VolumeAnchor) -> Result<(), AnchorRefused> {
+        let mut state = self.state();
+        match std::mem::replace(&mut *state, State::Filling) {
+            State::Filling => Err(AnchorRefused::Away("the volume is not complete yet".to_owned())),
+            State::Complete(place) => match self.publish(place, anchor) {
+                Ok(()) => {
+                    *state = State::Anchored;
+                    Ok(())
+                }
+                Err(failure) => {
+                    *state = State::Failed(failure);
+                    Err(refused())
+                }
+            },
+            State::Anchored => {
+                *state = State::Anchored;
+                self.holder.keep(anchor)
+            }
+            State::Failed(failure) => {
+                *state = State::Failed(failure);
+                Err(refused())
+            }
+        }
+    }
+}
+
+/// The engine is told that it is over; why, the state knows.
+fn refused() -> AnchorRefused {
+    AnchorRefused::Refused("the volume has no first anchor".to_owned())
+}

@@ -1,0 +1,99 @@
+//! The tool for volumes. It takes a volume's key from an inherited descriptor, never from an argument, the environment or a
+//! file, and gives the new anchors back over it.
+//!
+//! | module | what it holds |
+//! | --- | --- |
+//! | `cli`, `size` | the command line |
+//! | `holder`, `inherit` | the conversation with whoever holds the volume's session |
+//! | `make` | `create` and `import`: a volume that appears whole or not at all |
+//! | `export`, `info`, `check` | the other commands |
+//! | `image`, `blocks` | raw images, and which of their blocks hold something |
+//! | `place` | files that get their name when they are complete |
+//! | `signals` | what an interruption leaves behind: nothing |
+//! | `progress`, `report` | what people and scripts see |
+//! | `error` | why it failed, and the exit codes |
+
+mod blocks;
+mod check;
+mod cli;
+mod error;
+mod export;
+mod holder;
+mod image;
+mod info;
+mod inherit;
+mod make;
+mod place;
+mod progress;
+mod report;
+mod signals;
+mod size;
+
+use cli::{Cli, Command};
+use error::ToolError;
+use fealty_blockcrypt::{FileStore, OpenOptions, Volume};
+use holder::Handover;
+use report::Reporter;
+use signals::Interrupts;
+use std::fs::File;
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::Path;
+use std::process::ExitCode;
+
+/// What every command works with.
+struct Context {
+    keys_fd: Option<i32>,
+    report: Reporter,
+    interrupts: Interrupts,
+}
+
+/// Does what the command line says.
+pub(crate) fn main() -> ExitCode {
+    let cli = match cli::parse() {
+        Ok(cli) => cli,
+        Err(code) => return code,
+    };
+    match perform(cli) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            report::failure(&error);
+            ExitCode::from(error.code())
+        }
+    }
+}
+
+fn perform(cli: Cli) -> Result<(), ToolError> {
+    secretmem::harden_process()?;
+    let interrupts = Interrupts::watch().map_err(ToolError::Signals)?;
+    let context = Context { keys_fd: cli.keys_fd, report: Reporter::new(cli.json), interrupts };
+    match cli.command {
+        Command::Create(words) => make::create(&context, &words),
+        Command::Import(words) => make::import(&context, &words),
+        Command::Export(words) => export::export(&context, &words),
+        Command::Info(words) => info::info(&context, &words),
+        Command::Check(words) => check::check(&context, &words),
+    }
+}
+
+impl Context {
+    /// The volume's grant and key from `--keys-fd`, which `command` can't do without.
+    fn handover(&self, command: &'static str) -> Result<Handover, ToolError> {
+        let fd = self.keys_fd.ok_or(ToolError::NoKeys(command))?;
+        Ok(Handover::receive(inherit::stream(fd)?)?)
+    }
+}
+
+/// The file or device at `path`, for reading; one that is a pipe is not waited for.
+fn open_file(path: &Path) -> Result<File, ToolError> {
+    let opened = std::fs::OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY).open(path);
+    opened.map_err(|e| ToolError::Open(path.to_owned(), e))
+}
+
+/// The volume in `file`, for reading: nothing is written, no anchor moves, others may read it too.
+fn open_volume(path: &Path, file: File, handover: &Handover) -> Result<Volume, ToolError> {
+    let failed = |e| ToolError::Volume(path.to_owned(), e);
+    let store = FileStore::shared(file).map_err(failed)?;
+    let Handover { grant, kek, holder } = handover;
+    let options = OpenOptions { read_only: true };
+    Volume::open(store, grant, kek, options, holder.clone(), holder.clone()).map_err(failed)
+}

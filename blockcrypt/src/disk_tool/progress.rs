@@ -1,0 +1,110 @@
+//! How far something long has come, on standard error: one line that changes on a terminal, a line now and then elsewhere.
+
+use super::size::Bytes;
+use serde::Serialize;
+use std::io::{self, IsTerminal, Write};
+use std::time::{Duration, Instant};
+
+const ON_A_TERMINAL: Duration = Duration::from_millis(200);
+const ELSEWHERE: Duration = Duration::from_secs(10);
+
+/// Tells of one piece of work. Work that is done before the first line is due is not talked about.
+pub(crate) struct Progress {
+    what: &'static str,
+    total: u64,
+    form: Form,
+    begun: Instant,
+    told: Instant,
+    shown: bool,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Form {
+    Terminal,
+    Lines,
+    Json,
+}
+
+#[derive(Serialize)]
+struct Line<'a> {
+    progress: &'a str,
+    done: u64,
+    total: u64,
+    seconds: f64,
+}
+
+impl Progress {
+    /// `what` is the command; `total` its bytes.
+    pub(crate) fn of(what: &'static str, total: u64, json: bool) -> Self {
+        let form = match json {
+            true => Form::Json,
+            false if io::stderr().is_terminal() => Form::Terminal,
+            false => Form::Lines,
+        };
+        let now = Instant::now();
+        Self { what, total, form, begun: now, told: now, shown: false }
+    }
+
+    /// `done` bytes are behind us.
+    pub(crate) fn at(&mut self, done: u64) {
+        let pause = if self.form == Form::Terminal { ON_A_TERMINAL } else { ELSEWHERE };
+        if self.told.elapsed() < pause {
+            return;
+        }
+        self.told = Instant::now();
+        self.shown = true;
+        let text = self.text(done);
+        let mut out = io::stderr().lock();
+        let _ = match self.form {
+            Form::Terminal => write!(out, "\r{text}\x1b[K").and_then(|()| out.flush()),
+            Form::Lines | Form::Json => writeln!(out, "{text}"),
+        };
+    }
+
+    /// Seconds since the work began, never 0.
+    pub(crate) fn seconds(&self) -> f64 {
+        self.begun.elapsed().as_secs_f64().max(1e-6)
+    }
+
+    fn text(&self, done: u64) -> String {
+        let seconds = self.seconds();
+        if self.form == Form::Json {
+            let line = Line { progress: self.what, done, total: self.total, seconds };
+            return serde_json::to_string(&line).unwrap_or_default();
+        }
+        let share = done as f64 * 100.0 / self.total.max(1) as f64;
+        format!("{}: {} of {} ({share:.0} %), {}", self.what, Bytes(done), Bytes(self.total), rate(done, seconds))
+    }
+}
+
+impl Drop for Progress {
+    fn drop(&mut self) {
+        if self.shown && self.form == Form::Terminal {
+            let _ = write!(io::stderr().lock(), "\r\x1b[K");
+        }
+    }
+}
+
+/// Bytes in a time, as a rate.
+pub(crate) fn rate(bytes: u64, seconds: f64) -> String {
+    format!("{:.0} MiB/s", bytes as f64 / seconds / f64::from(1 << 20))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_line_says_how_far_and_how_fast() {
+        let mut progress = Progress::of("import", 4 << 20, false);
+        progress.form = Form::Lines;
+        assert!(progress.text(1 << 20).starts_with("import: 1 MiB of 4 MiB (25 %), "));
+        progress.form = Form::Json;
+        let line: serde_json::Value = serde_json::from_str(&progress.text(7)).expect("JSON");
+        assert_eq!(
+            (&line["progress"], &line["done"], &line["total"]),
+            (&"import".into(), &7.into(), &(4 << 20).into())
+        );
+        assert_eq!(rate(3 << 20, 2.0), "2 MiB/s");
+    }
+}

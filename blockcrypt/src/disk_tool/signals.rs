@@ -1,0 +1,127 @@
+//! What an interruption leaves behind: nothing that looks like a volume or an image.
+#![allow(unsafe_code)]
+
+use super::report;
+use std::ffi::c_int;
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+/// How far the work is: decides what SIGINT, SIGTERM and SIGHUP do. They are taken by a thread of their own, so that they
+/// work whatever the others wait for.
+#[derive(Clone, Default)]
+pub(crate) struct Interrupts(Arc<Mutex<Stage>>);
+
+#[derive(Default)]
+enum Stage {
+    /// Nothing was changed.
+    #[default]
+    Nothing,
+    /// A temporary file is being written.
+    Draft(PathBuf),
+    /// A device is being written.
+    Device(PathBuf),
+    /// It gets its name and its anchor: too late to go back, and soon over. Whether an interruption was asked for.
+    Committing(bool),
+    /// The work is done.
+    Done,
+}
+
+const WATCHED: [c_int; 3] = [libc::SIGINT, libc::SIGTERM, libc::SIGHUP];
+
+impl Interrupts {
+    /// Blocks the signals in this thread, and so in all it makes from now on, and starts the thread that takes them. A signal
+    /// that was ignored before (nohup) stays so. Writing beyond a limit becomes an error instead of a signal.
+    pub(crate) fn watch() -> io::Result<Self> {
+        let signals = take_signals()?;
+        let interrupts = Self::default();
+        let told = interrupts.clone();
+        let wait = move || {
+            while let Some(signal) = next(&signals) {
+                told.interrupted(signal);
+            }
+        };
+        std::thread::Builder::new().name("signals".into()).spawn(wait)?;
+        Ok(interrupts)
+    }
+
+    pub(crate) fn drafting(&self, temporary: &Path) {
+        *self.stage() = Stage::Draft(temporary.to_owned());
+    }
+
+    pub(crate) fn overwriting(&self, device: &Path) {
+        *self.stage() = Stage::Device(device.to_owned());
+    }
+
+    pub(crate) fn committing(&self) {
+        *self.stage() = Stage::Committing(false);
+    }
+
+    /// The temporary file is gone: as if nothing had begun.
+    pub(crate) fn abandoned(&self) {
+        *self.stage() = Stage::Nothing;
+    }
+
+    pub(crate) fn done(&self) {
+        *self.stage() = Stage::Done;
+    }
+
+    fn stage(&self) -> MutexGuard<'_, Stage> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn interrupted(&self, signal: c_int) {
+        // Held until the process has ended, so that no other thread goes on to the next stage.
+        let mut stage = self.stage();
+        match &mut *stage {
+            Stage::Nothing => report::line("interrupted; nothing was changed"),
+            Stage::Draft(temporary) => {
+                let _ = std::fs::remove_file(temporary);
+                report::line("interrupted; nothing was changed");
+            }
+            Stage::Device(device) => {
+                report::line(&format!("interrupted; {} was overwritten in part", device.display()));
+            }
+            Stage::Committing(asked @ false) => {
+                *asked = true;
+                report::line(
+                    "interrupted while the work is being committed: it ends at once; a second time leaves it open",
+                );
+                return;
+            }
+            Stage::Committing(true) => {
+                report::line("interrupted; the file is in its place, but whether its anchor is kept is not known");
+            }
+            Stage::Done => return,
+        }
+        std::process::exit(128 + signal);
+    }
+}
+
+fn take_signals() -> io::Result<libc::sigset_t> {
+    // SAFETY: an all-zero sigset_t may be handed to sigemptyset, which initialises it; sigaction with a null new action only
+    // writes the old one, to a live and sufficiently large place, all-zero before; SIG_IGN is a disposition that runs no code.
+    unsafe {
+        libc::signal(libc::SIGXFSZ, libc::SIG_IGN);
+        let mut set: libc::sigset_t = std::mem::zeroed();
+        libc::sigemptyset(&raw mut set);
+        for signal in WATCHED {
+            let mut old: libc::sigaction = std::mem::zeroed();
+            let known = libc::sigaction(signal, std::ptr::null(), &raw mut old) == 0;
+            if !(known && old.sa_sigaction == libc::SIG_IGN) {
+                libc::sigaddset(&raw mut set, signal);
+            }
+        }
+        match libc::pthread_sigmask(libc::SIG_BLOCK, &raw const set, std::ptr::null_mut()) {
+            0 => Ok(set),
+            error => Err(io::Error::from_raw_os_error(error)),
+        }
+    }
+}
+
+fn next(signals: &libc::sigset_t) -> Option<c_int> {
+    let mut signal = 0;
+    // SAFETY: both pointers are to live values; the set was initialised by sigemptyset.
+    let error = unsafe { libc::sigwait(signals, &raw mut signal) };
+    (error == 0).then_some(signal)
+}
