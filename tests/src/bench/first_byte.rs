@@ -49,8 +49,13 @@ impl Speaking {
         Ok(told)
     }
 
-    /// Asks it to end, twice as fealty understands it, and waits.
+    /// Asks it to end, twice as fealty understands it, and waits. It must not have ended before.
     pub(super) fn stop(mut self) -> Result<(), BenchError> {
+        if let Ok(Some(_)) = self.child.try_wait() {
+            let name = self.name.clone();
+            self.end()?;
+            return Err(BenchError::Failed(name, "no error".into(), "it ended while its guest slept".into()));
+        }
         if let Some(pid) = rustix::process::Pid::from_raw(self.child.id().cast_signed()) {
             for _ in 0..2 {
                 let _ = rustix::process::kill_process(pid, rustix::process::Signal::TERM);

@@ -135,15 +135,32 @@ pub(super) struct Protected {
 
 impl Protected {
     pub(super) fn new() -> Result<Self, BenchError> {
-        let lab = Lab::new(&Plan { words: ENDS.into(), ..Plan::default() });
+        let lab = Lab::new(&Plan::default());
         let mut service = Command::new(program("fealty-host"));
         service.args(["tpm", "--tcti", &lab.tpm.tcti(), "--runtime-dir", &lab.text("run")]);
         service.args(["--firmware-log", &lab.text("firmware.log"), "--ima-log", &lab.text("ima.log")]);
         let service = Background::start(&mut service);
         let (tpm, tls) = (TpmAlone::start()?, TlsAlone::new(&lab.url(), &lab.path("keys/ca.pem"))?);
+        let this = Self { lab, _service: service, tpm, tls };
+        this.seal(ENDS)?;
         // The first attestation activates the AK; later ones find it known.
-        once(&mut lab.vm(&[]))?;
-        Ok(Self { lab, _service: service, tpm, tls })
+        once(&mut this.lab.vm(&[]))?;
+        Ok(this)
+    }
+
+    /// Makes the laboratory's VM as large as the others, and its guest do `words`.
+    fn seal(&self, words: &str) -> Result<(), BenchError> {
+        let config = serde_json::json!({
+            "cpus": {"boot_vcpus": 1},
+            "memory": {"size": MEMORY_SIZE},
+            "payload": {"kernel": {"name": "guest"}, "cmdline": command_line(words)},
+            "disks": [{"id": "root", "volume": self.lab.volume_id(), "anchor_mode": "interval"}],
+        });
+        let (path, out) = (self.lab.path("store/bench.json"), self.lab.text("store/payroll.vm"));
+        std::fs::write(&path, config.to_string()).map_err(|error| BenchError::Io(path, error))?;
+        let config = self.lab.text("store/bench.json");
+        self.lab.keys(&["vm", "seal", "acme", "payroll", "--config", &config, "--out", &out]).good();
+        Ok(())
     }
 }
 
@@ -151,7 +168,7 @@ fn measure_memory(plain: &Plain, protected: Option<&Protected>, printer: &mut Pr
     let stays = || plain.run("stays");
     processes("unattested", || settled(&mut stays()), printer)?;
     let Some(protected) = protected else { return Ok(()) };
-    protected.lab.seal(STAYS, "interval");
+    protected.seal(STAYS)?;
     processes("attested", || settled(&mut protected.lab.vm(&[])), printer)?;
     let service = memory::find(&["fealty-host", "tpm", &protected.lab.tpm.tcti()])
         .ok_or(BenchError::Memory("the TPM service".into()))?;
@@ -182,6 +199,7 @@ fn settled(command: &mut Command) -> Result<Memory, BenchError> {
     let speaking = first_byte::start(command)?;
     std::thread::sleep(SETTLED);
     let measured = memory::without_guest(speaking.pid());
+    // A process that ended says more than its empty memory does.
     speaking.stop()?;
     measured
 }
