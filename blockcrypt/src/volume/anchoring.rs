@@ -16,6 +16,7 @@ pub(crate) struct Anchoring {
     anchors: Arc<dyn Anchors>,
     events: Arc<dyn Events>,
     mode: AnchorMode,
+    patience: Duration,
     keeping: Mutex<()>,
     state: Mutex<State>,
     changed: Condvar,
@@ -51,7 +52,15 @@ impl Anchoring {
             keys_wiped: false,
             stopped: false,
         };
-        Self { anchors, events, mode, keeping: Mutex::new(()), state: Mutex::new(state), changed: Condvar::new() }
+        Self {
+            anchors,
+            events,
+            mode,
+            patience: PATIENCE,
+            keeping: Mutex::new(()),
+            state: Mutex::new(state),
+            changed: Condvar::new(),
+        }
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
@@ -122,7 +131,7 @@ impl Anchoring {
     /// Keeps the newest state before it returns, whatever the mode; from now on the volume has an anchor.
     pub(crate) fn keep_now(&self) -> Result<(), VolumeError> {
         self.state().silent = false;
-        self.keep(Some(PATIENCE))
+        self.keep(Some(self.patience))
     }
 
     /// Asks until the newest state is kept, or refused, or the keys are gone, or for `patience`.
@@ -184,7 +193,7 @@ impl Anchoring {
 
     /// Waits while the provider has not answered for long.
     fn wait_if_late(&self) -> Result<(), VolumeError> {
-        let late = |s: &State| s.late_since.is_some_and(|since| since.elapsed() >= PATIENCE) && !s.silent;
+        let late = |s: &State| s.late_since.is_some_and(|since| since.elapsed() >= self.patience) && !s.silent;
         let mut state = self.state();
         if late(&state) {
             self.events.note("FLUSH waits: the provider has kept no anchor of this volume for 30 s");
@@ -200,5 +209,115 @@ impl Anchoring {
         }
         drop(state);
         self.check()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::Nobody;
+    use std::sync::mpsc;
+
+    fn anchor(epoch: u8) -> VolumeAnchor {
+        let mut bytes = [0; VolumeAnchor::LENGTH];
+        (bytes[0], bytes[23], bytes[31]) = (1, 1, epoch);
+        VolumeAnchor::from_bytes(&bytes).expect("an anchor")
+    }
+
+    /// A provider who answers each anchor when the test says what.
+    struct Slow {
+        asked: mpsc::SyncSender<VolumeAnchor>,
+        answers: Mutex<mpsc::Receiver<Result<(), AnchorRefused>>>,
+    }
+
+    impl Anchors for Slow {
+        fn keep(&self, anchor: &VolumeAnchor) -> Result<(), AnchorRefused> {
+            self.asked.send(anchor.clone()).map_err(|_| AnchorRefused::Away("over".to_owned()))?;
+            self.answers.lock().expect("one").recv().unwrap_or(Err(AnchorRefused::Away("over".to_owned())))
+        }
+    }
+
+    type Ends = (Arc<Anchoring>, mpsc::Receiver<VolumeAnchor>, mpsc::Sender<Result<(), AnchorRefused>>);
+
+    fn anchoring(mode: AnchorMode) -> Ends {
+        let (asked, heard) = mpsc::sync_channel(8);
+        let (answer, answers) = mpsc::channel();
+        let slow = Arc::new(Slow { asked, answers: Mutex::new(answers) });
+        let mut made = Anchoring::new(slow, Arc::new(Nobody), mode, Some(anchor(1)));
+        made.patience = Duration::from_millis(60);
+        (Arc::new(made), heard, answer)
+    }
+
+    #[test]
+    fn in_mode_interval_flush_waits_only_when_the_provider_is_silent_for_long() {
+        let (ours, heard, answer) = anchoring(AnchorMode::Interval);
+        ours.after_flush().expect("nothing to anchor");
+        ours.durable(anchor(2));
+        let thread = {
+            let ours = ours.clone();
+            std::thread::spawn(move || ours.tick())
+        };
+        assert_eq!(heard.recv().expect("asked"), anchor(2));
+        std::thread::sleep(Duration::from_millis(80));
+        let flush = {
+            let ours = ours.clone();
+            std::thread::spawn(move || ours.after_flush())
+        };
+        std::thread::sleep(Duration::from_millis(80));
+        assert!(!flush.is_finished(), "late: it waits");
+        answer.send(Ok(())).expect("heard");
+        flush.join().expect("joined").expect("goes on");
+        thread.join().expect("joined");
+        assert_eq!(ours.kept(), Some(anchor(2)));
+    }
+
+    #[test]
+    fn a_flush_that_waits_goes_on_with_an_error_when_keys_go_or_the_volume_does() {
+        for stop in [false, true] {
+            let (ours, _heard, _answer) = anchoring(AnchorMode::Interval);
+            ours.durable(anchor(2));
+            std::thread::sleep(Duration::from_millis(80));
+            let flush = {
+                let ours = ours.clone();
+                std::thread::spawn(move || ours.after_flush())
+            };
+            std::thread::sleep(Duration::from_millis(50));
+            if stop {
+                ours.stop()
+            } else {
+                ours.set_wiped(true)
+            }
+            let ended = flush.join().expect("joined");
+            assert!(matches!(ended, Err(VolumeError::NoKeys | VolumeError::Closed)), "{ended:?}");
+        }
+    }
+
+    #[test]
+    fn a_state_that_became_durable_meanwhile_is_late_from_then_on() {
+        let (ours, heard, answer) = anchoring(AnchorMode::Interval);
+        ours.durable(anchor(2));
+        let thread = {
+            let ours = ours.clone();
+            std::thread::spawn(move || ours.tick())
+        };
+        heard.recv().expect("asked");
+        ours.durable(anchor(3));
+        answer.send(Ok(())).expect("heard");
+        thread.join().expect("joined");
+        assert!(ours.state().late_since.is_some() && ours.kept() == Some(anchor(2)));
+        answer.send(Ok(())).expect("heard");
+        ours.tick();
+        assert!(ours.state().late_since.is_none() && ours.kept() == Some(anchor(3)));
+    }
+
+    #[test]
+    fn keep_now_gives_up_after_its_patience() {
+        let (ours, _heard, answer) = anchoring(AnchorMode::Close);
+        ours.durable(anchor(2));
+        for _ in 0..8 {
+            answer.send(Err(AnchorRefused::Away("no route".to_owned()))).expect("heard");
+        }
+        assert!(matches!(ours.keep_now(), Err(VolumeError::Anchor(AnchorRefused::Away(_)))));
+        assert_eq!(ours.kept(), Some(anchor(1)));
     }
 }

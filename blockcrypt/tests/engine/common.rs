@@ -166,7 +166,6 @@ struct Sim {
     /// New blocks that the store has room for.
     room: Option<u64>,
     touched: std::collections::HashSet<u64>,
-    pub(crate) syncs: u64,
 }
 
 impl SimStore {
@@ -194,10 +193,6 @@ impl SimStore {
     /// Only so many more blocks that were never written find room.
     pub(crate) fn limit(&self, blocks: Option<u64>) {
         lock(&self.0).room = blocks;
-    }
-
-    pub(crate) fn syncs(&self) -> u64 {
-        lock(&self.0).syncs
     }
 
     /// Power comes back.
@@ -271,7 +266,6 @@ impl Store for SimStore {
     fn sync_data(&self) -> io::Result<()> {
         let mut sim = lock(&self.0);
         sim.power()?;
-        sim.syncs += 1;
         for (sector, versions) in std::mem::take(&mut sim.unsynced) {
             if let Some(last) = versions.last() {
                 sim.durable[sector * SECTOR..][..SECTOR].copy_from_slice(last);

@@ -2,6 +2,7 @@
 
 mod anchors;
 mod common;
+mod fuzz;
 mod kill;
 mod model;
 mod requests;
