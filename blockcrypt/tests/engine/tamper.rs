@@ -317,3 +317,81 @@ fn a_block_that_fails_can_be_written_anew_and_the_rest_goes_on() {
     }
     panic!("no block of data was found");
 }
+
+/// The block of the store that changed between two looks at it; the log apart.
+fn changed(before: &[u8], after: &[u8]) -> usize {
+    let differs = |b: &usize| before[b * BLOCK..][..BLOCK] != after[b * BLOCK..][..BLOCK];
+    let log_end = 2 + (8 * MIB as usize / BLOCK) / 64;
+    let all: Vec<usize> = (log_end..before.len() / BLOCK).filter(differs).collect();
+    assert_eq!(all.len(), 1, "{all:?}");
+    all[0]
+}
+
+/// A store that drops a block which the process had seen durable, and whose predecessor was overwritten since: gone is gone.
+#[test]
+fn a_block_whose_every_version_is_gone_is_an_error_and_takes_no_other_with_it() {
+    let (provider, store) = (Provider::new(AnchorMode::Close), SimStore::new());
+    let at = |lba: u64| lba * BLOCK as u64;
+    let volume = provider.create(store.clone(), 8 * MIB).expect("a volume");
+    // Several times, so that it lies where another block will go by itself.
+    for _ in 0..5 {
+        volume.write(at(5), &fill(5, 0)).expect("written");
+    }
+    let before = store.bytes();
+    volume.write(at(5), &fill(5, 1)).expect("written");
+    let old_place = changed(&before, &store.bytes());
+    volume.close().expect("closed");
+    drop(volume);
+
+    let volume = provider.open(store.clone()).expect("opens");
+    let before = store.bytes();
+    volume.write(at(5), &fill(5, 2)).expect("written");
+    let new_place = changed(&before, &store.bytes());
+    volume.flush().expect("flushed: the old place is free now");
+    // Other blocks follow until one takes the old place, and then until the log is written, without a FLUSH.
+    let mut thief = None;
+    for lba in (8..1600).step_by(2) {
+        let before = store.bytes();
+        volume.write(at(lba), &fill(lba, 3)).expect("written");
+        if thief.is_none() && before[old_place * BLOCK..][..BLOCK] != store.bytes()[old_place * BLOCK..][..BLOCK] {
+            thief = Some(lba);
+        }
+        if thief.is_some() {
+            break;
+        }
+    }
+    let thief = thief.expect("one took the old place");
+    for i in 0..1100 {
+        let lba = 1700 + i % 300;
+        volume.write(at(lba), &fill(lba, 4)).expect("written");
+    }
+    drop(volume);
+    let mut bytes = store.bytes();
+    bytes[new_place * BLOCK..][..BLOCK].fill(0);
+    store.set(bytes);
+
+    let is_gone = |volume: &Volume| {
+        let mut found = vec![0; BLOCK];
+        matches!(volume.read(at(5), &mut found), Err(VolumeError::Integrity { lba: 5 }))
+    };
+    let volume = provider.open(store.clone()).expect("opens");
+    assert!(is_gone(&volume));
+    assert!(provider.heard().iter().any(|e| e.starts_with("integrity Some(5)")));
+    volume.close().expect("closed");
+    drop(volume);
+    let volume = provider.open(store.clone()).expect("opens");
+    assert!(is_gone(&volume), "also in the next life");
+    let report = volume.check(&mut |_| {}).expect("checked");
+    assert_eq!((report.bad_blocks, report.problems, report.leaked_blocks), (1, 0, 0));
+    volume.write(at(5), &fill(5, 6)).expect("written anew");
+    for lba in 500..700 {
+        volume.write(at(lba), &fill(lba, 7)).expect("written");
+        volume.flush().expect("flushed");
+    }
+    let mut found = vec![0; BLOCK];
+    volume.read(at(5), &mut found).expect("read");
+    assert!(found == fill(5, 6));
+    volume.read(at(thief), &mut found).expect("read");
+    assert!(found == fill(thief, if (500..700).contains(&thief) { 7 } else { 3 }));
+    crate::common::check_good(&volume);
+}
