@@ -2,7 +2,7 @@
 
 use std::fs::read_to_string;
 
-/// Processor, cores, memory, kernel, and whether KVM has the processor's help, in one line.
+/// Processor, cores, memory, kernel, whether KVM has the processor's help, and how busy it is before it begins, in one line.
 pub(super) fn describe() -> String {
     let text = |path: &str| read_to_string(path).unwrap_or_default();
     let cpus = text("/proc/cpuinfo");
@@ -21,5 +21,7 @@ pub(super) fn describe() -> String {
         _ => "KVM without VT-x or SVM (the guest's ring 0 is emulated)",
     };
     let gib = (kib as f64 / f64::from(1 << 20)).round();
-    format!("{}, {cores} cores, {gib} GiB, Linux {}, {kvm}", field("model name"), kernel.trim())
+    let load = text("/proc/loadavg");
+    let load = load.split(' ').next().unwrap_or_default();
+    format!("{}, {cores} cores, {gib} GiB, Linux {}, {kvm}, load {load}", field("model name"), kernel.trim())
 }
