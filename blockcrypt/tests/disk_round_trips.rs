@@ -1,0 +1,163 @@
+//! `fealty-disk`: what goes in comes out, and what it says about it is so.
+
+mod disk_support;
+
+use disk_support::{Folder, Keeper, Manner, alone, image, room};
+use std::fs;
+
+const FILLED: [usize; 7] = [0, 1, 2, 77, 300, 1023, 1279];
+
+#[test]
+fn an_imported_image_is_exported_as_it_was() {
+    let folder = Folder::new();
+    let mut content = image(1280, &FILLED);
+    content.extend([9; 512]);
+    let (from, volume, to) = (folder.write("from.img", &content), folder.name("a.vol"), folder.name("to.img"));
+    let mut keeper = Keeper::new();
+
+    let made = keeper.json(&["import", &from, &volume]);
+    assert_eq!(made["size"], content.len());
+    assert_eq!(made["data"], FILLED.len() * 4096 + 512);
+    assert_eq!(made["volume"], keeper.volume.to_string());
+    let stored = fs::read(&volume).expect("there");
+    assert!(!stored.windows(10).any(|w| w == b"plain text"), "plain text in the volume");
+    assert!(room(&folder.path("a.vol")) < 2 << 20, "zeroes take up room");
+
+    let exported = keeper.json(&["export", &volume, &to]);
+    assert_eq!(exported["data"], FILLED.len() * 4096 + 512);
+    assert!(fs::read(&to).expect("there") == content);
+    assert!(room(&folder.path("to.img")) < 1 << 20, "the image is not sparse");
+    assert_eq!(folder.names(), ["a.vol", "from.img", "to.img"]);
+}
+
+#[test]
+fn pipes_do_as_well_as_files() {
+    let folder = Folder::new();
+    let content = image(300, &[0, 5, 299]);
+    let (from, volume) = (folder.write("from.img", &content), folder.name("a.vol"));
+    let mut keeper = Keeper::new();
+    let size = content.len().to_string();
+    let words = ["import", "-", &volume, "--size", &size];
+    let made = keeper.run_with(&words, Manner::Good, &format!("exec <{from}"));
+    assert_eq!(made.code, 0, "{}", made.error);
+    let exported = keeper.run(&["export", &volume, "-"]);
+    assert!(exported.code == 0 && exported.out == content);
+    assert!(exported.error.starts_with("exported volume "), "its report goes elsewhere: {}", exported.error);
+}
+
+#[test]
+fn a_larger_volume_is_zero_behind_the_image() {
+    let folder = Folder::new();
+    let content = &image(3, &[0, 1, 2])[..10_000];
+    let (from, volume) = (folder.write("from.img", content), folder.name("a.vol"));
+    let mut keeper = Keeper::new();
+    keeper.good(&["import", &from, &volume, "--size", "64K"]);
+    let out = keeper.good(&["export", &volume, "-"]);
+    assert!(out.len() == 64 << 10 && out[..10_000] == *content && out[10_000..].iter().all(|b| *b == 0));
+}
+
+#[test]
+fn a_new_volume_is_empty_whole_and_described() {
+    let folder = Folder::new();
+    let volume = folder.name("a.vol");
+    let mut keeper = Keeper::new();
+    let made = keeper.run(&["create", &volume, "--size", "8M"]);
+    assert_eq!((made.code, made.anchors.len()), (0, 1), "{}", made.error);
+    assert!(keeper.good(&["export", &volume, "-"]) == vec![0; 8 << 20]);
+
+    let seen = alone(&["info", &volume, "--json"], "");
+    let facts: serde_json::Value = serde_json::from_slice(&seen.out).expect("JSON");
+    assert_eq!(facts["authenticated"], false);
+    assert_eq!((&facts["size"], &facts["closed"]), (&(8 << 20).into(), &true.into()));
+    assert_eq!(facts["anchor"], serde_json::to_value(&made.anchors[0]).expect("JSON"));
+    let known = keeper.json(&["info", &volume]);
+    assert_eq!((&known["authenticated"], &known["size"]), (&true.into(), &(8 << 20).into()));
+    assert_eq!(known["volume"], facts["volume"]);
+    let text = String::from_utf8(keeper.good(&["info", &volume])).expect("text");
+    assert!(text.contains(&keeper.volume.to_string()) && text.contains("8 MiB"), "{text}");
+
+    let checked = keeper.json(&["check", &volume]);
+    assert_eq!((&checked["good"], &checked["data_blocks"]), (&true.into(), &0.into()));
+}
+
+#[test]
+fn looking_changes_neither_volume_nor_anchor() {
+    let folder = Folder::new();
+    let (from, volume) = (folder.write("from.img", &image(64, &[3])), folder.name("a.vol"));
+    let mut keeper = Keeper::new();
+    keeper.good(&["import", &from, &volume]);
+    let before = fs::read(&volume).expect("there");
+    for words in [vec!["info", &volume], vec!["check", &volume], vec!["export", &volume, "-"]] {
+        let ended = keeper.run(&words);
+        assert!(ended.code == 0 && ended.anchors.is_empty() && ended.events.is_empty(), "{words:?}: {ended:?}");
+    }
+    assert!(fs::read(&volume).expect("there") == before);
+}
+
+#[test]
+fn check_finds_every_flipped_bit_of_the_data_and_names_its_block() {
+    let folder = Folder::new();
+    let filled = [0, 1, 2, 9, 70, 71, 127];
+    let (from, volume) = (folder.write("from.img", &image(128, &filled)), folder.name("a.vol"));
+    let mut keeper = Keeper::new();
+    keeper.good(&["import", &from, &volume]);
+    let good = fs::read(&volume).expect("there");
+    let mut named = Vec::new();
+    let mut other = 0;
+    for (at, block) in good.chunks(4096).enumerate().filter(|(_, block)| block.iter().any(|b| *b != 0)) {
+        let mut bad = good.clone();
+        bad[at * 4096 + at % block.len()] ^= 1 << (at % 8);
+        fs::write(&volume, &bad).expect("written");
+        let ended = keeper.run(&["check", &volume, "--json"]);
+        let lines: Vec<serde_json::Value> =
+            ended.out.split(|b| *b == b'\n').filter_map(|line| serde_json::from_slice(line).ok()).collect();
+        match lines.first().and_then(|line| line.get("bad")) {
+            Some(bad) => {
+                ended.failed(3);
+                assert_eq!((&bad["first"], &bad["physical"]), (&bad["last"], &at.into()));
+                assert!(ended.events[0].contains(&format!("block {}", bad["first"])), "{:?}", ended.events);
+                named.push(bad["first"].as_u64().expect("a number") as usize);
+                // Neither does an export pass it over, nor leave an image.
+                let to = folder.name("to.img");
+                let line = keeper.run(&["export", &volume, &to]);
+                assert!(line.failed(3).contains(&format!("block {}", bad["first"])));
+                assert!(!folder.path("to.img").exists());
+            }
+            // A page of the map, or a spare copy of the superblock: never an image that is wrong.
+            None => {
+                other += usize::from(ended.code == 3);
+                let out = keeper.run(&["export", &volume, "-"]);
+                assert!(out.code == 3 || out.out == fs::read(&from).expect("there"), "block {at}");
+            }
+        }
+    }
+    named.sort_unstable();
+    assert_eq!(named, filled);
+    assert!(other > 0, "no page of the map was hit");
+}
+
+#[test]
+fn force_replaces_a_volume_and_an_image() {
+    let folder = Folder::new();
+    let (from, volume, to) = (folder.write("from.img", &image(16, &[3])), folder.name("a.vol"), folder.name("to.img"));
+    let mut keeper = Keeper::new();
+    keeper.good(&["create", &volume, "--size", "1M"]);
+    let mut second = Keeper::new();
+    second.good(&["import", &from, &volume, "--force"]);
+    fs::write(&to, "old").expect("written");
+    second.good(&["export", &volume, &to, "--force"]);
+    assert!(fs::read(&to).expect("there") == image(16, &[3]));
+    assert_eq!(folder.names(), ["a.vol", "from.img", "to.img"]);
+}
+
+#[test]
+fn help_teaches_and_needs_no_keys() {
+    for words in [vec!["--help"], vec!["import", "--help"], vec!["--version"]] {
+        let ended = alone(&words, "");
+        assert!(ended.code == 0 && !ended.out.is_empty() && ended.error.is_empty(), "{words:?}");
+    }
+    let text = String::from_utf8(alone(&["--help"], "").out).expect("text");
+    for needed in ["fealty-keys volume exec", "Exit codes:", "Examples:"] {
+        assert!(text.contains(needed), "{needed} is missing");
+    }
+}

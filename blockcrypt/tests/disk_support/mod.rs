@@ -1,0 +1,280 @@
+//! The holder's side of `--keys-fd` for tests: what `fealty-keys volume exec` and its provider do, with every way to misbehave.
+#![allow(dead_code, reason = "each test uses a part")]
+
+use policy::disk::{CipherSuite, DiskSession, HolderAnswer, ToolMessage, VolumeGrant};
+use policy::{AnchorMode, KeyId, OpenNumber, VolumeAnchor, VolumeId};
+use std::io::{Read, Write};
+use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixStream;
+use std::os::unix::process::ExitStatusExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::thread::JoinHandle;
+
+/// One volume's keeper: its key, its numbers, its newest anchor.
+#[derive(Clone)]
+pub(crate) struct Keeper {
+    pub(crate) volume: VolumeId,
+    pub(crate) kek: [u8; 32],
+    pub(crate) opened: u64,
+    pub(crate) anchor: Option<VolumeAnchor>,
+    pub(crate) mode: AnchorMode,
+}
+
+/// What the holder does with the tool.
+#[derive(Clone)]
+pub(crate) enum Manner {
+    /// All as it should be.
+    Good,
+    /// Sends these bytes instead of a hand-over, then hangs up.
+    Says(Vec<u8>),
+    /// Hands over, then hangs up.
+    Leaves,
+    /// Refuses every anchor.
+    RefusesAnchors,
+    /// Hangs up when the anchor comes.
+    LeavesAtAnchor,
+    /// Answers an anchor with nonsense.
+    BabblesAtAnchor,
+    /// Kills the tool (SIGKILL) when the anchor comes, and does not keep it.
+    KillsAtAnchor,
+    /// Refuses every event.
+    Deaf,
+}
+
+/// How a run ended.
+#[derive(Debug)]
+pub(crate) struct Ended {
+    /// The exit code, or 128 + the signal.
+    pub(crate) code: i32,
+    pub(crate) out: Vec<u8>,
+    pub(crate) error: String,
+    /// Anchors that were asked for, kept or not.
+    pub(crate) anchors: Vec<VolumeAnchor>,
+    pub(crate) events: Vec<String>,
+}
+
+impl Keeper {
+    pub(crate) fn new() -> Self {
+        Self { volume: VolumeId::random(), kek: [0x4b; 32], opened: 0, anchor: None, mode: AnchorMode::Interval }
+    }
+
+    /// Runs the tool, keeps the anchor that it sent, and says how it ended.
+    pub(crate) fn run(&mut self, words: &[&str]) -> Ended {
+        self.run_with(words, Manner::Good, "")
+    }
+
+    /// The same with a holder of some `manner`, and a piece of shell before the tool: redirections, limits.
+    pub(crate) fn run_with(&mut self, words: &[&str], manner: Manner, shell: &str) -> Ended {
+        let keeps = matches!(manner, Manner::Good | Manner::Deaf);
+        let ended = self.start(words, manner, shell).end();
+        if let Some(anchor) = ended.anchors.last().filter(|_| keeps) {
+            self.anchor = Some(anchor.clone());
+        }
+        ended
+    }
+
+    /// Runs the tool, which must succeed; its standard output.
+    pub(crate) fn good(&mut self, words: &[&str]) -> Vec<u8> {
+        let ended = self.run(words);
+        assert_eq!(ended.code, 0, "{words:?}: {}", ended.error);
+        ended.out
+    }
+
+    /// Runs the tool with `--json`; its last line.
+    pub(crate) fn json(&mut self, words: &[&str]) -> serde_json::Value {
+        let out = self.good(&[words, &["--json"]].concat());
+        let text = String::from_utf8(out).expect("text");
+        serde_json::from_str(text.lines().last().expect("a line")).expect("JSON")
+    }
+
+    /// Starts the tool with the next open number.
+    pub(crate) fn start(&mut self, words: &[&str], manner: Manner, shell: &str) -> Running {
+        self.opened += 1;
+        let (ours, theirs) = UnixStream::pair().expect("a pair");
+        // The shell moves its standard input, the socket, to descriptor 7: nothing to inherit is ever open in this process, so
+        // tests that run at the same time don't get it.
+        let script = format!("exec 7<&0 </dev/null; {shell}\nexec \"$0\" \"$@\" --keys-fd 7");
+        let child = Command::new("sh")
+            .arg("-c")
+            .arg(script)
+            .arg(env!("CARGO_BIN_EXE_fealty-disk"))
+            .args(words)
+            .stdin(Stdio::from(OwnedFd::from(theirs)))
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .expect("starts");
+        let handover = self.handover();
+        let pid = child.id();
+        let holder = std::thread::spawn(move || hold(ours, &handover, &manner, pid));
+        Running { child, holder }
+    }
+
+    /// A good hand-over, under the newest open number.
+    pub(crate) fn handover(&self) -> Vec<u8> {
+        let grant = VolumeGrant {
+            volume: self.volume,
+            customer: "acme".parse().expect("a name"),
+            cipher: CipherSuite::Aes256XtsHmacSha256,
+            kek_id: KeyId(1),
+            key_id: KeyId(2),
+            open_number: OpenNumber::try_from(self.opened).expect("a number"),
+            anchor: self.anchor.clone(),
+            anchor_mode: self.mode,
+        };
+        let mut out = framed(&serde_json::to_vec(&DiskSession { grant }).expect("JSON"));
+        out.extend(self.kek);
+        out
+    }
+}
+
+/// The tool at work.
+pub(crate) struct Running {
+    child: Child,
+    holder: JoinHandle<(Vec<VolumeAnchor>, Vec<String>)>,
+}
+
+impl Running {
+    pub(crate) fn signal(&self, signal: rustix::process::Signal) {
+        let pid = rustix::process::Pid::from_raw(self.child.id() as i32).expect("a process");
+        rustix::process::kill_process(pid, signal).expect("alive");
+    }
+
+    pub(crate) fn end(self) -> Ended {
+        let output = self.child.wait_with_output().expect("ends");
+        let (anchors, events) = self.holder.join().expect("the holder ends");
+        let code = output.status.code().or(output.status.signal().map(|s| 128 + s)).expect("a code or a signal");
+        Ended { code, out: output.stdout, error: String::from_utf8_lossy(&output.stderr).into_owned(), anchors, events }
+    }
+}
+
+impl Ended {
+    /// The tool failed with `code` and one line, which it returns.
+    #[track_caller]
+    pub(crate) fn failed(&self, code: i32) -> &str {
+        assert_eq!(self.code, code, "{}", self.error);
+        let line = self.error.strip_suffix('\n').unwrap_or_default();
+        assert!(line.starts_with("fealty-disk: ") && !line.contains('\n'), "not one line: {:?}", self.error);
+        line
+    }
+}
+
+fn hold(mut stream: UnixStream, handover: &[u8], manner: &Manner, pid: u32) -> (Vec<VolumeAnchor>, Vec<String>) {
+    let (mut anchors, mut events) = (Vec::new(), Vec::new());
+    let sent = match manner {
+        Manner::Says(bytes) => stream.write_all(bytes),
+        _ => stream.write_all(handover),
+    };
+    if sent.is_err() || matches!(manner, Manner::Says(_) | Manner::Leaves) {
+        return (anchors, events);
+    }
+    while let Some(text) = receive(&mut stream) {
+        let refusal = HolderAnswer::Refused("another holder has it".to_owned());
+        let answer = match serde_json::from_slice(&text).expect("a message") {
+            ToolMessage::Anchor(anchor) => {
+                anchors.push(anchor);
+                match manner {
+                    Manner::RefusesAnchors => refusal,
+                    Manner::LeavesAtAnchor => break,
+                    Manner::BabblesAtAnchor => {
+                        stream.write_all(&framed(b"\"perhaps\"")).expect("sent");
+                        break;
+                    }
+                    Manner::KillsAtAnchor => {
+                        let pid = rustix::process::Pid::from_raw(pid as i32).expect("a process");
+                        rustix::process::kill_process(pid, rustix::process::Signal::KILL).expect("alive");
+                        break;
+                    }
+                    _ => HolderAnswer::Kept,
+                }
+            }
+            ToolMessage::Event(text) => {
+                events.push(text);
+                if matches!(manner, Manner::Deaf) { refusal } else { HolderAnswer::Kept }
+            }
+        };
+        let answer = framed(&serde_json::to_vec(&answer).expect("JSON"));
+        if stream.write_all(&answer).is_err() {
+            break;
+        }
+    }
+    (anchors, events)
+}
+
+fn receive(stream: &mut UnixStream) -> Option<Vec<u8>> {
+    let mut length = [0; 4];
+    stream.read_exact(&mut length).ok()?;
+    let mut text = vec![0; u32::from_be_bytes(length) as usize];
+    assert!(text.len() <= policy::disk::MESSAGE_LIMIT);
+    stream.read_exact(&mut text).ok()?;
+    Some(text)
+}
+
+pub(crate) fn framed(text: &[u8]) -> Vec<u8> {
+    let mut out = (text.len() as u32).to_be_bytes().to_vec();
+    out.extend(text);
+    out
+}
+
+/// Runs the tool without a holder, as `shell` has it.
+pub(crate) fn alone(words: &[&str], shell: &str) -> Ended {
+    let output = Command::new("sh")
+        .arg("-c")
+        .arg(format!("{shell}\nexec \"$0\" \"$@\""))
+        .arg(env!("CARGO_BIN_EXE_fealty-disk"))
+        .args(words)
+        .stdin(Stdio::null())
+        .output()
+        .expect("runs");
+    let error = String::from_utf8_lossy(&output.stderr).into_owned();
+    Ended { code: output.status.code().expect("a code"), out: output.stdout, error, anchors: vec![], events: vec![] }
+}
+
+/// A folder, and the names in it as text.
+pub(crate) struct Folder(tempfile::TempDir);
+
+impl Folder {
+    pub(crate) fn new() -> Self {
+        Self(tempfile::tempdir().expect("a folder"))
+    }
+
+    pub(crate) fn path(&self, name: &str) -> PathBuf {
+        self.0.path().join(name)
+    }
+
+    pub(crate) fn name(&self, name: &str) -> String {
+        self.path(name).to_str().expect("text").to_owned()
+    }
+
+    /// Every name in it, in order.
+    pub(crate) fn names(&self) -> Vec<String> {
+        let entries = std::fs::read_dir(self.0.path()).expect("a folder");
+        let mut names: Vec<_> =
+            entries.map(|e| e.expect("an entry").file_name().into_string().expect("text")).collect();
+        names.sort();
+        names
+    }
+
+    /// Writes a file; its name.
+    pub(crate) fn write(&self, name: &str, content: &[u8]) -> String {
+        std::fs::write(self.path(name), content).expect("written");
+        self.name(name)
+    }
+}
+
+/// `blocks` blocks of 4096 bytes: those in `filled` hold a text of their own, the others nothing.
+pub(crate) fn image(blocks: usize, filled: &[usize]) -> Vec<u8> {
+    let mut out = vec![0; blocks * 4096];
+    for block in filled {
+        let text = format!("plain text of block {block}. ");
+        let bytes = text.bytes().cycle();
+        out[block * 4096..(block + 1) * 4096].iter_mut().zip(bytes).for_each(|(to, from)| *to = from);
+    }
+    out
+}
+
+/// How many bytes a file takes up.
+pub(crate) fn room(path: &Path) -> u64 {
+    std::os::unix::fs::MetadataExt::blocks(&std::fs::metadata(path).expect("there")) * 512
+}
