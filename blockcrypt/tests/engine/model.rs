@@ -166,21 +166,21 @@ fn run(mode: AnchorMode, size: usize, seed: u64, lives: u64) {
 
 #[test]
 fn crashes_lose_no_acknowledged_flush_close() {
-    for seed in 0..4 {
+    for seed in 0..10 {
         run(AnchorMode::Close, 700 * 1024 + 512, seed, 10);
     }
 }
 
 #[test]
 fn crashes_lose_no_acknowledged_flush_interval() {
-    for seed in 100..104 {
+    for seed in 100..120 {
         run(AnchorMode::Interval, 96 * 1024, seed, 12);
     }
 }
 
 #[test]
 fn crashes_lose_no_acknowledged_flush_flush() {
-    for seed in 200..204 {
+    for seed in 200..210 {
         run(AnchorMode::Flush, 1200 * 1024, seed, 10);
     }
 }

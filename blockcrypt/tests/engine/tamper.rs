@@ -279,6 +279,40 @@ fn in_mode_close_a_shorter_log_is_a_state_since_the_anchor() {
     assert!(matches!(read, Err(VolumeError::Integrity { lba: 0 })), "{read:?} {}", found[BLOCK - 1]);
 }
 
+/// Zeroes mean "never written" in entries, pointers and records: where they are not the writer's, they are errors.
+#[test]
+fn nothing_can_be_made_to_read_as_never_written() {
+    let scene = scene(AnchorMode::Flush);
+    let blocks = |kind: fn(&[u8]) -> bool| -> Vec<usize> {
+        (0..scene.bytes.len() / BLOCK).filter(|b| kind(&scene.bytes[b * BLOCK..][..BLOCK])).collect()
+    };
+    let leaves = blocks(|b| b[..4] == [1, 0, 0, 0] && b[48..64] == [0; 16]);
+    let nodes = blocks(|b| b[..4] == [1, 1, 0, 0] && b[48..64] == [0; 16]);
+    let logs = blocks(|b| b[0] == 4 && b[24..32] == [0; 8] && b[2] > 0 && b[3] == 0);
+    let superblocks = blocks(|b| b.starts_with(b"fealty volume"));
+    assert!(leaves.len() >= 4 && !nodes.is_empty() && logs.len() >= 6 && superblocks.len() == 4);
+    let mut refused = [0; 4];
+    let cases = [(0, leaves, 64, 56, 72), (1, nodes, 64, 48, 4), (2, logs, 64, 64, 40)];
+    for (kind, blocks, start, size, count) in cases {
+        for block in blocks {
+            for i in [0, 1, 2, count / 2, count - 1] {
+                let mut bytes = scene.bytes.clone();
+                bytes[block * BLOCK + start + i * size..][..size].fill(0);
+                let outcome = scene.judge(bytes, &format!("kind {kind}, block {block}, item {i} made zero"));
+                refused[kind] += u32::from(!matches!(outcome, Outcome::Whole));
+            }
+        }
+    }
+    // The roots: of the map, of free space, of older keys; in every superblock at once.
+    for root in [112, 160, 208] {
+        let mut bytes = scene.bytes.clone();
+        superblocks.iter().for_each(|block| bytes[block * BLOCK + root..][..48].fill(0));
+        let outcome = scene.judge(bytes, &format!("a root at {root} made zero"));
+        refused[3] += u32::from(matches!(outcome, Outcome::Refused(_)));
+    }
+    assert!(refused.iter().all(|r| *r > 0) && refused[3] >= 2, "{refused:?}");
+}
+
 #[test]
 fn a_block_that_fails_can_be_written_anew_and_the_rest_goes_on() {
     let scene = scene(AnchorMode::Flush);
