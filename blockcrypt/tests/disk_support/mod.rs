@@ -91,7 +91,21 @@ impl Keeper {
     /// Starts the tool with the next open number.
     pub(crate) fn start(&mut self, words: &[&str], manner: Manner, shell: &str) -> Running {
         self.opened += 1;
-        let (ours, theirs) = UnixStream::pair().expect("a pair");
+        let (mut ours, theirs) = UnixStream::pair().expect("a pair");
+        let handover = self.handover();
+        // One that says its piece and goes has gone before the tool begins: nothing depends on who is faster.
+        let said = match &manner {
+            Manner::Says(bytes) => Some(bytes),
+            Manner::Leaves => Some(&handover),
+            _ => None,
+        };
+        let ours = match said {
+            Some(bytes) => {
+                ours.write_all(bytes).expect("fits");
+                None
+            }
+            None => Some(ours),
+        };
         // The shell moves its standard input, the socket, to descriptor 7: nothing to inherit is ever open in this process, so
         // tests that run at the same time don't get it.
         let script = format!("exec 7<&0 </dev/null; {shell}\nexec \"$0\" \"$@\" --keys-fd 7");
@@ -105,9 +119,11 @@ impl Keeper {
             .stderr(Stdio::piped())
             .spawn()
             .expect("starts");
-        let handover = self.handover();
         let pid = child.id();
-        let holder = std::thread::spawn(move || hold(ours, &handover, &manner, pid));
+        let holder = std::thread::spawn(move || match ours {
+            Some(stream) => hold(stream, &handover, &manner, pid),
+            None => Default::default(),
+        });
         Running { child, holder }
     }
 
@@ -162,11 +178,7 @@ impl Ended {
 
 fn hold(mut stream: UnixStream, handover: &[u8], manner: &Manner, pid: u32) -> (Vec<VolumeAnchor>, Vec<String>) {
     let (mut anchors, mut events) = (Vec::new(), Vec::new());
-    let sent = match manner {
-        Manner::Says(bytes) => stream.write_all(bytes),
-        _ => stream.write_all(handover),
-    };
-    if sent.is_err() || matches!(manner, Manner::Says(_) | Manner::Leaves) {
+    if stream.write_all(handover).is_err() {
         return (anchors, events);
     }
     while let Some(text) = receive(&mut stream) {

@@ -1,0 +1,153 @@
+//! `fealty-disk`: stopped in the middle, it leaves nothing that anybody takes for a volume or an image.
+
+mod disk_support;
+
+use disk_support::{Folder, Keeper, Manner, Running, alone, image};
+use rustix::fs::{CWD, FileType, Mode};
+use rustix::process::Signal;
+use std::fs::{File, read};
+use std::io::Write;
+use std::time::{Duration, Instant};
+
+const BLOCKS: usize = 2048;
+
+/// An import of 8 MiB that has taken in most of the first half, and waits for the second. Dropping the file ends its image.
+fn half_way(keeper: &mut Keeper, folder: &Folder, manner: Manner) -> (Running, File) {
+    let pipe = folder.path("pipe");
+    rustix::fs::mknodat(CWD, &pipe, FileType::Fifo, Mode::RUSR | Mode::WUSR, 0).expect("a pipe");
+    // Open for both, so that neither end waits for the other.
+    let mut image_end = File::options().read(true).write(true).open(&pipe).expect("opens");
+    let running = keeper.start(&["import", &folder.name("pipe"), &folder.name("a.vol"), "--size", "8M"], manner, "");
+    image_end.write_all(&first_half()).expect("the tool reads");
+    (running, image_end)
+}
+
+fn first_half() -> Vec<u8> {
+    image(BLOCKS / 2, &(0..BLOCKS / 2).collect::<Vec<_>>())
+}
+
+fn names(folder: &Folder) -> Vec<String> {
+    folder.names().into_iter().filter(|name| name != "pipe").collect()
+}
+
+#[test]
+fn a_killed_import_leaves_no_volume_and_no_anchor() {
+    let folder = Folder::new();
+    let mut keeper = Keeper::new();
+    let (running, _image) = half_way(&mut keeper, &folder, Manner::Good);
+    running.signal(Signal::KILL);
+    let ended = running.end();
+    assert_eq!((ended.code, ended.anchors.len()), (128 + 9, 0));
+    // Under its name there is nothing; what is left beside it opens for nobody.
+    assert_eq!(names(&folder), [".a.vol.partial"]);
+    let left = folder.name(".a.vol.partial");
+    keeper.run(&["export", &left, "-"]).failed(4);
+    assert!(!read(&left).expect("there").windows(10).any(|w| w == b"plain text"));
+
+    // The next run clears it away.
+    let from = folder.write("from.img", &first_half());
+    keeper.good(&["import", &from, &folder.name("a.vol")]);
+    assert_eq!(names(&folder), ["a.vol", "from.img"]);
+    assert!(keeper.good(&["export", &folder.name("a.vol"), "-"]) == first_half());
+}
+
+#[test]
+fn an_import_killed_at_its_anchor_leaves_a_volume_that_does_not_open() {
+    let folder = Folder::new();
+    let from = folder.write("from.img", &image(64, &[1]));
+    let volume = folder.name("a.vol");
+    let mut keeper = Keeper::new();
+    let ended = keeper.run_with(&["import", &from, &volume], Manner::KillsAtAnchor, "");
+    assert_eq!((ended.code, ended.anchors.len()), (128 + 9, 1));
+    keeper.run(&["check", &volume]).failed(4);
+    assert_eq!(alone(&["info", &volume], "").code, 0);
+    keeper.good(&["import", &from, &volume, "--force"]);
+    assert!(keeper.good(&["export", &volume, "-"]) == image(64, &[1]));
+}
+
+#[test]
+fn an_interrupted_import_cleans_up_and_says_so() {
+    for (signal, code) in [(Signal::INT, 130), (Signal::TERM, 143), (Signal::HUP, 129)] {
+        let folder = Folder::new();
+        let mut keeper = Keeper::new();
+        let (running, _image) = half_way(&mut keeper, &folder, Manner::Good);
+        running.signal(signal);
+        let ended = running.end();
+        assert!(ended.failed(code).contains("nothing was changed"), "{ended:?}");
+        assert!(ended.anchors.is_empty() && names(&folder).is_empty());
+    }
+}
+
+#[test]
+fn an_interrupted_replacement_leaves_the_old_volume() {
+    let folder = Folder::new();
+    let volume = folder.name("a.vol");
+    let mut old = Keeper::new();
+    old.good(&["create", &volume, "--size", "1M"]);
+    let before = read(&volume).expect("there");
+    let from = folder.path("pipe");
+    rustix::fs::mknodat(CWD, &from, FileType::Fifo, Mode::RUSR | Mode::WUSR, 0).expect("a pipe");
+    let mut image_end = File::options().read(true).write(true).open(&from).expect("opens");
+    let mut keeper = Keeper::new();
+    let words = ["import", &folder.name("pipe"), &volume, "--size", "8M", "--force"];
+    let running = keeper.start(&words, Manner::Good, "");
+    image_end.write_all(&first_half()).expect("the tool reads");
+    running.signal(Signal::INT);
+    running.end().failed(130);
+    assert!(read(&volume).expect("there") == before);
+    assert_eq!(names(&folder), ["a.vol"]);
+}
+
+#[test]
+fn what_was_ignored_stays_ignored() {
+    let folder = Folder::new();
+    let pipe = folder.path("pipe");
+    rustix::fs::mknodat(CWD, &pipe, FileType::Fifo, Mode::RUSR | Mode::WUSR, 0).expect("a pipe");
+    let mut image_end = File::options().read(true).write(true).open(&pipe).expect("opens");
+    let mut keeper = Keeper::new();
+    let words = ["import", &folder.name("pipe"), &folder.name("a.vol"), "--size", "8M"];
+    // As nohup does.
+    let running = keeper.start(&words, Manner::Good, "trap '' HUP");
+    image_end.write_all(&first_half()).expect("the tool reads");
+    running.signal(Signal::HUP);
+    image_end.write_all(&first_half()).expect("the tool still reads");
+    drop(image_end);
+    let ended = running.end();
+    assert_eq!(ended.code, 0, "{}", ended.error);
+}
+
+#[test]
+fn two_imports_of_one_volume_do_not_mix() {
+    let folder = Folder::new();
+    let from = folder.write("from.img", &image(8, &[1]));
+    let mut keeper = Keeper::new();
+    let (running, mut image_end) = half_way(&mut keeper, &folder, Manner::Good);
+    let mut second = Keeper::new();
+    let ended = second.run(&["import", &from, &folder.name("a.vol")]);
+    assert!(ended.failed(1).contains("another process"), "{ended:?}");
+    image_end.write_all(&first_half()).expect("the tool reads");
+    drop(image_end);
+    let ended = running.end();
+    assert_eq!(ended.code, 0, "{}", ended.error);
+    keeper.anchor = ended.anchors.last().cloned();
+    assert_eq!(names(&folder), ["a.vol", "from.img"]);
+    assert!(keeper.good(&["export", &folder.name("a.vol"), "-"]) == [first_half(), first_half()].concat());
+}
+
+#[test]
+fn an_interrupted_export_leaves_no_image() {
+    let folder = Folder::new();
+    let volume = folder.name("a.vol");
+    let mut keeper = Keeper::new();
+    // Many times what a machine copies before the signal arrives.
+    keeper.good(&["create", &volume, "--size", "64G"]);
+    let running = keeper.start(&["export", &volume, &folder.name("to.img")], Manner::Good, "");
+    let begun = Instant::now();
+    while !folder.path(".to.img.partial").exists() {
+        assert!(begun.elapsed() < Duration::from_secs(60), "the export does not begin");
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    running.signal(Signal::TERM);
+    running.end().failed(143);
+    assert_eq!(names(&folder), ["a.vol"]);
+}
