@@ -54,11 +54,11 @@ pub(super) fn export(context: &Context, words: &Export) -> Result<(), ToolError>
     let id = handover.grant.volume;
     let exported = Exported { volume: id, image: &words.image, size, data };
     let text = format!(
-        "exported volume {id} to {}: {}, of it {} data, {}",
+        "exported volume {id} to {}: {}, of it {} data, {} of that",
         words.image.display(),
         Bytes(size),
         Bytes(data),
-        rate(size, seconds)
+        rate(data, seconds)
     );
     if aside {
         context.report.aside(&exported, &text);

@@ -79,12 +79,12 @@ pub(super) fn import(context: &Context, words: &Import) -> Result<(), ToolError>
     })?;
     let made = Made { volume: id, path: &words.volume, size, data };
     let text = format!(
-        "imported {} into volume {id} in {}: {}, of it {} data, {}",
+        "imported {} into volume {id} in {}: {}, of it {} data, {} of that",
         words.image.display(),
         words.volume.display(),
         Bytes(size),
         Bytes(data),
-        rate(size, seconds)
+        rate(data, seconds)
     );
     context.report.result(&made, &text)
 }
