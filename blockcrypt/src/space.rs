@@ -1,8 +1,8 @@
 //! Free space: bitmap pages, and blocks that are free but may not be reused yet.
 //!
 //! A block that is superseded is cleared in the bitmap at once, so that the next checkpoint writes the truth, and *held* until
-//! what supersedes it is durable: data until its record is, pages until the superblock is, everything that a recovery read until
-//! its anchor is kept. A held block is free on disk and never handed out.
+//! what supersedes it is durable: data until its record is, pages until the superblock is (for an opener's first checkpoint: until
+//! its anchor is kept). A held block is free on disk and never handed out.
 
 use crate::VolumeError;
 use crate::backing::Backing;
@@ -146,11 +146,6 @@ impl Space {
     pub(crate) fn free_held(&mut self, block: u64, forest: &mut Forest, from: &Backing) -> Result<(), VolumeError> {
         self.held.insert(block);
         self.mark(block..block + 1, false, forest, from)
-    }
-
-    /// Keeps a block from being handed out.
-    pub(crate) fn hold(&mut self, block: u64) {
-        self.held.insert(block);
     }
 
     /// Takes back a [`free_held`](Self::free_held).

@@ -18,7 +18,7 @@ use std::time::Instant;
 pub(super) enum Occasion {
     /// The volume goes on.
     Running,
-    /// The opener's first: what it read must stay until this one is anchored.
+    /// The opener's first: the pages that it read must stay until this one is anchored.
     Opening,
     /// The last.
     Closing,

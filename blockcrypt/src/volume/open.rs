@@ -145,6 +145,11 @@ impl Volume {
         if anchor.volume != grant.volume {
             return Err(VolumeError::Grant("its anchor is another volume's"));
         }
+        if !options.read_only {
+            // A killed process may have left writes that only the kernel has. What is read from here on is overwritten on the
+            // strength of what else is read: none of it may vanish with the power.
+            store.sync_data().map_err(VolumeError::store("make writes durable"))?;
+        }
         let found_size = store.len().map_err(VolumeError::store("say its length"))?;
         let (verified, damaged) = verify_superblocks(find_superblocks(&*store)?, grant, kek)?;
         let (chosen, epoch) = choose(verified, damaged, &anchor, grant)?;

@@ -94,8 +94,8 @@ fn check_records(records: &[Record], from: &Backing) -> Result<(), VolumeError> 
     }
 }
 
-/// Brings map and free space to the recovered state, in memory. Every block that the log or the map named is held, so that a
-/// recovery after this one finds the same.
+/// Brings map and free space to the recovered state, in memory. Data that it leaves out may be overwritten at once: what was
+/// verified is durable (the store was synced before it was read), so a recovery after this one finds the same.
 pub(super) fn apply(core: &mut Core, found: &Recovered, from: &Backing) -> Result<(), VolumeError> {
     let (verdicts, dropped) = judge(found, from)?;
     let mut taken: HashSet<u64> = HashSet::new();
@@ -114,9 +114,6 @@ pub(super) fn apply(core: &mut Core, found: &Recovered, from: &Backing) -> Resul
         if old[0].data().is_some_and(|block| taken.contains(&block)) {
             settled.insert(verdict.lba, lost(old[0]));
         }
-    }
-    for record in &found.records {
-        record.entry.data().into_iter().for_each(|block| core.space.hold(block));
     }
     settle(core, &settled, from)?;
     core.dropped = dropped;
@@ -179,7 +176,7 @@ fn settle(core: &mut Core, settled: &BTreeMap<u64, Entry>, from: &Backing) -> Re
         core.lookup(*lba, &mut old, from)?;
         if let Some(block) = old[0].data().filter(|b| from.in_pool(*b)) {
             core.mapped = core.mapped.saturating_sub(1);
-            core.space.free_held(block, &mut core.forest, from)?;
+            core.space.mark(block..block + 1, false, &mut core.forest, from)?;
         }
         let (id, place) = leaf(*lba);
         set_entry(&mut core.forest.page_mut(id, from)?.bytes, place, *new);

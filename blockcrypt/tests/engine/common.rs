@@ -195,7 +195,12 @@ impl SimStore {
         lock(&self.0).room = blocks;
     }
 
-    /// Power comes back.
+    /// Works again, with what was written.
+    pub(crate) fn repair(&self) {
+        lock(&self.0).fuse = None;
+    }
+
+    /// Power fails and comes back.
     pub(crate) fn crash(&self, random: &mut Random) {
         let mut sim = lock(&self.0);
         let style = random.below(4);

@@ -137,13 +137,20 @@ fn run(mode: AnchorMode, size: usize, seed: u64, lives: u64) {
     let mut run = Run { provider, store, model: Model::new(size), random: Random(seed), context: String::new() };
     for life in 0..lives {
         run.context = format!("mode {mode:?} seed {seed} life {life}");
-        run.store.crash(&mut run.random);
-        if run.random.chance(20) {
-            // An opener that dies before it serves anything must change nothing.
+        // The process is gone; what it wrote is the kernel's until the power fails too.
+        run.store.repair();
+        if run.random.chance(60) {
+            run.store.crash(&mut run.random);
+        }
+        if run.random.chance(40) {
+            // An opener that dies on its way, with the power or without.
             run.store.burn(1 + run.random.below(12));
             let early = run.provider.open(run.store.clone());
             drop(early);
-            run.store.crash(&mut run.random);
+            run.store.repair();
+            if run.random.chance(70) {
+                run.store.crash(&mut run.random);
+            }
         }
         if run.random.chance(20) {
             let seen = run.provider.open_read_only(run.store.clone());
