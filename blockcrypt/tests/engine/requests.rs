@@ -315,3 +315,47 @@ fn a_flush_frees_nothing_that_was_superseded_while_it_ran() {
 fn all_written() -> Random {
     (0..).map(Random).find(|r| r.clone().below(4) == 1).expect("one of four")
 }
+
+/// A store that notes what is asked of it: `r`ead, `w`rite, `s`ync.
+struct Noting(Arc<SimStore>, Mutex<String>);
+
+impl Store for Noting {
+    fn len(&self) -> io::Result<u64> {
+        self.0.len()
+    }
+    fn read_at(&self, buffer: &mut [u8], offset: u64) -> io::Result<()> {
+        lock(&self.1).push('r');
+        self.0.read_at(buffer, offset)
+    }
+    fn write_at(&self, bytes: &[u8], offset: u64) -> io::Result<()> {
+        lock(&self.1).push('w');
+        self.0.write_at(bytes, offset)
+    }
+    fn sync_data(&self) -> io::Result<()> {
+        lock(&self.1).push('s');
+        self.0.sync_data()
+    }
+    fn set_len(&self, bytes: u64) -> io::Result<()> {
+        self.0.set_len(bytes)
+    }
+}
+
+/// A killed process's last writes may be the kernel's alone. An opener that believed them, overwrote what they replace, and lost
+/// power would have neither.
+#[test]
+fn an_opener_makes_durable_what_it_is_about_to_believe() {
+    let (provider, sim) = (Provider::new(AnchorMode::Close), SimStore::new());
+    provider.create(sim.clone(), MIB).expect("a volume").close().expect("closed");
+    let volume = provider.open(sim.clone()).expect("opens");
+    volume.write(0, &[1; 4096]).expect("written");
+    drop(volume);
+    let noting = Arc::new(Noting(sim, Mutex::default()));
+    drop(provider.open_read_only(noting.clone()).expect("opens"));
+    let seen = std::mem::take(&mut *lock(&noting.1));
+    assert!(seen.chars().all(|c| c == 'r'), "{seen}");
+    drop(provider.open(noting.clone()).expect("opens"));
+    let seen = std::mem::take(&mut *lock(&noting.1));
+    assert!(seen.starts_with("sr") && seen.contains("ws"), "{seen}");
+    // Pages durable before the superblock that names them, and that before the anchor.
+    assert!(seen.ends_with("swws"), "{seen}");
+}
