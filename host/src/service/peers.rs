@@ -60,11 +60,12 @@ impl Peers {
         Some(id)
     }
 
-    /// Whether a process of the same VM that was registered before `id` lives.
+    /// Whether another process of the same VM lives. Also one that was registered after `id`: whoever was registered first and
+    /// then waited must not be told that it is alone, for the other may have got keys meanwhile.
     pub(super) fn earlier(&self, id: PeerId, registration: &Registration) -> EarlierPeer {
         let list = self.living();
-        let earlier = |p: &&Peer| p.id < id && p.customer == registration.customer && p.vm == registration.vm;
-        if list.peers.iter().any(|p| earlier(&p)) {
+        let other = |p: &Peer| p.id != id && p.customer == registration.customer && p.vm == registration.vm;
+        if list.peers.iter().any(other) {
             EarlierPeer::Lives
         } else if self.unknown_before {
             EarlierPeer::Unknown
@@ -135,9 +136,8 @@ mod tests {
         let peers = Peers::new(false);
         let (a, b) = (process(), process());
         let vm = registration("a");
-        let first = peers.add(&vm, a.1).expect("room");
+        peers.add(&vm, a.1).expect("room");
         let second = peers.add(&vm, b.1).expect("room");
-        assert_eq!(peers.earlier(first, &vm), EarlierPeer::None);
         assert_eq!(peers.earlier(second, &vm), EarlierPeer::Lives);
         assert_eq!(peers.earlier(second, &registration("b")), EarlierPeer::None);
         end(a.0);
@@ -145,6 +145,20 @@ mod tests {
         assert_eq!(peers.count(), 1);
         end(b.0);
         assert!(!peers.may_live());
+    }
+
+    #[test]
+    fn a_process_that_waited_learns_of_a_later_one() {
+        let peers = Peers::new(false);
+        let (a, b) = (process(), process());
+        let vm = registration("a");
+        let first = peers.add(&vm, a.1).expect("room");
+        assert_eq!(peers.earlier(first, &vm), EarlierPeer::None);
+        peers.add(&vm, b.1).expect("room");
+        assert_eq!(peers.earlier(first, &vm), EarlierPeer::Lives, "the later one may hold the keys");
+        end(b.0);
+        assert_eq!(peers.earlier(first, &vm), EarlierPeer::None);
+        end(a.0);
     }
 
     #[test]
