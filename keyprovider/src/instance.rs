@@ -66,7 +66,7 @@ pub async fn report(
     let outcome = match &report.event {
         ReportEvent::Outcome { attestation, operation, done, detail } => {
             if *done && *operation == Operation::CoreDump {
-                vms::set_stream_tag(&mut tx, attestation, detail).await?;
+                vms::set_stream_tag(&mut tx, &instance, attestation, detail).await?;
             }
             Some(vms::close_permit(&mut tx, &instance, attestation, *operation).await?)
         }

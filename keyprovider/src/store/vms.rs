@@ -430,17 +430,24 @@ pub async fn add_stream_key(
     Ok(())
 }
 
-/// Remembers the final tag of the stream that this attestation permitted.
+/// Remembers the final tag of the stream that this attestation permitted to this instance, and to no other.
 pub async fn set_stream_tag(
     c: &mut SqliteConnection,
+    i: &Instance,
     attestation: &AttestationId,
     tag: &str,
 ) -> Result<(), StoreError> {
-    sqlx::query("UPDATE stream_keys SET tag = ? WHERE attestation = ? AND tag IS NULL")
-        .bind(tag)
-        .bind(&attestation.0[..])
-        .execute(c)
-        .await?;
+    sqlx::query(
+        "UPDATE stream_keys SET tag = ? WHERE attestation = ? AND customer = ? AND vm = ? AND instance = ?
+         AND tag IS NULL",
+    )
+    .bind(tag)
+    .bind(&attestation.0[..])
+    .bind(i.customer.as_str())
+    .bind(i.vm.as_str())
+    .bind(time_column(i.number.get()))
+    .execute(c)
+    .await?;
     Ok(())
 }
 

@@ -159,6 +159,30 @@ fn a_permitted_dump_is_opened_by_the_customer_alone() {
 }
 
 #[test]
+fn attack_47_only_the_instance_that_dumped_says_which_dump_it_was() {
+    let lab = Lab::with(600, &format!("{GO}\n{DUMPS}"));
+    let mut vm = SoftVm::new(&lab);
+    let first = vm.start(&lab.host).release.instance;
+    vm.operation = OperationRequest::plain(Operation::CoreDump);
+    vm.operation.parameters.insert("reason".into(), "ticket 7".into());
+    let keys = vm.attest(&lab.host).expect("permitted");
+    let [KeyName::Stream(key_id)] = keys.release.keys[..] else { panic!("one key: {:?}", keys.release.keys) };
+    let (customer, vm_id) = (&keys.release.customer, &keys.release.vm);
+    let info = StreamInfo { customer, vm: vm_id, key_id, direction: Direction::CoreDump, connection: 0 };
+    let mut sealer = Sealer::new(Vec::new(), &keys.keys[0], &info).expect("sealer");
+    sealer.write_all(b"core").expect("sealed");
+    let (sealed, tag) = sealer.finish().expect("sealed");
+    lab.write("dump.sealed", &sealed);
+    vm.end(first).expect("ended");
+    let mut other = SoftVm::new(&lab);
+    let second = other.start(&lab.host).release.instance;
+    let (attestation, detail) = (keys.release.attestation, hex::encode(tag));
+    let outcome = ReportEvent::Outcome { attestation, operation: Operation::CoreDump, done: true, detail };
+    other.report(second, outcome).expect("taken, and told as permitted by nobody");
+    lab.refused(&["dump", "open", "acme", "--in", "dump.sealed", "--out", "core"]);
+}
+
+#[test]
 fn a_before_without_its_after_is_told() {
     let lab = Lab::with(600, &format!("{GO}\n{DUMPS}"));
     let mut vm = SoftVm::new(&lab);
