@@ -1,9 +1,13 @@
 //! The VM process's side of an attestation, from the question for a nonce to keys in locked memory. What comes back of a
 //! provider is held against what this process itself knows: nothing is taken from the answer's word.
 
+mod opened;
+
+pub use opened::{Established, OpenedRelease};
+
 use crate::bundle::{self, BundleError, BundleKey};
 use crate::client::{ClientError, ProviderClient};
-use crate::note::{NoteError, Receipt};
+use crate::note::NoteError;
 use crate::protocol::{
     AttestationRequest, Challenge, Evidence, KeyName, Opinion, PROTOCOL_VERSION, ProblemType, Release, Released,
 };
@@ -11,12 +15,11 @@ use crate::qualify::Qualified;
 use crate::service::{Client, Identity, Quoted, ServiceError, VmRequest};
 use crate::tpm::{Public, TpmError};
 use policy::audit::{AuditEvent, AuditKind};
-use policy::config::TrustRoots;
 use policy::document::Claims;
 use policy::lease::{LeaseError, LeasePhase};
 use policy::operation::{OperationRequest, ParameterError};
-use policy::{Digest, VmHeader};
-use secretmem::{Secret, SecretError};
+use policy::{Digest, Operation, VmHeader};
+use secretmem::SecretError;
 use std::time::{Duration, Instant};
 
 /// How often what the TPM service calls passing is tried again.
@@ -81,39 +84,6 @@ pub struct Step {
     pub took: Duration,
 }
 
-/// Keys that were released to this process, open, in locked memory.
-pub struct OpenedRelease {
-    /// The readable part, held against the question.
-    pub release: Release,
-    /// The keys, in the order of `release.keys`, as many.
-    pub keys: Vec<Secret<32>>,
-    /// When the nonce was asked for: milliseconds of the boot-time clock. The lease counts from here.
-    pub asked_ms: u64,
-    event: Vec<u8>,
-    receipt: String,
-}
-
-impl OpenedRelease {
-    /// The key of this name, where the release has one.
-    pub fn key(&self, name: KeyName) -> Option<&Secret<32>> {
-        let at = self.release.keys.iter().position(|n| *n == name)?;
-        self.keys.get(at)
-    }
-
-    /// Checks the receipt: that the customer's audit log holds this very release. Needs the trust roots, which the VM
-    /// file's key opens. Returns the event's place in the log.
-    ///
-    /// # Errors
-    /// `Receipt`, `Mismatch`.
-    pub fn check_receipt(&self, trust: &TrustRoots) -> Result<u64, FlowError> {
-        let receipt = Receipt::verify(&self.receipt, &trust.audit_origin, &trust.audit_key)?;
-        if receipt.event != Digest::of(&self.event) {
-            return Err(FlowError::Mismatch("the receipt is for another event"));
-        }
-        Ok(receipt.sequence)
-    }
-}
-
 /// What was sent, and what the provider would do, for `fealty attest --dry-run`.
 #[derive(Debug)]
 pub struct Examined {
@@ -135,6 +105,7 @@ pub struct Attester {
     vm_file: Digest,
     claims: Vec<u8>,
     identity: Option<Identity>,
+    established: Option<Established>,
 }
 
 /// A question and everything that its answer must fit.
@@ -161,7 +132,7 @@ impl Attester {
         claims: &Claims,
     ) -> Result<Self, FlowError> {
         let claims = serde_json::to_vec(claims).map_err(|_| FlowError::Host("claims can't be written"))?;
-        Ok(Self { service, provider, header, vm_file, claims, identity: None })
+        Ok(Self { service, provider, header, vm_file, claims, identity: None, established: None })
     }
 
     /// The client, for reports and anchors.
@@ -169,21 +140,34 @@ impl Attester {
         &mut self.provider
     }
 
-    /// Proves this host's software and gets the keys for `request`. Each step is told as it is done.
+    /// From now on releases must fit the instance that was started.
+    pub fn establish(&mut self, established: Established) {
+        self.established = Some(established);
+    }
+
+    /// Proves this host's software and gets the keys for `request`. Each step is told as it is done. The first is a power-on,
+    /// whose receipt and policy the caller checks ([`OpenedRelease::establish`]), because the trust roots are among what it opens;
+    /// those of later ones are checked here.
     ///
     /// # Errors
-    /// Every [`FlowError`] but `Receipt`.
+    /// Every [`FlowError`].
     pub fn attest(
         &mut self,
         request: &OperationRequest,
         tell: &mut dyn FnMut(Step),
     ) -> Result<OpenedRelease, FlowError> {
+        if (request.operation == Operation::PowerOn) != self.established.is_none() {
+            return Err(FlowError::Mismatch("a power-on comes first, and once"));
+        }
         let asked = self.ask(request, tell)?;
         let start = Instant::now();
         let released = self.provider.evidence(&asked.challenge.id, &asked.evidence)?;
         tell(step("evidence", start, "accepted".into()));
         let start = Instant::now();
         let opened = self.open(&asked, &released)?;
+        if let Some(established) = &mut self.established {
+            established.accept(&opened)?;
+        }
         tell(step("open", start, format!("{} keys in locked memory", opened.keys.len())));
         Ok(opened)
     }

@@ -13,6 +13,7 @@
 //! requests are judged by.
 
 use policy::disk::VolumeGrant;
+use policy::document::PolicyInForce;
 use policy::{
     AttestationId, Base64Url, CloudId, CustomerId, Digest, HostId, InstanceNumber, KeyId, LeaseTerms, Nonce, VmId,
     VolumeAnchor, instance::EarlierPeer, operation::OperationRequest,
@@ -182,6 +183,8 @@ pub struct Release {
     pub lease: LeaseTerms,
     /// Seconds that the VM may run while its reports can't be delivered.
     pub unreported_seconds: u32,
+    /// The customer's policy that permitted it, with his signature.
+    pub policy: PolicyInForce,
     /// The VM's volumes, with their open numbers and anchors; a renewal repeats the numbers of the power-on.
     #[serde(default)]
     pub volumes: Vec<VolumeGrant>,

@@ -10,12 +10,16 @@ use crate::tpm::wire::Writer;
 use crate::tpm::{Attest, Public, Signature, WRAP_PCRS};
 use aws_lc_rs::agreement::{ECDH_P256, PrivateKey, UnparsedPublicKey, agree};
 use aws_lc_rs::rand::SystemRandom;
-use aws_lc_rs::signature::{ECDSA_P256_SHA256_FIXED_SIGNING, EcdsaKeyPair, KeyPair};
+use aws_lc_rs::signature::{ECDSA_P256_SHA256_FIXED_SIGNING, EcdsaKeyPair, Ed25519KeyPair, KeyPair};
+use policy::disk::{CipherSuite, VolumeGrant};
+use policy::document::PolicyInForce;
 use policy::instance::EarlierPeer;
 use policy::lease::OnExpiry;
 use policy::operation::OperationRequest;
 use policy::reference::IMA_PCR;
-use policy::{AttestationId, CustomerId, Digest, HostId, InstanceNumber, LeaseTerms, Nonce, Operation, VmId};
+use policy::{
+    AnchorMode, AttestationId, CustomerId, Digest, HostId, InstanceNumber, KeyId, LeaseTerms, Nonce, Operation, VmId,
+};
 use rcgen::{BasicConstraints, CertificateParams, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair as Pair};
 use rustls_pki_types::{CertificateDer, UnixTime};
 use std::collections::BTreeMap;
@@ -40,9 +44,36 @@ pub(crate) fn release() -> Release {
         operation: OperationRequest::plain(Operation::PowerOn),
         lease: LeaseTerms { seconds: 60, quiesce_seconds: 10, on_expiry: OnExpiry::Pause },
         unreported_seconds: 3600,
+        policy: policy_in_force("acme", 1),
         volumes: vec![],
         keys: vec![],
     }
+}
+
+/// A volume, opened for the `open`th time.
+pub(crate) fn grant(open: u32) -> VolumeGrant {
+    VolumeGrant {
+        volume: policy::VolumeId([8; 16]),
+        customer: "acme".parse().expect("label"),
+        cipher: CipherSuite::Aes256XtsHmacSha256,
+        kek_id: KeyId(1),
+        key_id: KeyId(2),
+        open_number: u64::from(open).try_into().expect("number"),
+        anchor: None,
+        anchor_mode: AnchorMode::Close,
+    }
+}
+
+/// Version `version` of a customer's policy, signed with the policy key of this seed.
+pub(crate) fn policy_in_force(customer: &str, version: u64) -> PolicyInForce {
+    let document = Digest::of(b"a policy");
+    let unsigned = PolicyInForce { version, document, signature: vec![].into() };
+    let said = unsigned.statement(&customer.parse().expect("label")).signed_bytes();
+    PolicyInForce { signature: policy_key().sign(&said).as_ref().into(), ..unsigned }
+}
+
+pub(crate) fn policy_key() -> Ed25519KeyPair {
+    Ed25519KeyPair::from_seed_unchecked(&[4; 32]).expect("a key")
 }
 
 pub(crate) fn rsa_public() -> Public {

@@ -144,7 +144,7 @@ pub struct ReferenceView {
     pub values: ReferenceValues,
 }
 
-/// A policy: the document and the customer's signature over [`signed_policy`].
+/// A policy: the document and the customer's signature over its [`policy::document::PolicyStatement`].
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct SignedPolicy {
@@ -152,11 +152,6 @@ pub struct SignedPolicy {
     pub document: String,
     /// Ed25519 signature, 64 bytes.
     pub signature: Base64Url,
-}
-
-/// What a customer signs of a policy document.
-pub fn signed_policy(document: &str) -> Vec<u8> {
-    [b"fealty policy v1\n", document.as_bytes()].concat()
 }
 
 /// A version that is in force now.

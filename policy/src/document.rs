@@ -10,6 +10,7 @@
 //! permit (principal, action == Action::"vm.power-on", resource);
 //! ```
 
+use crate::encoding::{Base64Url, Digest};
 use crate::id::CustomerId;
 use crate::lease::{LeaseError, LeaseTerms};
 use serde::{Deserialize, Serialize};
@@ -91,6 +92,60 @@ impl PolicyDocument {
     }
 }
 
+/// What a customer says of a policy document, and signs: which version of whose policy it is, and its digest. Whoever holds the
+/// policy key's public half can tell with it that a policy is the customer's, without the document.
+///
+/// ```text
+/// fealty policy v1
+/// CUSTOMER
+/// VERSION
+/// SHA-256 of the document, hex
+/// ```
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct PolicyStatement {
+    /// Whose policy.
+    pub customer: CustomerId,
+    /// Its version.
+    pub version: u64,
+    /// SHA-256 of the document's text.
+    pub document: Digest,
+}
+
+impl PolicyStatement {
+    /// The statement that a document makes of itself.
+    ///
+    /// # Errors
+    /// Where the text is no policy document.
+    pub fn of(text: &str) -> Result<Self, DocumentError> {
+        let Settings { version, customer, .. } = PolicyDocument::parse(text)?.settings;
+        Ok(Self { customer, version, document: Digest::of(text.as_bytes()) })
+    }
+
+    /// The bytes that the customer's Ed25519 policy key signs.
+    pub fn signed_bytes(&self) -> Vec<u8> {
+        format!("fealty policy v1\n{}\n{}\n{}\n", self.customer, self.version, self.document).into_bytes()
+    }
+}
+
+/// A policy in force, as a release names it.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct PolicyInForce {
+    /// Its version.
+    pub version: u64,
+    /// SHA-256 of its document.
+    pub document: Digest,
+    /// The customer's Ed25519 signature over the [`PolicyStatement`], 64 bytes.
+    pub signature: Base64Url,
+}
+
+impl PolicyInForce {
+    /// What the customer must have signed.
+    pub fn statement(&self, customer: &CustomerId) -> PolicyStatement {
+        PolicyStatement { customer: customer.clone(), version: self.version, document: self.document }
+    }
+}
+
 /// What a host says of itself that no PCR holds; bound into the quote. Claims of the VM process: worth what the measured
 /// layers are worth.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
@@ -150,6 +205,17 @@ mod tests {
         assert_eq!(judge(claims(KeyMemory::MemfdSecret, Some(3))), Ok(()));
         assert_eq!(judge(claims(KeyMemory::MemfdSecret, None)), Err(ClaimsError::Ptrace));
         assert_eq!(judge(claims(KeyMemory::Mlock, Some(3))), Err(ClaimsError::KeyMemory));
+    }
+
+    #[test]
+    fn a_statement_names_owner_version_and_text() {
+        let statement = PolicyStatement::of(GOOD).expect("good");
+        let digest = Digest::of(GOOD.as_bytes());
+        assert_eq!(statement.signed_bytes(), format!("fealty policy v1\nacme\n1\n{digest}\n").into_bytes());
+        let other = PolicyStatement::of(&format!("{GOOD} ")).expect("good");
+        assert_ne!(other.signed_bytes(), statement.signed_bytes(), "every byte of the text counts");
+        let stated = PolicyInForce { version: 1, document: digest, signature: vec![0; 64].into() };
+        assert_eq!(stated.statement(&statement.customer), statement);
     }
 
     #[test]

@@ -1,6 +1,6 @@
 //! Leave to start vCPUs: rule 1, no keys, no boot. Not a check, a type.
 
-use attest::flow::{FlowError, OpenedRelease};
+use attest::flow::{Established, FlowError, OpenedRelease};
 use attest::protocol::KeyName;
 use attest::vmfile::{VmFile, VmFileError};
 use policy::Operation;
@@ -22,9 +22,9 @@ pub enum PermitError {
     /// The sealed part does not open, or not under this header.
     #[error(transparent)]
     File(#[from] VmFileError),
-    /// The audit log's receipt is not good.
+    /// The audit log's receipt, or the signature of the policy, is not good.
     #[error(transparent)]
-    Receipt(FlowError),
+    NotTheCustomers(FlowError),
 }
 
 impl StartPermit {
@@ -33,16 +33,17 @@ impl StartPermit {
         Self(())
     }
 
-    /// Leave that comes with released keys, and what the file sealed: the keys must answer a power-on, open the file's
-    /// sealed part under the very header that was used, and stand in the audit log that the sealed part names.
-    pub fn from_release(opened: &OpenedRelease, file: &VmFile) -> Result<(Self, VmConfig), PermitError> {
+    /// Leave that comes with released keys, what the file sealed, and what later releases must fit: the keys must answer a
+    /// power-on, open the file's sealed part under the very header that was used, stand in the audit log that the sealed part
+    /// names, and be permitted by a policy that its policy key signed.
+    pub fn from_release(opened: &OpenedRelease, file: &VmFile) -> Result<(Self, VmConfig, Established), PermitError> {
         let operation = opened.release.operation.operation;
         if operation != Operation::PowerOn {
             return Err(PermitError::Operation(operation));
         }
         let key = opened.key(KeyName::VmFile(file.header.key_id)).ok_or(PermitError::NoKey)?;
         let config = file.open(key)?;
-        opened.check_receipt(&config.trust).map_err(PermitError::Receipt)?;
-        Ok((Self(()), config))
+        let established = opened.establish(&config.trust).map_err(PermitError::NotTheCustomers)?;
+        Ok((Self(()), config, established))
     }
 }

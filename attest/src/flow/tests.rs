@@ -3,17 +3,20 @@
 
 use super::*;
 use crate::eventlog::ImaState;
-use crate::note;
+use crate::note::{self, Receipt};
 use crate::protocol::Problem;
 use crate::service::{Answer, REQUEST_LIMIT, WrapKey, frame};
 use crate::testing::{self, Asked, SoftEk, SoftHost};
 use crate::verify::{Expected, verify};
+use aws_lc_rs::signature::KeyPair as _;
 use policy::audit::Actor;
+use policy::config::TrustRoots;
 use policy::document::KeyMemory;
 use policy::instance::EarlierPeer;
 use policy::{AttestationId, KeyId, Nonce, Operation};
 use rcgen::{BasicConstraints, CertificateParams, IsCa, Issuer, KeyPair};
 use rustls::pki_types::{CertificateDer, PrivatePkcs8KeyDer};
+use secretmem::Secret;
 use std::io::{Read, Write};
 use std::net::{TcpListener, TcpStream};
 use std::os::unix::net::UnixStream;
@@ -31,15 +34,26 @@ struct Twist {
     released: fn(&mut Released),
     delay: Duration,
     refusal: Option<&'static str>,
+    /// The receipt's place in the log; 0 is the next one.
+    sequence: u64,
 }
 
-const HONEST: Twist =
-    Twist { challenge: |_| {}, release: |_| {}, event: |_| {}, released: |_| {}, delay: Duration::ZERO, refusal: None };
+const HONEST: Twist = Twist {
+    challenge: |_| {},
+    release: |_| {},
+    event: |_| {},
+    released: |_| {},
+    delay: Duration::ZERO,
+    refusal: None,
+    sequence: 0,
+};
 
 struct Scene {
     host: SoftHost,
     ek: SoftEk,
-    twist: Twist,
+    twist: Mutex<Twist>,
+    /// The newest event's place in the log.
+    logged: Mutex<u64>,
     header: VmHeader,
     vm_file: Digest,
     audit_seed: Secret<32>,
@@ -68,7 +82,8 @@ impl Scene {
         let scene = Arc::new(Self {
             host: SoftHost::new(),
             ek: SoftEk::new(),
-            twist,
+            twist: Mutex::new(twist),
+            logged: Mutex::new(8),
             header: header.clone(),
             vm_file: Digest::of(b"vm file"),
             audit_seed: Secret::copy_of(&[3; 32]).expect("memory"),
@@ -93,11 +108,15 @@ impl Scene {
 
     fn trust(&self) -> TrustRoots {
         TrustRoots {
-            policy_key: vec![1; 32].into(),
+            policy_key: testing::policy_key().public_key().as_ref().into(),
             directive_key: vec![2; 32].into(),
             audit_origin: ORIGIN.into(),
             audit_key: note::public_key(&self.audit_seed).expect("a key")[..].into(),
         }
+    }
+
+    fn twist(&self) -> Twist {
+        *self.twist.lock().expect("lock")
     }
 
     fn asked(&self) -> Asked {
@@ -180,7 +199,7 @@ impl Scene {
             let length = head.split("content-length: ").nth(1)?.split("\r\n").next()?.parse().ok()?;
             let mut body = vec![0; length];
             stream.read_exact(&mut body).ok()?;
-            let (status, kind, answer) = match self.twist.refusal {
+            let (status, kind, answer) = match self.twist().refusal {
                 Some(name) => (403, "application/problem+json", self.refuse(name)),
                 None if head.starts_with("post") => (201, "application/json", self.challenge(&body)),
                 None => (200, "application/json", self.judge(&body)),
@@ -213,12 +232,12 @@ impl Scene {
             ima_offset: None,
             credential: Some(crate::tpm::make_credential(&ek, &ak.name(), &[7; 32]).expect("made")),
         };
-        (self.twist.challenge)(&mut challenge);
+        (self.twist().challenge)(&mut challenge);
         serde_json::to_vec(&challenge).expect("json")
     }
 
     fn judge(&self, body: &[u8]) -> Vec<u8> {
-        std::thread::sleep(self.twist.delay);
+        std::thread::sleep(self.twist().delay);
         let evidence: Evidence = serde_json::from_slice(body).expect("evidence");
         assert_eq!(evidence.activation.as_deref(), Some(&[7; 32][..]));
         let asked = self.asked();
@@ -247,18 +266,21 @@ impl Scene {
             keys: vec![FILE_KEY],
             ..testing::release()
         };
-        (self.twist.release)(&mut release);
+        (self.twist().release)(&mut release);
         let release_json = serde_json::to_vec(&release).expect("json");
         let keys = keys();
         let sealed = bundle::seal(&release_json, &[&keys], &verified.bundle_key, &verified.wrap_key).expect("sealed");
         let mut event = self.event(&release, &release_json);
-        (self.twist.event)(&mut event);
+        (self.twist().event)(&mut event);
         let event = serde_json::to_vec(&event).expect("json");
-        let receipt = Receipt { origin: ORIGIN.into(), sequence: 9, event: Digest::of(&event) };
+        let mut logged = self.logged.lock().expect("lock");
+        *logged += 1;
+        let sequence = if self.twist().sequence > 0 { self.twist().sequence } else { *logged };
+        let receipt = Receipt { origin: ORIGIN.into(), sequence, event: Digest::of(&event) };
         let receipt = receipt.sign(&self.audit_seed).expect("signed");
         let mut released =
             Released { release: release_json.into(), sealed: sealed.into(), event: event.into(), receipt };
-        (self.twist.released)(&mut released);
+        (self.twist().released)(&mut released);
         serde_json::to_vec(&released).expect("json")
     }
 
@@ -328,17 +350,62 @@ fn a_sound_host_gets_its_keys_and_their_receipt() {
     let opened = opened.unwrap_or_else(|e| panic!("{e}"));
     assert!(opened.key(FILE_KEY).is_some_and(|key| key.ct_eq(&keys())));
     assert_eq!(opened.keys.len(), 1);
-    assert_eq!(opened.check_receipt(&scene.trust()).ok(), Some(9));
+    assert!(opened.establish(&scene.trust()).is_ok());
     assert_eq!(steps, ["identity", "challenge", "activate", "quote", "evidence", "open"]);
+}
+
+/// What a later release does differently.
+fn later(twist: Twist) -> Result<OpenedRelease, FlowError> {
+    let (scene, mut attester) = Scene::start(HONEST, 0);
+    let opened = attester.attest(&OperationRequest::plain(Operation::PowerOn), &mut |_| {}).expect("a start");
+    attester.establish(opened.establish(&scene.trust()).expect("the customer's"));
+    *scene.twist.lock().expect("lock") = twist;
+    attester.attest(&OperationRequest::plain(Operation::Renew), &mut |_| {})
 }
 
 #[test]
 fn the_same_process_attests_again_with_the_same_client_key() {
-    let (_scene, mut attester) = Scene::start(HONEST, 0);
-    for operation in [Operation::PowerOn, Operation::Renew] {
-        let opened = attester.attest(&OperationRequest::plain(operation), &mut |_| {});
-        assert!(opened.is_ok_and(|o| o.release.operation.operation == operation));
-    }
+    let opened = later(HONEST).unwrap_or_else(|e| panic!("{e}"));
+    assert_eq!(opened.release.operation.operation, Operation::Renew);
+}
+
+#[test]
+fn a_power_on_comes_first_and_once() {
+    let (scene, mut attester) = Scene::start(HONEST, 0);
+    let renewal = attester.attest(&OperationRequest::plain(Operation::Renew), &mut |_| {});
+    assert!(matches!(renewal, Err(FlowError::Mismatch("a power-on comes first, and once"))));
+    let power_on = OperationRequest::plain(Operation::PowerOn);
+    let opened = attester.attest(&power_on, &mut |_| {}).expect("a start");
+    attester.establish(opened.establish(&scene.trust()).expect("the customer's"));
+    assert!(matches!(attester.attest(&power_on, &mut |_| {}), Err(FlowError::Mismatch(_))));
+}
+
+#[test]
+fn attack_41_a_later_release_must_stand_in_the_log_too() {
+    let refused = |twist: Twist| later(twist).err().unwrap_or_else(|| panic!("keys were opened"));
+    let unlogged = Twist { released: |r| r.receipt.insert(0, 'x'), ..HONEST };
+    assert!(matches!(refused(unlogged), FlowError::Receipt(_)));
+    let replayed = Twist { sequence: 9, ..HONEST };
+    assert!(matches!(refused(replayed), FlowError::Mismatch("the receipt is an earlier release's")));
+    let elsewhere = Twist { release: |r| r.instance = 5.try_into().expect("number"), ..HONEST };
+    assert!(matches!(refused(elsewhere), FlowError::Mismatch("another instance")));
+    let reopened = Twist { release: |r| r.volumes = vec![testing::grant(2)], ..HONEST };
+    assert!(matches!(refused(reopened), FlowError::Mismatch("a volume that this instance did not start with")));
+}
+
+#[test]
+fn attack_36_the_process_checks_whose_policy_it_is_and_that_it_does_not_go_back() {
+    let with = |release| Twist { release, ..HONEST };
+    let unsigned = with(|r: &mut Release| r.policy.version += 1);
+    let (scene, opened, _) = attest(unsigned, 0);
+    let opened = opened.unwrap_or_else(|e| panic!("{e}"));
+    let refused = opened.establish(&scene.trust()).err();
+    assert!(matches!(refused, Some(FlowError::Mismatch("the policy is not signed by the customer's policy key"))));
+    let other = later(with(|r| r.policy = testing::policy_in_force("other", 9)));
+    assert!(matches!(other, Err(FlowError::Mismatch("the policy is not signed by the customer's policy key"))));
+    let older = later(with(|r| r.policy = testing::policy_in_force("acme", 0)));
+    assert!(matches!(older, Err(FlowError::Mismatch("an older policy"))));
+    assert!(later(with(|r| r.policy = testing::policy_in_force("acme", 2))).is_ok());
 }
 
 #[test]
@@ -419,7 +486,7 @@ fn attack_41_an_event_or_receipt_of_something_else_is_refused() {
     }
     let (scene, opened, _) = attest(Twist { released: |r| r.receipt.insert(0, 'x'), ..HONEST }, 0);
     let opened = opened.unwrap_or_else(|e| panic!("{e}"));
-    assert!(matches!(opened.check_receipt(&scene.trust()), Err(FlowError::Receipt(_))));
+    assert!(matches!(opened.establish(&scene.trust()), Err(FlowError::Receipt(_))));
     // A good receipt of the same log for another event.
     let other = Twist {
         released: |r| {
@@ -431,11 +498,11 @@ fn attack_41_an_event_or_receipt_of_something_else_is_refused() {
     };
     let (scene, opened, _) = attest(other, 0);
     let opened = opened.unwrap_or_else(|e| panic!("{e}"));
-    assert!(matches!(opened.check_receipt(&scene.trust()), Err(FlowError::Mismatch(_))));
+    assert!(matches!(opened.establish(&scene.trust()), Err(FlowError::Mismatch(_))));
     // A log that this customer does not trust.
     let (scene, opened, _) = attest(HONEST, 0);
     let trust = TrustRoots { audit_key: vec![9; 32].into(), ..scene.trust() };
-    assert!(matches!(opened.map(|o| o.check_receipt(&trust)), Ok(Err(FlowError::Receipt(_)))));
+    assert!(matches!(opened.map(|o| o.establish(&trust)), Ok(Err(FlowError::Receipt(_)))));
 }
 
 #[test]

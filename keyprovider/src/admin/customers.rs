@@ -1,14 +1,12 @@
 //! Customers, and what they say: reference values, policy; and what they read: the audit log.
 
 use super::{Answer, Created, conflict, customer, done};
-use crate::api::{
-    AuditPage, CustomerView, Done, NewCustomer, ReferenceView, SignedPolicy, TrustView, VersionView, signed_policy,
-};
+use crate::api::{AuditPage, CustomerView, Done, NewCustomer, ReferenceView, SignedPolicy, TrustView, VersionView};
 use crate::attestation::rules::Rules;
 use crate::provider::Provider;
 use crate::server::body::{Asked, At, DOCUMENT, Json as Body};
 use crate::server::gate::Caller;
-use crate::server::problem::Refusal;
+use crate::server::problem::{Refusal, chain};
 use crate::store::audit::{self, Draft, append};
 use crate::store::documents::{self, Policy};
 use crate::store::inventory::{self, CloudKind};
@@ -19,6 +17,7 @@ use axum::Json;
 use axum::extract::State;
 use axum::http::StatusCode;
 use policy::audit::AuditKind;
+use policy::document::PolicyStatement;
 use policy::{Base64Url, CloudId, CustomerId, Digest, ReferenceValues};
 use serde::Deserialize;
 use std::sync::Arc;
@@ -141,12 +140,14 @@ pub async fn set_policy(
     let mut reader = provider.db.read().await?;
     let customer = customer(&mut reader, &id).await?;
     drop(reader);
+    let statement = PolicyStatement::of(&signed.document)
+        .map_err(|e| Refusal::new(ProblemType::BadRequest, format!("the policy: {}", chain(&e))))?;
     UnparsedPublicKey::new(&ED25519, customer.policy_key)
-        .verify(&signed_policy(&signed.document), &signed.signature)
+        .verify(&statement.signed_bytes(), &signed.signature)
         .map_err(|_| {
-        Refusal::new(ProblemType::Forbidden, format!("the policy is not signed by {id}'s policy key"))
-            .hint("sign it with the key that `customer create --policy-key` made")
-    })?;
+            Refusal::new(ProblemType::Forbidden, format!("the policy is not signed by {id}'s policy key"))
+                .hint("sign it with the key that `customer create --policy-key` made")
+        })?;
     let document = signed.document.clone();
     let parsed = tokio::task::spawn_blocking(move || Rules::parse(&document)).await;
     let parsed = parsed.unwrap_or_else(|_| Err("it broke the parser".into()));

@@ -18,7 +18,7 @@ use attest::protocol::{Evidence, KeyName, PROTOCOL_VERSION, ProblemType, Release
 use attest::verify::VerifiedEvidence;
 use policy::audit::{Actor, AuditKind};
 use policy::disk::{CipherSuite, VolumeGrant};
-use policy::document::Settings;
+use policy::document::{PolicyInForce, Settings};
 use policy::instance::{Candidate, EarlierPeer};
 use policy::operation::Operation;
 use policy::{Base64Url, Digest, ReferenceValues};
@@ -49,7 +49,7 @@ pub async fn release(
     let c: &mut SqliteConnection = &mut tx;
     remember_key(c, challenge, now_us).await?;
     let cloud = known_platform(c, challenge, &verified).await?;
-    let settings = permitted(provider, c, challenge, &verified, &cloud, now_us).await?;
+    let (settings, policy) = permitted(provider, c, challenge, &verified, &cloud, now_us).await?;
     let mut instance = match challenge.operation.operation {
         Operation::PowerOn => new_instance(c, challenge, evidence, &verified, now_us).await?,
         _ => same_instance(c, challenge, evidence, &verified).await?,
@@ -85,6 +85,7 @@ pub async fn release(
         operation: challenge.operation.clone(),
         lease: settings.lease,
         unreported_seconds: settings.unreported_seconds,
+        policy,
         volumes: handed.volumes,
         keys: handed.names,
     };
@@ -140,7 +141,7 @@ async fn permitted(
     verified: &VerifiedEvidence,
     cloud: &Cloud,
     now_us: u64,
-) -> Result<Settings, Refusal> {
+) -> Result<(Settings, PolicyInForce), Refusal> {
     let refuses = |why: String| Refusal::new(ProblemType::PolicyRefuses, why);
     let policy = documents::policy(c, &challenge.customer).await?;
     let policy = policy.ok_or_else(|| refuses("the customer has no policy".into()))?;
@@ -167,7 +168,7 @@ async fn permitted(
         operations_last_hour: vms::count_asked(c, &challenge.customer, &challenge.vm, now_us).await?,
     };
     match rules.cedar.decide(&question) {
-        Verdict::Permit { .. } => Ok(rules.settings.clone()),
+        Verdict::Permit { .. } => Ok((rules.settings.clone(), policy.in_force())),
         Verdict::Refuse { reason } => Err(refuses(reason)),
     }
 }

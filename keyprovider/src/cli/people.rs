@@ -5,12 +5,13 @@ use super::serve::{new_admin_key, write_profile};
 use super::{CliError, Session, files};
 use crate::api::{
     AdminCertificate, AdminView, CustomerView, Done, NewAdmin, NewCustomer, SignedPolicy, TrustView, VersionView,
-    signed_policy,
 };
 use crate::authority::pem;
 use crate::client::{Profile, from_pem};
+use crate::server::problem::chain;
 use aws_lc_rs::signature::{Ed25519KeyPair, KeyPair};
 use policy::Base64Url;
+use policy::document::PolicyStatement;
 use std::path::Path;
 
 /// `customer …`
@@ -40,7 +41,8 @@ pub(super) fn policy(mut s: Session, command: PolicyCommand) -> Result<(), CliEr
         PolicyCommand::Set { customer, file, policy_key } => {
             let document = files::text(&file)?;
             let key = policy_key_of(&policy_key, false)?;
-            let signature = key.sign(&signed_policy(&document)).as_ref().into();
+            let statement = PolicyStatement::of(&document).map_err(|e| CliError::Input(chain(&e)))?;
+            let signature = key.sign(&statement.signed_bytes()).as_ref().into();
             let signed = SignedPolicy { document, signature };
             let view: VersionView = s.client.put(&format!("/v1/customers/{customer}/policy"), &signed)?;
             s.out.print(format!("policy version {} of {customer} is in force", view.version), &view)

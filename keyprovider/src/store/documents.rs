@@ -1,7 +1,8 @@
 //! What the customer says: reference values and policies, every version kept, the highest in force.
 
 use super::{StoreError, number, time_column};
-use policy::CustomerId;
+use policy::document::PolicyInForce;
+use policy::{CustomerId, Digest};
 use sqlx::SqliteConnection;
 
 /// A policy in force.
@@ -13,6 +14,14 @@ pub struct Policy {
     pub document: String,
     /// The customer's Ed25519 signature.
     pub signature: Vec<u8>,
+}
+
+impl Policy {
+    /// As a release names it.
+    pub fn in_force(&self) -> PolicyInForce {
+        let document = Digest::of(self.document.as_bytes());
+        PolicyInForce { version: self.version, document, signature: self.signature.clone().into() }
+    }
 }
 
 /// The reference values in force: version and document.

@@ -16,7 +16,7 @@ use crate::exit::{Exit, Failure};
 use crate::lease::boottime_ms;
 use crate::post::Post;
 use crate::steps::Steps;
-use attest::flow::OpenedRelease;
+use attest::flow::{Established, OpenedRelease};
 use policy::operation::OperationRequest;
 use policy::report::{EndReason, ReportEvent};
 use policy::{CustomerId, VmId, VolumeAnchor};
@@ -53,6 +53,8 @@ enum Job {
     Attest(OperationRequest, Sender<Result<OpenedRelease, Failure>>),
     /// Keep the lease of this instance from now on.
     KeepLease(Box<talker::Instance>),
+    /// Hold later releases against what was started.
+    Establish(Box<Established>),
     /// Make an anchor durable.
     Anchor { anchor: VolumeAnchor, closed: bool, answer: Sender<AnchorAnswer> },
     /// There are reports.
@@ -110,6 +112,11 @@ impl Link {
         let instance = talker::Instance::of(opened);
         // A thread that is gone has said so to the watching thread.
         let _ = self.jobs.send(Job::KeepLease(Box::new(instance)));
+    }
+
+    /// From now on releases must fit what was started. Without this, there are none.
+    pub fn establish(&self, established: Established) {
+        let _ = self.jobs.send(Job::Establish(Box::new(established)));
     }
 
     /// Makes `anchor` durable at the provider: returns when it is, or why it is not.

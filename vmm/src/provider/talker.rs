@@ -78,7 +78,7 @@ fn refuse_all(jobs: &Receiver<Job>, failure: &Failure) {
                 let _ = answer.send(false);
                 return;
             }
-            Job::KeepLease(_) | Job::Reports => {}
+            Job::KeepLease(_) | Job::Establish(_) | Job::Reports => {}
         }
     }
 }
@@ -118,6 +118,7 @@ impl Talker<'_> {
                     self.renew_at = instance.asked_ms.saturating_add(instance.terms.renew_ms());
                     self.instance = Some(*instance);
                 }
+                Ok(Job::Establish(established)) => self.attester.establish(*established),
                 Ok(Job::Anchor { anchor, closed, answer }) => {
                     let _ = answer.send(self.anchor(anchor, closed));
                 }

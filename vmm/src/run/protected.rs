@@ -136,10 +136,11 @@ fn tell_release(opened: &OpenedRelease, steps: Steps) {
 /// From released keys to the end of the VM's life.
 fn live(prepared: Prepared, early: EarlyVm, opened: OpenedRelease, settings: &Settings) -> Result<End, Failure> {
     let steps = settings.steps;
-    let (permit, config) =
+    let (permit, config, established) =
         StartPermit::from_release(&opened, &prepared.file).map_err(|e| Failure::of(Exit::File, &e))?;
     steps.step("opened", "the sealed part fits its header, the release stands in the audit log");
     let Prepared { file, opener, signals, post, inbox, console, api, link } = prepared;
+    link.establish(established);
     let (machine, volumes) = build(early, &config, &opened, &opener, &link, steps)?;
     drop(opener);
     let volumes = Arc::new(volumes);
