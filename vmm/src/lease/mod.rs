@@ -1,7 +1,10 @@
-//! The lease on this side: the gate that vCPUs and disks ask, and the clock that says what is due.
+//! The lease on this side: the gate that vCPUs and disks ask, the clock that says what is due, and the deadline for when
+//! nobody looks at the clock.
 
 mod clock;
+mod deadline;
 mod gate;
 
 pub use clock::{Due, LeaseClock};
+pub use deadline::Deadline;
 pub use gate::{LeaseGate, boottime_ms};

@@ -9,7 +9,7 @@ use crate::console::Console;
 use crate::exit::{Exit, Failure, chain};
 use crate::guard::Guard;
 use crate::helm::Helm;
-use crate::lease::LeaseGate;
+use crate::lease::{Deadline, LeaseClock, LeaseGate};
 use crate::machine::{Boot, Disk, DiskSlot, EarlyVm, Image, Machine, Running, Shape, open_kvm};
 use crate::opener::{Access, Mapping, Opener};
 use crate::operations::{Facts, Operations, Protected};
@@ -31,7 +31,7 @@ use std::fs::File;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::sync::atomic::AtomicU64;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::RecvTimeoutError;
 use std::time::{Duration, Instant};
 
@@ -141,11 +141,13 @@ fn live(prepared: Prepared, early: EarlyVm, opened: OpenedRelease, settings: &Se
     steps.step("opened", "the sealed part fits its header, the release stands in the audit log");
     let Prepared { file, opener, signals, post, inbox, console, api, link } = prepared;
     link.establish(established);
+    let lease = LeaseClock::new(opened.release.lease, opened.asked_ms);
+    // Until the guard watches: a store that hangs must not keep keys in memory past the lease.
+    let opening = Deadline::new(lease.end_ms(), post.clone(), move || end_at_once(steps))?;
     let (machine, volumes) = build(early, &config, &opened, &opener, &link, steps)?;
     drop(opener);
     let volumes = Arc::new(volumes);
     let gate = Arc::new(LeaseGate::closed());
-    let lease = crate::lease::LeaseClock::new(opened.release.lease, opened.asked_ms);
     gate.open_until(lease.quiesce_ms(), lease.end_ms());
 
     let started = start(machine, &config, &volumes, console, permit, &gate, steps);
@@ -165,10 +167,11 @@ fn live(prepared: Prepared, early: EarlyVm, opened: OpenedRelease, settings: &Se
         lease_end_ms: AtomicU64::new(lease.end_ms()),
     });
     let guard = Guard::new(helm.clone(), volumes.clone(), protected.clone(), &opened, post.clone());
+    drop(opening);
     // The keys live in the volumes now.
     drop(opened);
     let facts = facts(&config, &file, &volumes);
-    let operations = Arc::new(Operations::new(helm, facts, post, Some(protected)));
+    let operations = Arc::new(Operations::new(helm, facts, post.clone(), Some(protected.clone())));
     if let Some(api) = &api {
         api.runs(operations.clone());
     }
@@ -179,11 +182,27 @@ fn live(prepared: Prepared, early: EarlyVm, opened: OpenedRelease, settings: &Se
         let mut watch = Watch { steps, signals, inbox, operations, keyboard, typing, grace, guard: Some(guard) };
         watch.until_end(running.events())
     });
+    let kept = volumes.clone();
+    let closing = Deadline::new(protected.lease_end_ms.load(Ordering::SeqCst), post, move || {
+        kept.wipe_keys();
+        steps.step("keys-wiped", "the lease ended before the volumes were closed");
+    });
+    if closing.is_err() {
+        volumes.wipe_keys();
+    }
     running.stop();
     drop(raw);
     volumes.close(&link, steps);
     volumes.wipe_keys();
     end
+}
+
+/// The end of a process whose volumes do not open within their lease. No guest ran, so nothing is lost; its keys go with it.
+fn end_at_once(steps: Steps) {
+    let failure =
+        Failure::new(Exit::Lease, "the lease ended while volumes were opened: a store, or the key provider, hangs");
+    steps.failure(&failure);
+    std::process::exit(failure.exit as i32);
 }
 
 /// The machine with its kernel, and its volumes: both at once, because one waits for the provider.
