@@ -15,7 +15,7 @@ use crate::tpm::{check_ak, check_wrap_key, policy_pcr_digest};
 use policy::document::Claims;
 use policy::instance::EarlierPeer;
 use policy::operation::OperationRequest;
-use policy::reference::{IMA_PCR, PlatformState};
+use policy::reference::{FirmwareVersion, IMA_PCR, PlatformState};
 use policy::{AttestationId, CustomerId, Digest, HostId, Nonce, VmId};
 use std::collections::BTreeMap;
 use subtle::ConstantTimeEq;
@@ -59,8 +59,6 @@ pub struct VerifiedEvidence {
     pub state: PlatformState,
     /// The TPM's clock and counters, by the quote.
     pub clock: ClockInfo,
-    /// The TPM's firmware version, by the quote.
-    pub firmware_version: u64,
     /// The wrap key, certified, alive only in the state that was quoted.
     pub wrap_key: Public,
     /// The VM process's bundle key: X25519.
@@ -172,9 +170,8 @@ pub fn verify(evidence: &Evidence, expected: &Expected<'_>) -> Result<VerifiedEv
     let pcrs: BTreeMap<u8, Digest> = expected.pcrs.iter().map(|pcr| (*pcr, replay.value(*pcr))).collect();
     let measurements = replay.measurements.into_iter().filter(|m| pcrs.contains_key(&m.pcr)).collect();
     Ok(VerifiedEvidence {
-        state: PlatformState { measurements, pcrs },
+        state: PlatformState { measurements, pcrs, tpm_firmware: FirmwareVersion(quote.firmware_version) },
         clock: quote.clock,
-        firmware_version: quote.firmware_version,
         wrap_key: wrap,
         bundle_key,
         vm_file: evidence.vm_file,

@@ -63,6 +63,8 @@ pub enum AuditKind {
     CustomerCreated,
     /// A TPM entered an inventory the customer uses.
     HostEnrolled,
+    /// A host was taken out of an inventory.
+    HostRemoved,
     /// Reference values were set.
     ReferenceSet,
     /// A policy was set.

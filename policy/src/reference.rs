@@ -32,6 +32,47 @@ pub struct ReferenceValues {
     /// Digests that are refused wherever they stand, known or not.
     #[serde(default, skip_serializing_if = "BTreeSet::is_empty")]
     pub revoked: BTreeSet<Digest>,
+    /// Firmware of TPMs that is known to be broken: a TPM that runs it proves nothing.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub denied_tpm_firmware: Vec<FirmwareRange>,
+}
+
+/// Versions of a TPM's firmware, as its quotes give them (TPM 2.0 part 2, 10.12.8), from the first to the last.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct FirmwareRange {
+    /// The first.
+    pub from: FirmwareVersion,
+    /// The last.
+    pub to: FirmwareVersion,
+    /// Why, for people: an advisory's number.
+    pub why: String,
+}
+
+/// A TPM's firmware version: 64 bits, written as 16 hex digits.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
+pub struct FirmwareVersion(pub u64);
+
+impl std::fmt::Display for FirmwareVersion {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{:016x}", self.0)
+    }
+}
+
+impl From<FirmwareVersion> for String {
+    fn from(version: FirmwareVersion) -> Self {
+        version.to_string()
+    }
+}
+
+impl TryFrom<String> for FirmwareVersion {
+    type Error = &'static str;
+    fn try_from(text: String) -> Result<Self, Self::Error> {
+        let digits = text.len() == 16 && text.bytes().all(|b| b.is_ascii_hexdigit());
+        let number = u64::from_str_radix(&text, 16).ok().filter(|_| digits);
+        number.map(Self).ok_or("a TPM's firmware version is 16 hex digits")
+    }
 }
 
 /// One known layer: a firmware event, a boot loader, a binary, a file.
@@ -68,6 +109,8 @@ pub struct PlatformState {
     pub measurements: Vec<Measurement>,
     /// Final values of the quoted PCRs.
     pub pcrs: BTreeMap<u8, Digest>,
+    /// The TPM's firmware, by its quote.
+    pub tpm_firmware: FirmwareVersion,
 }
 
 /// Why reference values can't be used.
@@ -133,6 +176,14 @@ pub enum PlatformError {
     /// Firmware never ran, or never measured.
     #[error("PCR {0} is all zero: nothing measured the boot")]
     Zero(u8),
+    /// A TPM that proves nothing.
+    #[error("the TPM's firmware {version} is denied ({why}): update it, then enrol the host anew")]
+    Firmware {
+        /// Which.
+        version: FirmwareVersion,
+        /// Why, as the reference values say.
+        why: String,
+    },
 }
 
 impl ReferenceValues {
@@ -171,6 +222,10 @@ impl ReferenceValues {
 
     /// Whether `state` is software that these values know, every piece of it.
     pub fn judge(&self, state: &PlatformState) -> Result<(), PlatformError> {
+        let version = state.tpm_firmware;
+        if let Some(denied) = self.denied_tpm_firmware.iter().find(|r| (r.from..=r.to).contains(&version)) {
+            return Err(PlatformError::Firmware { version, why: denied.why.clone() });
+        }
         if !state.pcrs.keys().copied().eq(self.selection()) {
             return Err(PlatformError::Selection);
         }
@@ -235,6 +290,7 @@ mod tests {
             required_layers: vec!["fealty".into()],
             ima: false,
             revoked: BTreeSet::new(),
+            denied_tpm_firmware: vec![],
         }
     }
 
@@ -249,6 +305,7 @@ mod tests {
         PlatformState {
             measurements: vec![m(0, None, 1), m(7, None, 99), m(14, Some("fealty"), 2)],
             pcrs: [(0, Digest([3; 32])), (7, Digest([7; 32])), (14, Digest([4; 32]))].into(),
+            tpm_firmware: FirmwareVersion(0x0007_0002_0000_0001),
         }
     }
 
@@ -290,6 +347,28 @@ mod tests {
         let mut bad = state();
         bad.pcrs.insert(0, Digest([0; 32]));
         assert_eq!(values().judge(&bad), Err(PlatformError::Zero(0)));
+    }
+
+    #[test]
+    fn attack_24_a_tpm_whose_firmware_is_denied_proves_nothing() {
+        let with = |from, to| ReferenceValues {
+            denied_tpm_firmware: vec![FirmwareRange {
+                from: FirmwareVersion(from),
+                to: FirmwareVersion(to),
+                why: "CVE-2017-15361".into(),
+            }],
+            ..values()
+        };
+        let version = state().tpm_firmware.0;
+        assert_eq!(with(version + 1, u64::MAX).judge(&state()), Ok(()));
+        assert_eq!(with(0, version - 1).judge(&state()), Ok(()));
+        let denied = with(version, version).judge(&state());
+        assert!(matches!(&denied, Err(PlatformError::Firmware { why, .. }) if why == "CVE-2017-15361"));
+        let text = serde_json::to_string(&with(1, 2)).expect("json");
+        assert!(text.contains(r#""from":"0000000000000001""#));
+        assert_eq!(serde_json::from_str::<ReferenceValues>(&text).expect("reads back"), with(1, 2));
+        assert!(serde_json::from_str::<FirmwareVersion>("\"12\"").is_err());
+        assert!(serde_json::from_str::<FirmwareVersion>("\"+000000000000001\"").is_err());
     }
 
     #[test]

@@ -1,7 +1,7 @@
 //! Inventories: clouds and the TPMs of their hosts.
 
-use super::{Answer, Created, conflict};
-use crate::api::{CloudView, HostView, NewCloud, NewHost};
+use super::{Answer, Created, conflict, done};
+use crate::api::{CloudView, Done, HostView, NewCloud, NewHost};
 use crate::provider::Provider;
 use crate::server::body::{At, DOCUMENT, Json as Body};
 use crate::server::gate::Caller;
@@ -89,6 +89,25 @@ pub async fn enroll(
     }
     tx.commit().await?;
     Ok((StatusCode::CREATED, Json(view(host, &cloud))))
+}
+
+/// Takes a host out of an inventory: no VM starts on it, and no lease is renewed there, from now on.
+pub async fn remove(
+    State(provider): State<Arc<Provider>>,
+    caller: Caller,
+    At((id, host)): At<(CloudId, HostId)>,
+) -> Answer<Done> {
+    let now_us = provider.clock.now_us();
+    let mut tx = provider.db.write().await?;
+    if !inventory::remove(&mut tx, &id, &host).await? {
+        return Err(Refusal::missing(format!("host {host} in cloud {id}")));
+    }
+    for customer in people::customers_of_cloud(&mut tx, &id).await? {
+        let draft = Draft::new(&customer, caller.actor(), AuditKind::HostRemoved).host(host).detail("cloud", &id);
+        append(&mut tx, now_us, draft).await?;
+    }
+    tx.commit().await?;
+    done()
 }
 
 fn found(cloud: Option<Cloud>, id: &CloudId) -> Result<Cloud, Refusal> {

@@ -4,7 +4,7 @@ use crate::store::inventory::CloudKind;
 use crate::store::people::Role;
 use clap::{Args, Parser, Subcommand};
 use policy::header::ProviderUrl;
-use policy::{CloudId, CustomerId, KeyId, VmId, VolumeAnchor};
+use policy::{CloudId, CustomerId, HostId, KeyId, VmId, VolumeAnchor};
 use std::ffi::OsString;
 use std::net::SocketAddr;
 use std::path::PathBuf;
@@ -198,6 +198,14 @@ pub(super) enum CloudCommand {
         /// What the cloud calls the host. The name stays with this TPM.
         #[arg(long)]
         name: Option<String>,
+    },
+    /// Take a host out of a cloud's inventory: no VM starts on it, and no lease is renewed there, from now on. VMs that run there
+    /// pause with their leases.
+    Remove {
+        /// The cloud.
+        id: CloudId,
+        /// The host, as `cloud hosts` names it.
+        host: HostId,
     },
     /// List clouds.
     List,

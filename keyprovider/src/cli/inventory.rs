@@ -2,7 +2,7 @@
 
 use super::args::CloudCommand;
 use super::{CliError, Session, files};
-use crate::api::{CloudView, HostView, NewCloud, NewHost};
+use crate::api::{CloudView, Done, HostView, NewCloud, NewHost};
 use crate::client::from_pem;
 use std::path::Path;
 
@@ -20,6 +20,10 @@ pub(super) fn cloud(mut s: Session, command: CloudCommand) -> Result<(), CliErro
             let new = NewHost { certificate, ek_public, name };
             let view: HostView = s.client.post(&format!("/v1/clouds/{id}/hosts"), &new)?;
             s.out.print(format!("enrolled host {} in cloud {id}{}", view.host, lab(&view)), &view)
+        }
+        CloudCommand::Remove { id, host } => {
+            let done: Done = s.client.delete(&format!("/v1/clouds/{id}/hosts/{host}"))?;
+            s.out.print(format!("host {host} is no longer in cloud {id}"), &done)
         }
         CloudCommand::List => {
             let all: Vec<CloudView> = s.client.get("/v1/clouds")?;

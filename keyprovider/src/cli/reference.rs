@@ -79,6 +79,7 @@ fn from_replay(replay: &Replay, pcrs: &[u8]) -> ReferenceValues {
         required_layers: required.into_iter().collect(),
         ima: false,
         revoked: BTreeSet::new(),
+        denied_tpm_firmware: Vec::new(),
     }
 }
 

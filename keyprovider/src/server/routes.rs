@@ -101,6 +101,7 @@ fn provider_routes() -> Vec<Route> {
         (Method::POST, "/v1/clouds", Admin, post(clouds::create)),
         (Method::GET, "/v1/clouds/{cloud}/hosts", Auditor, get(clouds::hosts)),
         (Method::POST, "/v1/clouds/{cloud}/hosts", Admin, post(clouds::enroll)),
+        (Method::DELETE, "/v1/clouds/{cloud}/hosts/{host}", Admin, delete(clouds::remove)),
         (Method::GET, "/v1/admins", Auditor, get(admins::list)),
         (Method::POST, "/v1/admins", Admin, post(admins::create)),
         (Method::POST, "/v1/admins/{name}/revoke", Admin, post(admins::revoke)),

@@ -130,6 +130,19 @@ pub async fn enroll(c: &mut SqliteConnection, host: &Host, now_us: u64) -> Resul
     Ok(if same { Enrolled::Already } else { Enrolled::Conflict })
 }
 
+/// Takes a host out of an inventory, with its attestation keys; false where it does not stand there.
+pub async fn remove(c: &mut SqliteConnection, cloud: &CloudId, id: &HostId) -> Result<bool, StoreError> {
+    if host(c, id).await?.is_none_or(|h| h.cloud != *cloud) {
+        return Ok(false);
+    }
+    for statement in
+        ["DELETE FROM aks WHERE host = ?", "DELETE FROM ima WHERE host = ?", "DELETE FROM hosts WHERE id = ?"]
+    {
+        sqlx::query(statement).bind(&id.0.as_bytes()[..]).execute(&mut *c).await?;
+    }
+    Ok(true)
+}
+
 /// A host by its id.
 pub async fn host(c: &mut SqliteConnection, id: &HostId) -> Result<Option<Host>, StoreError> {
     let row: Option<(String, Option<String>, Option<Vec<u8>>)> =

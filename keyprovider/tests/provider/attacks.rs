@@ -6,7 +6,7 @@ use crate::support::{GO, Lab, keys_command};
 use attest::bundle::{self, BundleKey};
 use attest::protocol::ProblemType;
 use fealty_keyprovider::store::{Database, people};
-use policy::Digest;
+use policy::{Digest, Operation};
 use std::collections::HashSet;
 
 #[test]
@@ -113,6 +113,39 @@ fn attack_07_a_tpm_in_no_inventory_of_the_customer_is_refused_and_named() {
     assert_eq!(SoftVm::new(&lab).refused(&stranger), ProblemType::UnknownTpm);
     lab.keys(&["customer", "allow-cloud", "acme", "other"]);
     SoftVm::new(&lab).start(&stranger);
+}
+
+#[test]
+fn attack_07_a_host_taken_out_of_the_inventory_gets_nothing_more() {
+    let lab = Lab::new();
+    let mut vm = SoftVm::new(&lab);
+    vm.start(&lab.host);
+    let host = lab.host.id().to_string();
+    lab.refused(&["cloud", "remove", "other", &host]);
+    lab.keys(&["cloud", "remove", "lab", &host]);
+    assert_eq!(lab.events("host-removed")[0]["host"], host);
+    let mut vm = vm.asking(Operation::Renew);
+    assert_eq!(vm.refused(&lab.host), ProblemType::UnknownTpm);
+    lab.refused(&["cloud", "remove", "lab", &host]);
+    // Entered again it proves its attestation key anew.
+    lab.write("host.der", &lab.host.certificate);
+    lab.keys(&["cloud", "enroll", "lab", "--certificate", &lab.text("host.der")]);
+    vm.attest(&lab.host).expect("renewed");
+}
+
+#[test]
+fn attack_24_a_tpm_with_denied_firmware_is_refused() {
+    let lab = Lab::new();
+    let mut values: serde_json::Value =
+        serde_json::from_slice(&std::fs::read(lab.path("values.json")).expect("values")).expect("json");
+    // The version that the software host's quotes give.
+    let range = serde_json::json!([{"from": "0000000020200312", "to": "0000000020200312", "why": "an advisory"}]);
+    values["denied_tpm_firmware"] = range;
+    lab.write("denied.json", values.to_string().as_bytes());
+    lab.keys(&["reference", "set", "acme", &lab.text("denied.json")]);
+    assert_eq!(SoftVm::new(&lab).refused(&lab.host), ProblemType::UntrustedPlatform);
+    lab.keys(&["reference", "set", "acme", &lab.text("values.json")]);
+    SoftVm::new(&lab).start(&lab.host);
 }
 
 #[test]
