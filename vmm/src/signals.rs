@@ -34,6 +34,22 @@ impl Signals {
         }
     }
 
+    /// Starts threads with `start` that do not die of these signals, in a process that for the time being still does.
+    pub fn kept_from<T>(start: impl FnOnce() -> T) -> T {
+        // SAFETY: as in `take`; the second set is filled by the call that blocks and only read by the one that restores.
+        unsafe {
+            let (mut set, mut before): (libc::sigset_t, libc::sigset_t) = (std::mem::zeroed(), std::mem::zeroed());
+            libc::sigemptyset(&raw mut set);
+            for signal in ASKED_TO_END {
+                libc::sigaddset(&raw mut set, signal);
+            }
+            libc::pthread_sigmask(libc::SIG_BLOCK, &raw const set, &raw mut before);
+            let started = start();
+            libc::pthread_sigmask(libc::SIG_SETMASK, &raw const before, std::ptr::null_mut());
+            started
+        }
+    }
+
     /// How many of them came since the last call; two of one kind that came together count once.
     pub fn count(&self) -> usize {
         let mut count = 0;

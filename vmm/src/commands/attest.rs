@@ -2,7 +2,7 @@
 //! released and nothing is started: the provider is asked for its opinion only.
 
 use crate::exit::{Exit, Failure, chain, one_line};
-use crate::provider::{failure, register};
+use crate::provider::{contacts, failure, register};
 use crate::run::{Host, read_vm_file};
 use crate::sandbox::{Filter, close_inherited, close_thread, harden, process};
 use crate::steps::Steps;
@@ -20,7 +20,9 @@ pub fn run(file: &Path, host: &Host, steps: Steps) -> Result<Exit, Failure> {
     process::settle();
     close_inherited().map_err(|e| Failure::of(Exit::Host, &e))?;
     let file = read_vm_file(file)?;
-    let contacts = register(&file, host)?;
+    let (sender, registered) = std::sync::mpsc::channel();
+    let contacts = contacts(&file, host, registered)?;
+    let _ = sender.send(register(&file, host)?);
     let mut attester = (contacts.attester)()?;
     harden().and_then(|()| close_thread(Filter::Provider)).map_err(|e| Failure::of(Exit::Host, &e))?;
     let examined = attester

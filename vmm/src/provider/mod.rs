@@ -9,7 +9,7 @@ mod timing;
 
 pub use failure::failure;
 pub use outbox::{CAPACITY, Outbox, OutboxFull};
-pub use register::register;
+pub use register::{contacts, register};
 pub use talker::Contacts;
 
 use crate::exit::{Exit, Failure};
@@ -84,7 +84,8 @@ pub struct Link {
 }
 
 impl Link {
-    /// Starts the thread. It prepares its client, reads what names need, closes its sandbox, and waits for work.
+    /// Starts the thread. It prepares its client, reads what names need, waits for the registration, closes its sandbox, and
+    /// waits for work.
     pub fn start(contacts: Contacts, steps: Steps, post: Post) -> Result<Self, Failure> {
         let (jobs, inbox): (_, Receiver<Job>) = channel();
         let shared = Arc::new(Shared { outbox: Mutex::new(None), wiped: AtomicBool::new(false) });

@@ -12,29 +12,36 @@ use secretmem::Protection;
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
+use std::sync::mpsc::Receiver;
 
 /// The longest CA certificate file, in bytes.
 const CA_LIMIT: u64 = 64 * 1024;
 
-/// Joins or starts the TPM service, registers this process for the VM of `file`, and gathers what the provider's thread
-/// begins with.
-pub fn register(file: &VmFile, host: &Host) -> Result<Contacts, Failure> {
+/// What the provider's thread begins with. It prepares its client, which takes as long as the registration does, and then
+/// waits for it: for the process's end of the socket pair.
+pub fn contacts(file: &VmFile, host: &Host, registered: Receiver<Client>) -> Result<Contacts, Failure> {
     let authority = host.provider_ca.as_deref().map(read_authority).transpose()?;
-    let claims = claims()?;
+    let (header, digest) = (file.header.clone(), file.digest);
+    let attester = move || {
+        let provider = ProviderClient::new(&header, authority).map_err(|e| Failure::of(Exit::Host, &e))?;
+        let claims = claims()?;
+        let service = registered.recv().map_err(|_| super::gone())?;
+        Attester::new(service, provider, header, digest, &claims).map_err(|e| super::failure(&e))
+    };
+    Ok(Contacts { attester: Box::new(attester) })
+}
+
+/// Joins or starts the TPM service, and registers this process for the VM of `file`.
+pub fn register(file: &VmFile, host: &Host) -> Result<Client, Failure> {
     let tpm = |e: &(dyn std::error::Error + 'static)| Failure::of(Exit::Tpm, e);
     let mut control =
         spawn_or_join(&host.tcti, host.runtime_dir.as_deref(), &service_program()?).map_err(|e| tpm(&e))?;
     let (ours, theirs) = UnixStream::pair().map_err(|e| tpm(&e))?;
     let own = rustix::process::getpid();
     let pidfd = rustix::process::pidfd_open(own, rustix::process::PidfdFlags::empty()).map_err(|e| tpm(&e))?;
-    let header = file.header.clone();
-    control.register(&header.customer, &header.vm, file.digest, theirs.as_fd(), pidfd.as_fd()).map_err(|e| tpm(&e))?;
-    let digest = file.digest;
-    let attester = move || {
-        let provider = ProviderClient::new(&header, authority).map_err(|e| Failure::of(Exit::Host, &e))?;
-        Attester::new(Client::new(ours), provider, header, digest, &claims).map_err(|e| super::failure(&e))
-    };
-    Ok(Contacts { attester: Box::new(attester) })
+    let VmFile { header, digest, .. } = file;
+    control.register(&header.customer, &header.vm, *digest, theirs.as_fd(), pidfd.as_fd()).map_err(|e| tpm(&e))?;
+    Ok(Client::new(ours))
 }
 
 /// `fealty-host`, which lies beside this program.

@@ -15,7 +15,7 @@ use crate::opener::{Access, Mapping, Opener};
 use crate::operations::{Facts, Operations, Protected};
 use crate::permit::StartPermit;
 use crate::post::{Inbox, Post, office};
-use crate::provider::{Link, gone, register};
+use crate::provider::{Link, contacts, gone, register};
 use crate::sandbox::{Filter, close_inherited, close_thread, harden, process};
 use crate::signals::Signals;
 use crate::steps::Steps;
@@ -32,7 +32,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::mpsc::RecvTimeoutError;
+use std::sync::mpsc::{RecvTimeoutError, channel};
 use std::time::{Duration, Instant};
 
 /// What a protected VM is started with.
@@ -61,9 +61,9 @@ struct Prepared {
 pub fn run(start: &ProtectedRun, settings: &Settings) -> Result<Exit, Failure> {
     let steps = settings.steps;
     let (prepared, kvm) = prepare(start, settings)?;
-    let answer = prepared.link.begin(OperationRequest::plain(Operation::PowerOn))?;
-    // While the provider's thread attests, this one makes what needs no keys.
     close_thread(Filter::Main).map_err(|e| Failure::of(Exit::Host, &e))?;
+    // While the provider's thread attests, this one makes what needs no keys.
+    let answer = prepared.link.begin(OperationRequest::plain(Operation::PowerOn))?;
     let early = Machine::open(kvm).map_err(|e| machine_failure(&e))?;
     let opened = loop {
         match answer.recv_timeout(Duration::from_millis(100)) {
@@ -102,18 +102,23 @@ fn prepare(start: &ProtectedRun, settings: &Settings) -> Result<(Prepared, std::
     let file = read_vm_file(&start.file)?;
     steps.step("read", &format!("VM {} of {}, file {}", file.header.vm, file.header.customer, file.digest));
     let opener = Opener::start(&folder_of(&start.file), &start.mappings).map_err(|e| Failure::of(Exit::Host, &e))?;
+    let host = |what: &str, e: std::io::Error| Failure::new(Exit::Host, format!("cannot {what}: {e}"));
+    let (post, inbox) = office().map_err(|e| host("make an event descriptor", e))?;
+    // The provider's thread prepares its client while this one registers.
+    let (registration, registered) = channel();
+    let contacts = contacts(&file, &start.host, registered)?;
+    let link = Signals::kept_from(|| Link::start(contacts, steps, post.clone()))?;
     let kvm = open_kvm().map_err(|e| machine_failure(&e))?;
     let begun = Instant::now();
-    let contacts = register(&file, &start.host)?;
+    let service = register(&file, &start.host)?;
     steps.timed("tpm-service", &start.host.tcti, begun.elapsed());
     process::forget_children();
-    let host = |what: &str, e: std::io::Error| Failure::new(Exit::Host, format!("cannot {what}: {e}"));
     let signals = Signals::take().map_err(|e| host("receive signals", e))?;
-    let (post, inbox) = office().map_err(|e| host("make an event descriptor", e))?;
     let console = Console::open(&settings.console)?;
     harden().map_err(|e| Failure::of(Exit::Host, &e))?;
     let api = serve_api(settings, &post)?;
-    let link = Link::start(contacts, steps, post.clone())?;
+    // A thread that is gone says so when it is asked.
+    let _ = registration.send(service);
     Ok((Prepared { file, opener, signals, post, inbox, console, api, link }, kvm))
 }
 
