@@ -6,7 +6,8 @@ use crate::backing::Backing;
 use crate::format::log::Record;
 use crate::format::page::{Entry, set_entry};
 use crate::format::slot::Slot;
-use crate::format::{BLOCK, Block, zero_block};
+use crate::format::{BLOCK, Block, MAC, zero_block};
+use crate::keys::{Open, Seal};
 use std::ops::Range;
 
 /// Blocks handled under one lock: 256 KiB.
@@ -111,13 +112,11 @@ impl Shared {
             self.backing.read_blocks(first, blocks.as_flattened_mut())?;
         }
         let bad = self.backing.with_keys(|ring, _| {
-            let mut bad = Vec::new();
-            for (i, (entry, block)) in entries.iter().zip(blocks.iter_mut()).enumerate() {
-                if !ring.find(entry.key).is_some_and(|key| key.open(lba + i as u64, entry, block)) {
-                    bad.push(i);
-                }
-            }
-            Ok(bad)
+            let with_entries = (lba..).zip(entries.iter().zip(blocks.iter_mut()));
+            let mut batch: Vec<Open> =
+                with_entries.map(|(lba, (entry, block))| Open { lba, entry, block, good: false }).collect();
+            ring.open_blocks(&mut batch);
+            Ok((0..batch.len()).filter(|i| !batch[*i].good).collect::<Vec<_>>())
         })?;
         for i in bad {
             let mut core = self.core()?;
@@ -253,12 +252,17 @@ impl Core {
         self.generations += count;
         self.written += count;
         let entries = from.with_keys(|_, key| {
-            let seal = |(i, block): (usize, &mut Block)| {
-                let (i, physical) = (i as u64, physical + i as u64);
-                let tag = key.seal(lba + i, generation + i, block);
-                Entry { physical, generation: generation + i, key: key.id, tag }
+            let seal =
+                |(i, block)| Seal { lba: lba + i, generation: generation + i, plain: None, block, tag: [0; MAC] };
+            let mut batch: Vec<Seal> = (0..).zip(blocks.iter_mut()).map(seal).collect();
+            key.seal_blocks(&mut batch);
+            let entry = |(physical, seal): (u64, Seal)| Entry {
+                physical,
+                generation: seal.generation,
+                key: key.id,
+                tag: seal.tag,
             };
-            Ok(blocks.iter_mut().enumerate().map(seal).collect())
+            Ok((physical..).zip(batch).map(entry).collect())
         })?;
         from.write_blocks(physical, blocks.as_flattened())?;
         Ok(entries)
@@ -299,7 +303,8 @@ impl Core {
         if let Some(physical) = entry.data().filter(|b| from.in_pool(*b)) {
             for _ in 0..2 {
                 from.read_blocks(physical, block)?;
-                if from.with_keys(|ring, _| Ok(ring.find(entry.key).is_some_and(|k| k.open(lba, &entry, block))))? {
+                let mut batch = [Open { lba, entry: &entry, block, good: false }];
+                if from.with_keys(|ring, _| Ok(ring.open_blocks(&mut batch)))? {
                     return Ok(());
                 }
             }
