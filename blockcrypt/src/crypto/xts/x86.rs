@@ -124,6 +124,17 @@ fn invert(rounds: &Rounds) -> Rounds {
     inverse
 }
 
+/// A vector's tweaks. Not inlined: the compiler would keep them in pieces.
+#[inline(never)]
+fn consecutive<const N: usize>(mut tweak: u128) -> [u8; N] {
+    let mut lanes = [0; N];
+    for lane in lanes.as_chunks_mut::<16>().0 {
+        *lane = tweak.to_le_bytes();
+        tweak = double(tweak);
+    }
+    lanes
+}
+
 #[target_feature(enable = "sse2")]
 fn load(bytes: &[u8; 16]) -> __m128i {
     // SAFETY: 16 readable bytes; the instruction needs no alignment.
@@ -138,13 +149,13 @@ fn bytes(vector: __m128i) -> [u8; 16] {
     out
 }
 
-/// One width. `$bytes` is a vector's, `$flight` how many vectors are in flight; `$lanes` and `$group` are the AES blocks of a
-/// vector and of all in flight, each with what it lacks to 64.
+/// One width. `$bytes` is a vector's, `$flight` how many vectors are in flight; `$lanes` are a vector's AES blocks, with what
+/// they lack to 64; `$group` is an eighth of those in flight, with what it lacks to 16.
 macro_rules! width {
     (
         $module:ident, $features:literal, $vector:ty, $bytes:literal, $flight:literal,
         lanes $lanes:literal $lanes_rest:literal, group $group:literal $group_rest:literal,
-        $loadu:ident, $storeu:ident, $widen:expr, $set:ident, $xor:ident, $left:ident, $right:ident, $up:ident,
+        $loadu:ident, $storeu:ident, $widen:expr, $set:ident, $xor:ident, $left:ident, $right:ident, $up:ident, $down:ident,
         $multiply:ident, $enc:ident, $enc_last:ident, $dec:ident, $dec_last:ident
     ) => {
         mod $module {
@@ -186,25 +197,19 @@ macro_rules! width {
                 $xor(kept, $multiply::<0x01>(out, $set(0x87)))
             }
 
-            /// Each tweak times x to the number of blocks in flight.
+            /// Each tweak times x to the number of blocks in flight, by whole bytes: other ports than AES needs.
             #[inline]
             #[target_feature(enable = $features)]
             fn next_group(tweak: $vector) -> $vector {
-                let out = $right::<$group_rest>(tweak);
-                let kept = $xor($left::<$group>(tweak), $up::<8>(out));
-                $xor(kept, $multiply::<0x01>(out, $set(0x87)))
+                let out = $multiply::<0x00>($down::<$group_rest>(tweak), $set(0x87));
+                $xor($up::<$group>(tweak), out)
             }
 
             /// The tweaks of the first blocks in flight.
             #[inline]
             #[target_feature(enable = $features)]
-            fn first_tweaks(mut tweak: u128) -> [$vector; $flight] {
-                let mut lanes = [0; $bytes];
-                for lane in lanes.as_chunks_mut::<16>().0 {
-                    *lane = tweak.to_le_bytes();
-                    tweak = double(tweak);
-                }
-                let mut tweaks = [load(&lanes); $flight];
+            fn first_tweaks(tweak: u128) -> [$vector; $flight] {
+                let mut tweaks = [load(&consecutive(tweak)); $flight];
                 for i in 1..$flight {
                     tweaks[i] = next_vector(tweaks[i - 1]);
                 }
@@ -277,22 +282,22 @@ macro_rules! width {
 }
 
 width!(
-    vaes512, "avx512f,avx512bw,vaes,vpclmulqdq,aes", __m512i, 64, 4, lanes 4 60, group 16 48,
+    vaes512, "avx512f,avx512bw,vaes,vpclmulqdq,aes", __m512i, 64, 4, lanes 4 60, group 2 14,
     _mm512_loadu_si512, _mm512_storeu_si512, _mm512_broadcast_i32x4, _mm512_set1_epi64, _mm512_xor_si512,
-    _mm512_slli_epi64, _mm512_srli_epi64, _mm512_bslli_epi128, _mm512_clmulepi64_epi128,
+    _mm512_slli_epi64, _mm512_srli_epi64, _mm512_bslli_epi128, _mm512_bsrli_epi128, _mm512_clmulepi64_epi128,
     _mm512_aesenc_epi128, _mm512_aesenclast_epi128, _mm512_aesdec_epi128, _mm512_aesdeclast_epi128
 );
 
 width!(
-    vaes256, "avx2,vaes,vpclmulqdq,aes", __m256i, 32, 8, lanes 2 62, group 16 48,
+    vaes256, "avx2,vaes,vpclmulqdq,aes", __m256i, 32, 8, lanes 2 62, group 2 14,
     _mm256_loadu_si256, _mm256_storeu_si256, _mm256_broadcastsi128_si256, _mm256_set1_epi64x, _mm256_xor_si256,
-    _mm256_slli_epi64, _mm256_srli_epi64, _mm256_bslli_epi128, _mm256_clmulepi64_epi128,
+    _mm256_slli_epi64, _mm256_srli_epi64, _mm256_bslli_epi128, _mm256_bsrli_epi128, _mm256_clmulepi64_epi128,
     _mm256_aesenc_epi128, _mm256_aesenclast_epi128, _mm256_aesdec_epi128, _mm256_aesdeclast_epi128
 );
 
 width!(
-    aesni, "aes,pclmulqdq,sse4.1", __m128i, 16, 8, lanes 1 63, group 8 56,
+    aesni, "aes,pclmulqdq,sse4.1", __m128i, 16, 8, lanes 1 63, group 1 15,
     _mm_loadu_si128, _mm_storeu_si128, std::convert::identity, _mm_set1_epi64x, _mm_xor_si128,
-    _mm_slli_epi64, _mm_srli_epi64, _mm_bslli_si128, _mm_clmulepi64_si128,
+    _mm_slli_epi64, _mm_srli_epi64, _mm_bslli_si128, _mm_bsrli_si128, _mm_clmulepi64_si128,
     _mm_aesenc_si128, _mm_aesenclast_si128, _mm_aesdec_si128, _mm_aesdeclast_si128
 );
