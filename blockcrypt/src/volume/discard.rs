@@ -1,11 +1,12 @@
 //! TRIM and write-zeroes: blocks that read as zeroes and take no room.
 
-use super::{Core, Shared, leaf};
+use super::Core;
+use super::shared::Shared;
 use crate::VolumeError;
-use crate::backing::Backing;
-use crate::format::log::Record;
-use crate::format::page::{ENTRIES, Entry, Tree, set_entry};
+use crate::format::page::{BITS, ENTRIES, Entry, Tree};
 use crate::format::{BLOCK, zero_block};
+use crate::space::bitmap;
+use crate::tree::Halt;
 use std::ops::Range;
 
 /// Blocks unmapped under one lock.
@@ -35,18 +36,10 @@ impl Shared {
         self.zero_part(whole.end * block, end.saturating_sub(whole.end * block))
     }
 
-    fn check_writable(&self, offset: u64, length: u64) -> Result<(), VolumeError> {
-        self.check_request(offset, length)?;
-        if self.read_only {
-            return Err(VolumeError::ReadOnly);
-        }
-        self.anchoring.check()
-    }
-
     /// The blocks that lie wholly within a request. A last block that the volume's end cuts short is whole.
     fn whole_blocks(&self, offset: u64, length: u64) -> Range<u64> {
         let (block, end) = (BLOCK as u64, offset + length);
-        let last = if end == self.backing.geometry.size { end.div_ceil(block) } else { end / block };
+        let last = if end == self.backing.geometry().size { end.div_ceil(block) } else { end / block };
         offset.div_ceil(block)..last
     }
 
@@ -56,7 +49,7 @@ impl Shared {
             return Ok(());
         }
         let mut found = [Entry::UNMAPPED];
-        self.core()?.lookup(offset / BLOCK as u64, &mut found, &self.backing)?;
+        self.with_core(|core| core.lookup(offset / BLOCK as u64, &mut found))?;
         if found[0].physical == 0 {
             return Ok(());
         }
@@ -66,7 +59,7 @@ impl Shared {
     fn unmap(&self, blocks: Range<u64>, punch: bool) -> Result<(), VolumeError> {
         let mut at = blocks.start;
         while at < blocks.end {
-            let next = self.core()?.forest.next_leaf(Tree::Map, at / ENTRIES as u64, &self.backing)?;
+            let next = self.with_core(|core| core.forest.next_leaf(Tree::Map, at / ENTRIES as u64))?;
             at = match next {
                 Some(index) => at.max(index * ENTRIES as u64),
                 None => break,
@@ -76,10 +69,10 @@ impl Shared {
             }
             let end = blocks.end.min(at + CHUNK);
             self.make_room()?;
-            let mut core = self.core()?;
-            core.writable()?;
-            core.room_in_log()?;
-            core.unmap(at..end, punch, &self.backing)?;
+            let _among_others = self.among_others();
+            let _locked = self.lock_blocks(at..end);
+            self.with_core(|core| core.unmap(at..end, punch))?;
+            self.relieve()?;
             at = end;
         }
         Ok(())
@@ -108,26 +101,20 @@ impl Shared {
 }
 
 impl Core {
-    /// Map and log learn that these blocks hold nothing.
-    fn unmap(&mut self, blocks: Range<u64>, punch: bool, from: &Backing) -> Result<(), VolumeError> {
+    /// Map and log learn that these blocks hold nothing. Nothing is changed before all that is needed is in memory.
+    fn unmap(&mut self, blocks: Range<u64>, punch: bool) -> Result<(), Halt> {
+        self.writable()?;
+        self.room_in_log()?;
         let mut old = [Entry::UNMAPPED; CHUNK as usize];
         let old = &mut old[..(blocks.end - blocks.start) as usize];
-        self.lookup(blocks.start, old, from)?;
+        self.lookup(blocks.start, old)?;
+        for block in old.iter().filter_map(Entry::data).filter(|block| self.space.has(*block)) {
+            self.forest.page(bitmap(block / BITS as u64))?;
+        }
         for (lba, old) in blocks.zip(old.iter()).filter(|(_, old)| old.physical != 0) {
-            // The pages were there a moment ago; if one is not any more, memory no longer says what the log will.
-            self.unmap_one(lba, old, punch, from).map_err(|error| self.fail(error, &*from.events))?;
+            self.release_data(lba, old, punch)?;
+            self.enter(lba, Entry::UNMAPPED)?;
         }
-        self.log.relieve(from)
-    }
-
-    fn unmap_one(&mut self, lba: u64, old: &Entry, punch: bool, from: &Backing) -> Result<(), VolumeError> {
-        let (id, place) = leaf(lba);
-        set_entry(&mut self.forest.page_mut(id, from)?.bytes, place, Entry::UNMAPPED);
-        if let Some(block) = old.data().filter(|block| from.in_pool(*block)) {
-            self.space.supersede(block, self.log.appended, punch, &mut self.forest, from)?;
-            self.mapped -= 1;
-        }
-        self.log.append(Record { lba, entry: Entry::UNMAPPED });
         Ok(())
     }
 }

@@ -69,7 +69,7 @@ impl Provider {
     }
 
     pub(crate) fn open_read_only(self: &Arc<Self>, store: impl Store + 'static) -> Result<Volume, VolumeError> {
-        self.open_with(store, &self.grant(), OpenOptions { read_only: true })
+        self.open_with(store, &self.grant(), OpenOptions { read_only: true, ..Default::default() })
     }
 
     pub(crate) fn open_with(
