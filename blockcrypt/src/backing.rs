@@ -6,6 +6,7 @@ use crate::format::geometry::Geometry;
 use crate::format::page::{Child, Entry, Header};
 use crate::format::{BLOCK, Block, zero_block};
 use crate::keys::{KeyRing, VolumeKey, same};
+use crate::tree::Missing;
 use crate::{Events, Store, VolumeError};
 use policy::VolumeId;
 use secretmem::wiping_stack;
@@ -13,7 +14,7 @@ use std::sync::{Arc, PoisonError, RwLock};
 
 pub(crate) struct Backing {
     pub(crate) store: Box<dyn Store>,
-    pub(crate) geometry: Geometry,
+    geometry: RwLock<Geometry>,
     pub(crate) uuid: VolumeId,
     pub(crate) events: Arc<dyn Events>,
     keys: RwLock<Option<KeyRing>>,
@@ -27,7 +28,12 @@ impl Backing {
         keys: KeyRing,
         events: Arc<dyn Events>,
     ) -> Self {
-        Self { store, geometry, uuid, events, keys: RwLock::new(Some(keys)) }
+        Self { store, geometry: RwLock::new(geometry), uuid, events, keys: RwLock::new(Some(keys)) }
+    }
+
+    /// Where things lie, now: a volume may grow.
+    pub(crate) fn geometry(&self) -> Geometry {
+        *self.geometry.read().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Computes something with the keys; not to be held over I/O.
@@ -53,7 +59,7 @@ impl Backing {
         drop(old);
     }
 
-    /// Changes the keys while a volume is being opened.
+    /// Changes the keys.
     pub(crate) fn change_keys(&self, f: impl FnOnce(&mut KeyRing)) -> Result<(), VolumeError> {
         f(self.keys.write().unwrap_or_else(PoisonError::into_inner).as_mut().ok_or(VolumeError::NoKeys)?);
         Ok(())
@@ -61,7 +67,7 @@ impl Backing {
 
     /// Whether `block` is one that data and pages may lie in.
     pub(crate) fn in_pool(&self, block: u64) -> bool {
-        self.geometry.pool().contains(&block)
+        self.geometry().pool().contains(&block)
     }
 
     pub(crate) fn read_blocks(&self, first: u64, buffer: &mut [u8]) -> Result<(), VolumeError> {
@@ -74,6 +80,12 @@ impl Backing {
 
     pub(crate) fn sync(&self) -> Result<(), VolumeError> {
         self.store.sync_data().map_err(VolumeError::store("make writes durable"))
+    }
+
+    /// The page that memory misses. Where it does not verify, the caller says whether it is still asked for.
+    pub(crate) fn fetch(&self, missing: &Missing) -> Result<Box<Block>, VolumeError> {
+        let id = missing.id;
+        self.read_page(&missing.pointer, |h| h.tree == id.tree && h.level == id.level && h.index == id.index)
     }
 
     /// The page that `pointer` names, if it verifies and its header is the `expected` one; read twice before it is given up.
@@ -94,8 +106,15 @@ impl Backing {
                 }
             }
         }
-        self.events.integrity(None, Some(pointer.physical), "a page of the map does not verify");
         Err(VolumeError::Damaged(format!("the map page in block {} does not verify", pointer.physical)))
+    }
+
+    /// A page is bad for good: the audit log hears of it.
+    pub(crate) fn bad_page(&self, pointer: &Child, error: VolumeError) -> VolumeError {
+        if error.is_integrity() {
+            self.events.integrity(None, Some(pointer.physical), "a page of the map does not verify");
+        }
+        error
     }
 
     fn page_verifies(&self, pointer: &Child, page: &Block) -> Result<bool, VolumeError> {
@@ -114,6 +133,6 @@ impl Backing {
         }
         let mut block = zero_block();
         self.read_blocks(physical, &mut block[..])?;
-        self.with_keys(|ring, _| Ok(ring.find(entry.key).is_some_and(|key| key.verify(lba, entry, &block))))
+        self.with_keys(|ring, _| Ok(ring.verifies(lba, entry, &block)))
     }
 }

@@ -38,11 +38,15 @@
 //! | --- | --- |
 //! | [`mod@format`] | the bytes on disk |
 //! | `keys` | from the key-encryption key to what seals blocks |
+//! | `crypto` | their ciphers, on the fastest path that the processor has |
 //! | `store`, `hooks` | what a volume stands on: bytes at offsets, anchors, events |
 //! | `backing`, `tree`, `space` | verified blocks, cached pages, free blocks |
 //! | `volume` | the engine |
 
 mod backing;
+#[doc(hidden)]
+pub mod bench;
+mod crypto;
 mod error;
 pub mod format;
 #[doc(hidden)]

@@ -1,14 +1,18 @@
-//! Free space: bitmap pages, and blocks that are free but may not be reused yet.
+//! Free space: bitmap pages, blocks that are free but may not be reused yet, and blocks that are about to be used.
 //!
-//! A block that is superseded is cleared in the bitmap at once, so that the next checkpoint writes the truth, and *held* until
-//! what supersedes it is durable: data until its record is, pages until the superblock is (for an opener's first checkpoint: until
-//! its anchor is kept). A held block is free on disk and never handed out.
+//! - A block that is superseded is cleared in the bitmap at once, so that the next checkpoint writes the truth, and *held* until
+//!   what supersedes it is durable: data until its record is, pages until the superblock is (for an opener's first checkpoint:
+//!   until its anchor is kept). A held block is free on disk and never handed out.
+//! - A block that was handed out is *reserved*: free on disk until the map, or a checkpoint, names it, so that a crash in between
+//!   leaks nothing.
+//! - *Spare* blocks are reserved for pages, and the store is known to have room for them: a store that is full takes no data, and
+//!   still takes checkpoints.
 
 use crate::VolumeError;
-use crate::backing::Backing;
 use crate::format::Block;
+use crate::format::geometry::Geometry;
 use crate::format::page::{BITS, Header, Tree, set_bit};
-use crate::tree::{Forest, PageId};
+use crate::tree::{Forest, Halt, PageId};
 use std::collections::{HashSet, VecDeque};
 use std::ops::Range;
 
@@ -16,51 +20,136 @@ use std::ops::Range;
 const UNKNOWN: u16 = u16::MAX;
 
 pub(crate) struct Space {
-    /// Clear bits of each bitmap page, held ones included.
+    /// The blocks that may be handed out.
+    pool: Range<u64>,
+    /// The part of it that no data goes to.
+    zone: Range<u64>,
+    /// Clear bits of each bitmap page, held and reserved ones included.
     clear: Vec<u16>,
     held: HashSet<u64>,
-    /// Superseded data, with the number of the record that superseded it.
-    waiting: VecDeque<(u64, u64)>,
+    reserved: HashSet<u64>,
+    /// Reserved blocks outside the zone that pages may take.
+    spare: Vec<u64>,
+    /// Superseded data that waits for a record to be durable.
+    waiting: VecDeque<Waiting>,
+    /// Held blocks that are to be given back to the store before they are free.
+    to_punch: Vec<u64>,
     /// Where the last run ended.
     cursor: u64,
 }
 
+/// A block of superseded data.
+struct Waiting {
+    block: u64,
+    /// The number of the record that superseded it.
+    record: u64,
+    /// Its room is to be given back.
+    punch: bool,
+}
+
 impl Space {
-    pub(crate) fn new(from: &Backing) -> Self {
-        let pages = usize::try_from(from.geometry.bitmaps()).unwrap_or(usize::MAX);
+    pub(crate) fn new(geometry: &Geometry) -> Self {
+        let pages = usize::try_from(geometry.bitmaps()).unwrap_or(usize::MAX);
         Self {
+            pool: geometry.pool(),
+            zone: geometry.zone(),
             clear: vec![UNKNOWN; pages],
             held: HashSet::new(),
+            reserved: HashSet::new(),
+            spare: Vec::new(),
             waiting: VecDeque::new(),
-            cursor: from.geometry.pool().start,
+            to_punch: Vec::new(),
+            cursor: geometry.zone().end,
         }
     }
 
-    /// Takes up to `want` neighbouring blocks, near `near` if that is free.
-    pub(crate) fn allocate(
-        &mut self,
-        near: u64,
-        want: u64,
-        forest: &mut Forest,
-        from: &Backing,
-    ) -> Result<Range<u64>, VolumeError> {
-        let found = match self.search_page(near / BITS as u64, near, want, forest, from)? {
+    /// Reserves up to `want` neighbouring blocks outside the zone, near `near` if that is free.
+    pub(crate) fn reserve(&mut self, near: u64, want: u64, forest: &mut Forest) -> Result<Range<u64>, Halt> {
+        let (near, all) = (near.max(self.zone.end), self.zone.end..self.pool.end);
+        let found = match self.search_page(near / BITS as u64, near, want, &all, forest)? {
             Some(found) => found,
-            None => self.search(want, forest, from)?.ok_or(VolumeError::Full(None))?,
+            None => self.search(want, &all, forest)?.ok_or(VolumeError::Full(None))?,
         };
-        self.mark(found.clone(), true, forest, from)?;
+        self.reserved.extend(found.clone());
         self.cursor = found.end;
         Ok(found)
     }
 
+    /// Reserves a block for a page: one for which the store has room, as long as there are any.
+    pub(crate) fn reserve_for_page(&mut self, forest: &mut Forest) -> Result<u64, Halt> {
+        if let Some(spare) = self.spare.pop() {
+            return Ok(spare);
+        }
+        let zone = self.zone.clone();
+        for page in zone.start / BITS as u64..zone.end.div_ceil(BITS as u64) {
+            if let Some(found) = self.search_page(page, zone.start.max(page * BITS as u64), 1, &zone, forest)? {
+                self.reserved.insert(found.start);
+                return Ok(found.start);
+            }
+        }
+        Ok(self.reserve(self.cursor, 1, forest)?.start)
+    }
+
+    /// Reserved blocks that were not used after all.
+    pub(crate) fn unreserve(&mut self, blocks: impl IntoIterator<Item = u64>) {
+        for block in blocks {
+            self.reserved.remove(&block);
+        }
+    }
+
+    /// Blocks that were reserved for pages and not used: spare, but for the zone's.
+    pub(crate) fn give_back(&mut self, blocks: &[u64]) {
+        for block in blocks {
+            if self.zone.contains(block) {
+                self.reserved.remove(block);
+            } else {
+                self.spare.push(*block);
+            }
+        }
+    }
+
+    /// Reserved blocks become spare.
+    pub(crate) fn add_spare(&mut self, blocks: impl IntoIterator<Item = u64>) {
+        self.spare.extend(blocks);
+    }
+
+    /// Spare blocks.
+    pub(crate) fn spare(&self) -> usize {
+        self.spare.len()
+    }
+
+    /// How many blocks of the zone are free.
+    pub(crate) fn free_in_zone(&mut self, forest: &mut Forest) -> Result<u64, Halt> {
+        let mut free = 0;
+        for block in self.zone.clone() {
+            let bits = &forest.page(bitmap(block / BITS as u64))?.bytes;
+            free += u64::from(is_clear(bits, (block % BITS as u64) as usize) && self.is_idle(block));
+        }
+        Ok(free)
+    }
+
+    /// Blocks reserved for data.
+    pub(crate) fn reserved(&self) -> u64 {
+        (self.reserved.len() - self.spare.len()) as u64
+    }
+
+    /// Whether `block` is one that data and pages may lie in.
+    pub(crate) fn has(&self, block: u64) -> bool {
+        self.pool.contains(&block)
+    }
+
+    fn is_idle(&self, block: u64) -> bool {
+        !self.held.contains(&block) && !self.reserved.contains(&block)
+    }
+
     /// From the cursor once round.
-    fn search(&mut self, want: u64, forest: &mut Forest, from: &Backing) -> Result<Option<Range<u64>>, VolumeError> {
+    fn search(&mut self, want: u64, within: &Range<u64>, forest: &mut Forest) -> Result<Option<Range<u64>>, Halt> {
         let pages = self.clear.len() as u64;
         let first = (self.cursor / BITS as u64).min(pages - 1);
         for step in 0..=pages {
             let page = (first + step) % pages;
             let start = if step == 0 { self.cursor } else { page * BITS as u64 };
-            if let Some(found) = self.search_page(page, start, want, forest, from)? {
+            if let Some(found) = self.search_page(page, start, want, within, forest)? {
                 return Ok(Some(found));
             }
         }
@@ -72,21 +161,23 @@ impl Space {
         page: u64,
         start: u64,
         want: u64,
+        within: &Range<u64>,
         forest: &mut Forest,
-        from: &Backing,
-    ) -> Result<Option<Range<u64>>, VolumeError> {
-        let Some(clear) = self.clear.get_mut(page as usize) else { return Ok(None) };
-        if *clear == 0 {
+    ) -> Result<Option<Range<u64>>, Halt> {
+        let base = page * BITS as u64;
+        let start = start.max(within.start).max(base);
+        if start >= within.end.min(base + BITS as u64) || self.clear.get(page as usize).is_none_or(|clear| *clear == 0)
+        {
             return Ok(None);
         }
-        let base = page * BITS as u64;
-        let bits = &forest.page(bitmap(page), from)?.bytes;
-        if *clear == UNKNOWN {
+        let bits = &forest.page(bitmap(page))?.bytes;
+        if let Some(clear) = self.clear.get_mut(page as usize).filter(|clear| **clear == UNKNOWN) {
             *clear = count_clear(bits);
         }
+        let end = ((within.end - base) as usize).min(BITS);
         let mut at = (start - base) as usize;
-        while let Some(i) = next_clear(bits, at) {
-            let run = (i..BITS).take_while(|i| is_clear(bits, *i) && !self.held.contains(&(base + *i as u64)));
+        while let Some(i) = next_clear(bits, at).filter(|i| *i < end) {
+            let run = (i..end).take_while(|i| is_clear(bits, *i) && self.is_idle(base + *i as u64));
             let length = run.take(want as usize).count() as u64;
             if length > 0 {
                 let first = base + i as u64;
@@ -97,19 +188,13 @@ impl Space {
         Ok(None)
     }
 
-    /// Marks blocks as used or free.
-    pub(crate) fn mark(
-        &mut self,
-        blocks: Range<u64>,
-        used: bool,
-        forest: &mut Forest,
-        from: &Backing,
-    ) -> Result<(), VolumeError> {
+    /// Blocks in use become free, or the other way round. The bitmap page must be in memory before anything is changed.
+    pub(crate) fn mark(&mut self, blocks: Range<u64>, used: bool, forest: &mut Forest) -> Result<(), Halt> {
         let mut block = blocks.start;
         while block < blocks.end {
             let page = block / BITS as u64;
             let end = blocks.end.min((page + 1) * BITS as u64);
-            let bytes = &mut forest.page_mut(bitmap(page), from)?.bytes;
+            let bytes = &mut forest.page_mut(bitmap(page))?.bytes;
             let mut changed = 0;
             for i in (block..end).map(|b| (b % BITS as u64) as usize) {
                 changed += u16::from(is_clear(bytes, i) == used);
@@ -123,51 +208,87 @@ impl Space {
         Ok(())
     }
 
-    /// Marks blocks beyond the volume's end and outside its pool as used: what a new volume begins with.
-    pub(crate) fn fence(&mut self, forest: &mut Forest, from: &Backing) -> Result<(), VolumeError> {
-        let pool = from.geometry.pool();
-        self.mark(0..pool.start, true, forest, from)?;
-        self.mark(pool.end..from.geometry.bitmaps() * BITS as u64, true, forest, from)
+    /// A reserved block is in use.
+    pub(crate) fn take(&mut self, block: u64, forest: &mut Forest) -> Result<(), Halt> {
+        self.mark(block..block + 1, true, forest)?;
+        self.reserved.remove(&block);
+        Ok(())
     }
 
-    /// Frees a block of data that record number `record` supersedes: reusable once that is durable.
-    pub(crate) fn supersede(
-        &mut self,
-        block: u64,
-        record: u64,
-        forest: &mut Forest,
-        from: &Backing,
-    ) -> Result<(), VolumeError> {
-        self.waiting.push_back((record, block));
-        self.free_held(block, forest, from)
+    /// Takes back a [`take`](Self::take).
+    pub(crate) fn untake(&mut self, block: u64, forest: &mut Forest) -> Result<(), Halt> {
+        self.mark(block..block + 1, false, forest)
+    }
+
+    /// Marks blocks beyond the volume's end and outside its pool as used: what a new volume begins with.
+    pub(crate) fn fence(&mut self, forest: &mut Forest) -> Result<(), Halt> {
+        self.mark(0..self.pool.start, true, forest)?;
+        self.mark(self.pool.end..self.clear.len() as u64 * BITS as u64, true, forest)
+    }
+
+    /// Frees a block of data that record number `record` supersedes: reusable once that is durable, and, with `punch`, once its
+    /// room was given back to the store.
+    pub(crate) fn supersede(&mut self, block: u64, record: u64, punch: bool, forest: &mut Forest) -> Result<(), Halt> {
+        self.free_held(block, forest)?;
+        self.waiting.push_back(Waiting { block, record, punch });
+        Ok(())
     }
 
     /// Frees a block and holds it.
-    pub(crate) fn free_held(&mut self, block: u64, forest: &mut Forest, from: &Backing) -> Result<(), VolumeError> {
+    pub(crate) fn free_held(&mut self, block: u64, forest: &mut Forest) -> Result<(), Halt> {
+        self.mark(block..block + 1, false, forest)?;
         self.held.insert(block);
-        self.mark(block..block + 1, false, forest, from)
+        Ok(())
     }
 
     /// Takes back a [`free_held`](Self::free_held).
-    pub(crate) fn keep(&mut self, block: u64, forest: &mut Forest, from: &Backing) -> Result<(), VolumeError> {
+    pub(crate) fn keep(&mut self, block: u64, forest: &mut Forest) -> Result<(), Halt> {
+        self.mark(block..block + 1, true, forest)?;
         self.held.remove(&block);
-        self.mark(block..block + 1, true, forest, from)
+        Ok(())
     }
 
     /// The first `records` records are durable.
     pub(crate) fn durable(&mut self, records: u64) {
-        while let Some(&(record, block)) = self.waiting.front()
-            && record < records
+        while self.waiting.front().is_some_and(|w| w.record < records)
+            && let Some(waiting) = self.waiting.pop_front()
         {
-            self.held.remove(&block);
-            self.waiting.pop_front();
+            if waiting.punch {
+                self.to_punch.push(waiting.block);
+            } else {
+                self.held.remove(&waiting.block);
+            }
         }
     }
 
-    /// Everything held may be reused.
+    /// Pages that a durable superblock replaced may be reused: by pages, as long as fewer than `spares` are spare, for the store
+    /// has room for them.
+    pub(crate) fn release(&mut self, pages: &[u64], spares: usize) {
+        for block in pages.iter().filter(|block| self.held.remove(block)) {
+            if self.spare.len() < spares && !self.zone.contains(block) {
+                self.reserved.insert(*block);
+                self.spare.push(*block);
+            }
+        }
+    }
+
+    /// Everything held may be reused, except what is to be given back first.
     pub(crate) fn release_all(&mut self) {
+        self.durable(u64::MAX);
         self.held.clear();
-        self.waiting.clear();
+        self.held.extend(&self.to_punch);
+    }
+
+    /// Blocks whose room may be given back now. They stay held until [`punched`](Self::punched).
+    pub(crate) fn take_to_punch(&mut self) -> Vec<u64> {
+        std::mem::take(&mut self.to_punch)
+    }
+
+    /// The room of these blocks was given back, or can't be.
+    pub(crate) fn punched(&mut self, blocks: &[u64]) {
+        for block in blocks {
+            self.held.remove(block);
+        }
     }
 
     /// Superseded blocks of data that still wait.

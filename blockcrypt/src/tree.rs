@@ -1,13 +1,17 @@
-//! The two trees of a volume, page by page: loaded when asked for, verified from the root down, cached within a bound.
+//! The two trees of a volume, page by page, as memory has them: cached within a bound, changed in place, written by checkpoints.
+//!
+//! Nothing here reads the store. What an operation needs and memory does not have is named by [`Halt::Missing`]; whoever holds
+//! the lock lets go of it, fetches and verifies that page, and tries again. So no lock is held over a read, and an operation
+//! must ask for all its pages before it changes the first. Nothing is let go within one try.
 
 use crate::VolumeError;
-use crate::backing::Backing;
-use crate::format::Block;
-use crate::format::page::{CHILDREN, Child, Header, Tree, child};
-use std::collections::HashMap;
+use crate::format::page::{CHILDREN, Child, Header, Tree, child, set_child};
+use crate::format::{Block, zero_block};
+use policy::KeyId;
+use std::collections::{BTreeSet, HashMap};
 
-/// Clean pages kept: 1 MiB of them.
-const CLEAN_PAGES: usize = 256;
+/// Fewest clean pages kept, whatever the bound: what one operation needs at once.
+const FEWEST: usize = 512;
 
 /// Which page.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Debug)]
@@ -34,8 +38,37 @@ pub(crate) struct Page {
     pub(crate) bytes: Box<Block>,
     /// The block of the store that holds its durable version; none where it is new.
     pub(crate) home: Option<u64>,
+    /// The epoch of that version.
+    pub(crate) birth: u64,
+    /// The key that authenticates it.
+    pub(crate) key: KeyId,
+    /// Newer than its durable version, and than what a checkpoint is writing.
     dirty: bool,
+    /// A checkpoint is writing it.
+    pinned: bool,
     used: u64,
+}
+
+/// Why an operation on memory stopped.
+pub(crate) enum Halt {
+    /// A page is needed first.
+    Missing(Missing),
+    /// It can't be done.
+    Failed(VolumeError),
+}
+
+/// A page that memory does not have.
+#[derive(Clone, Copy)]
+pub(crate) struct Missing {
+    pub(crate) id: PageId,
+    /// What points to it.
+    pub(crate) pointer: Child,
+}
+
+impl From<VolumeError> for Halt {
+    fn from(error: VolumeError) -> Self {
+        Self::Failed(error)
+    }
 }
 
 /// Both trees.
@@ -43,8 +76,11 @@ pub(crate) struct Forest {
     pages: HashMap<PageId, Page>,
     map: Root,
     free: Root,
-    dirty: usize,
+    dirty: BTreeSet<PageId>,
+    pinned: BTreeSet<PageId>,
     clock: u64,
+    /// Clean pages kept at most.
+    bound: usize,
 }
 
 /// Where a tree begins.
@@ -55,101 +91,177 @@ pub(crate) struct Root {
 }
 
 impl Forest {
-    pub(crate) fn new(map: Root, free: Root) -> Self {
-        Self { pages: HashMap::new(), map, free, dirty: 0, clock: 0 }
+    /// Trees of which at most `bound` clean pages are kept.
+    pub(crate) fn new(map: Root, free: Root, bound: usize) -> Self {
+        let pages = HashMap::new();
+        Self { pages, map, free, dirty: BTreeSet::new(), pinned: BTreeSet::new(), clock: 0, bound: bound.max(FEWEST) }
     }
 
     pub(crate) fn root(&self, tree: Tree) -> Root {
         if tree == Tree::Map { self.map } else { self.free }
     }
 
-    /// Both roots after a checkpoint, whose pages are clean from now on and lie where `homes` says.
-    pub(crate) fn settle(&mut self, map: Child, free: Child, homes: &[(PageId, u64)]) {
-        self.map.child = map;
-        self.free.child = free;
-        for (id, home) in homes {
-            if let Some(page) = self.pages.get_mut(id) {
-                page.home = Some(*home);
-                page.dirty = false;
-            }
-        }
-        self.dirty = self.pages.values().filter(|p| p.dirty).count();
+    fn root_mut(&mut self, tree: Tree) -> &mut Root {
+        if tree == Tree::Map { &mut self.map } else { &mut self.free }
     }
 
-    /// How many pages are newer than their durable version.
+    /// How many pages are newer than what is durable or being written.
     pub(crate) fn dirty(&self) -> usize {
-        self.dirty
+        self.dirty.len()
     }
 
-    /// The dirty pages of a level, in order.
-    pub(crate) fn dirty_pages(&self, tree: Tree, level: u8) -> Vec<PageId> {
-        let mut ids: Vec<_> = self
-            .pages
-            .iter()
-            .filter(|(id, p)| p.dirty && id.tree == tree && id.level == level)
-            .map(|(id, _)| *id)
-            .collect();
-        ids.sort_unstable();
-        ids
+    /// These pages, leaves first.
+    pub(crate) fn dirty_pages(&self) -> impl Iterator<Item = PageId> {
+        self.dirty.iter().copied()
     }
 
     /// The page, to be read.
-    pub(crate) fn page(&mut self, id: PageId, from: &Backing) -> Result<&Page, VolumeError> {
-        self.load(id, from).map(|p| &*p)
+    pub(crate) fn page(&mut self, id: PageId) -> Result<&Page, Halt> {
+        self.load(id).map(|p| &*p)
     }
 
     /// The page, to be written: it is dirty from now on.
-    pub(crate) fn page_mut(&mut self, id: PageId, from: &Backing) -> Result<&mut Page, VolumeError> {
-        self.load(id, from)?;
+    pub(crate) fn page_mut(&mut self, id: PageId) -> Result<&mut Page, Halt> {
+        self.load(id)?;
+        self.dirty.insert(id);
         let page = self.pages.get_mut(&id).ok_or(VolumeError::System("page just loaded"))?;
-        if !page.dirty {
-            page.dirty = true;
-            self.dirty += 1;
-        }
+        page.dirty = true;
         Ok(page)
     }
 
-    fn load(&mut self, id: PageId, from: &Backing) -> Result<&mut Page, VolumeError> {
+    /// What points to the page in the durable tree.
+    pub(crate) fn pointer(&mut self, id: PageId) -> Result<Child, Halt> {
+        let root = self.root(id.tree);
+        if id.level + 1 == root.levels {
+            return Ok(root.child);
+        }
+        Ok(child(&self.load(id.parent())?.bytes, id.place()))
+    }
+
+    fn load(&mut self, id: PageId) -> Result<&mut Page, Halt> {
         self.clock += 1;
         let clock = self.clock;
         if !self.pages.contains_key(&id) {
-            let pointer = self.pointer(id, from)?;
-            self.make_room();
-            let page = fetch(id, pointer, from)?;
-            self.pages.insert(id, page);
+            let pointer = self.pointer(id)?;
+            if !pointer.is_empty() {
+                return Err(Halt::Missing(Missing { id, pointer }));
+            }
+            self.pages.insert(id, Page::new(zero_block(), None));
         }
         let page = self.pages.get_mut(&id).ok_or(VolumeError::System("page just loaded"))?;
         page.used = clock;
         Ok(page)
     }
 
-    /// What points to the page in the durable tree.
-    fn pointer(&mut self, id: PageId, from: &Backing) -> Result<Child, VolumeError> {
-        let root = self.root(id.tree);
-        if id.level + 1 == root.levels {
-            return Ok(root.child);
+    /// Takes in a page that was fetched, if it is still what is missing.
+    pub(crate) fn insert(&mut self, fetched: Missing, bytes: Box<Block>) {
+        self.make_room();
+        let Missing { id, pointer } = fetched;
+        if !self.pages.contains_key(&id) && self.pointer(id).is_ok_and(|now| now == pointer) {
+            self.clock += 1;
+            let page = Page { used: self.clock, ..Page::new(bytes, Some(pointer.physical)) };
+            self.pages.insert(id, page);
         }
-        Ok(child(&self.load(id.parent(), from)?.bytes, id.place()))
+    }
+
+    /// Whether the page is missing still, and what points to it the same.
+    pub(crate) fn still_misses(&mut self, missing: &Missing) -> bool {
+        !self.pages.contains_key(&missing.id) && self.pointer(missing.id).is_ok_and(|now| now == missing.pointer)
     }
 
     /// Lets go of the clean pages that were not used for longest, a quarter at a time so that the cost is spread.
-    fn make_room(&mut self) {
-        let clean = self.pages.len() - self.dirty;
-        if clean < CLEAN_PAGES {
+    pub(crate) fn make_room(&mut self) {
+        if self.pages.len() < self.bound + self.dirty.len() {
             return;
         }
-        let mut times: Vec<u64> = self.pages.values().filter(|p| !p.dirty).map(|p| p.used).collect();
-        let (_, &mut limit, _) = times.select_nth_unstable(CLEAN_PAGES / 4);
-        self.pages.retain(|_, p| p.dirty || p.used > limit);
+        let mut times: Vec<u64> = self.pages.values().filter(|p| p.can_go()).map(|p| p.used).collect();
+        if times.len() < self.bound {
+            return;
+        }
+        let (_, &mut limit, _) = times.select_nth_unstable(self.bound / 4);
+        self.pages.retain(|_, p| !p.can_go() || p.used > limit);
+    }
+
+    /// The first leaf of `tree` from `index` on that may hold something: what lies between is empty, and was not looked at.
+    pub(crate) fn next_leaf(&mut self, tree: Tree, index: u64) -> Result<Option<u64>, Halt> {
+        let levels = self.root(tree).levels;
+        let end = (CHILDREN as u64).saturating_pow(u32::from(levels) - 1);
+        let mut at = index;
+        while at < end {
+            // From the top down: the first missing subtree says how far to skip.
+            let empty = (0..levels).rev().find_map(|level| {
+                let leaves = (CHILDREN as u64).saturating_pow(u32::from(level));
+                let id = PageId { tree, level, index: at / leaves };
+                if self.pages.contains_key(&id) {
+                    return None;
+                }
+                match self.pointer(id) {
+                    Ok(pointer) if pointer.is_empty() => Some(Ok((id.index + 1).saturating_mul(leaves))),
+                    Ok(_) => None,
+                    Err(halt) => Some(Err(halt)),
+                }
+            });
+            let Some(beyond) = empty.transpose()? else { return Ok(Some(at)) };
+            let first = PageId { tree, level: 0, index: at };
+            let fresh = [&self.dirty, &self.pinned].into_iter().filter_map(|set| set.range(first..).next());
+            match fresh.filter(|id| id.tree == tree && id.level == 0).map(|id| id.index).min() {
+                Some(fresh) if fresh < beyond => return Ok(Some(fresh)),
+                _ => at = beyond,
+            }
+        }
+        Ok(None)
+    }
+
+    /// What a checkpoint is to write of a page. From now on changes to it are the next one's.
+    pub(crate) fn freeze(&mut self, id: PageId) -> Result<Box<Block>, Halt> {
+        self.load(id)?;
+        self.dirty.remove(&id);
+        self.pinned.insert(id);
+        let page = self.pages.get_mut(&id).ok_or(VolumeError::System("page just loaded"))?;
+        (page.dirty, page.pinned) = (false, true);
+        Ok(page.bytes.clone())
+    }
+
+    /// A checkpoint wrote the page, and `pointer` points to it; an empty one where it holds nothing any more.
+    pub(crate) fn settle(&mut self, id: PageId, pointer: Child, key: KeyId) {
+        self.pinned.remove(&id);
+        if let Some(page) = self.pages.get_mut(&id) {
+            page.pinned = false;
+            page.home = (!pointer.is_empty()).then_some(pointer.physical);
+            (page.birth, page.key) = (pointer.birth, key);
+        }
+        let above = id.parent();
+        if id.level + 1 == self.root(id.tree).levels {
+            self.root_mut(id.tree).child = pointer;
+        } else if let Some(page) = self.pages.get_mut(&above) {
+            set_child(&mut page.bytes, id.place(), pointer);
+        }
+    }
+
+    /// A checkpoint did not come about: the page is to be written by the next one.
+    pub(crate) fn thaw(&mut self, id: PageId) {
+        self.pinned.remove(&id);
+        if let Some(page) = self.pages.get_mut(&id) {
+            (page.dirty, page.pinned) = (true, false);
+            self.dirty.insert(id);
+        }
     }
 }
 
-/// Reads and verifies a page; an empty one where nothing points.
-fn fetch(id: PageId, pointer: Child, from: &Backing) -> Result<Page, VolumeError> {
-    if pointer.is_empty() {
-        return Ok(Page { bytes: crate::format::zero_block(), home: None, dirty: false, used: 0 });
+impl Page {
+    fn new(bytes: Box<Block>, home: Option<u64>) -> Self {
+        // A page that was fetched has a header that was verified; a new one has none.
+        let header = home.and_then(|_| Header::parse(&bytes).ok());
+        let (birth, key) = header.map_or((0, KeyId(0)), |header| (header.birth, header.key));
+        Self { bytes, home, birth, key, dirty: false, pinned: false, used: 0 }
     }
-    let expected = |h: &Header| h.tree == id.tree && h.level == id.level && h.index == id.index;
-    let bytes = from.read_page(&pointer, expected)?;
-    Ok(Page { bytes, home: Some(pointer.physical), dirty: false, used: 0 })
+
+    fn can_go(&self) -> bool {
+        !self.dirty && !self.pinned
+    }
+}
+
+/// Whether a page holds nothing behind its header.
+pub(crate) fn is_blank(bytes: &Block) -> bool {
+    bytes[Header::SIZE..].iter().all(|b| *b == 0)
 }

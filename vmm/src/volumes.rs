@@ -124,7 +124,7 @@ fn open(
     let store = if disk.readonly { FileStore::shared(file) } else { FileStore::exclusive(file) };
     let store = store.map_err(|e| bad(chain(&e)))?;
     let keeper = Arc::new(Keeper { volume: disk.volume, name: disk.id.to_string(), link: link.clone(), steps });
-    let options = OpenOptions { read_only: disk.readonly };
+    let options = OpenOptions { read_only: disk.readonly, ..OpenOptions::default() };
     let volume = Volume::open(store, &grant, &kek, options, keeper.clone(), keeper).map_err(|e| bad(chain(&e)))?;
     Ok(Opened { name: disk.id.to_string(), readonly: disk.readonly, volume: Arc::new(volume) })
 }

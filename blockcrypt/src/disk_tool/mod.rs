@@ -94,6 +94,6 @@ fn open_volume(path: &Path, file: File, handover: &Handover) -> Result<Volume, T
     let failed = |e| ToolError::Volume(path.to_owned(), e);
     let store = FileStore::shared(file).map_err(failed)?;
     let Handover { grant, kek, holder } = handover;
-    let options = OpenOptions { read_only: true };
+    let options = OpenOptions { read_only: true, ..Default::default() };
     Volume::open(store, grant, kek, options, holder.clone(), holder.clone()).map_err(failed)
 }

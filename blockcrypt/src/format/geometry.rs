@@ -8,14 +8,16 @@ use std::ops::Range;
 /// The smallest volume: one sector.
 const MIN_SIZE: u64 = 512;
 /// The largest volume: 2^50 bytes.
-const MAX_SIZE: u64 = 1 << 50;
+pub(crate) const MAX_SIZE: u64 = 1 << 50;
 /// The shortest log. Two checkpoints' records and the chunk in hand must fit (see `volume::log`).
 const MIN_LOG: u64 = 32;
 const MAX_LOG: u64 = 4096;
+/// The largest zone, 8 MiB: twice the pages of the largest checkpoint.
+const MAX_ZONE: u64 = 2048;
 /// Superblocks at each end.
 const ENDS: u64 = 2;
-/// Blocks kept for key slot pages: as many as the longest list has, twice.
-const SLOT_PAGES: u64 = 2 * super::slot::MAX_PAGES as u64;
+/// Blocks kept for pages of key slots and snapshots: as many as the longest lists have, twice.
+const SLOT_PAGES: u64 = 2 * (super::slot::MAX_PAGES + super::snapshot::MAX_PAGES) as u64;
 
 /// The extents and trees of one volume.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -46,7 +48,8 @@ impl Geometry {
         // The bitmap covers itself: a few rounds until its own size no longer changes the total.
         let mut with_bitmap = total;
         for _ in 0..8 {
-            with_bitmap = total + 2 * tree_pages(with_bitmap.div_ceil(BITS as u64));
+            let free_pages = tree_pages(with_bitmap.div_ceil(BITS as u64));
+            with_bitmap = total + 2 * free_pages + zone(map_pages + free_pages);
         }
         total = with_bitmap.max(store / BLOCK as u64);
         let map_levels = levels(blocks.div_ceil(ENTRIES as u64));
@@ -62,7 +65,7 @@ impl Geometry {
         if !(MIN_LOG..=MAX_LOG).contains(&self.log_blocks) || self.total > 2 * (MAX_SIZE / BLOCK as u64) {
             return Err(FormatError("its extents are impossible"));
         }
-        let metadata = 2 * ENDS + self.log_blocks + SLOT_PAGES + 2 * (self.map_pages() + self.free_pages());
+        let metadata = 2 * ENDS + self.log_blocks + SLOT_PAGES + 2 * self.pages() + zone(self.pages());
         if self.total < metadata + self.blocks() {
             return Err(FormatError("its pool is smaller than its size"));
         }
@@ -89,10 +92,17 @@ impl Geometry {
         ENDS + self.log_blocks..self.total - ENDS
     }
 
+    /// The first blocks of the pool, which data never takes: the store is asked for their room when the volume is made, so that
+    /// pages find room when nothing else does.
+    pub(crate) fn zone(&self) -> Range<u64> {
+        let start = self.pool().start;
+        start..start + zone(self.pages())
+    }
+
     /// How many blocks data may take, so that a checkpoint that rewrites every page still finds room.
     pub(crate) fn data_capacity(&self) -> u64 {
         let pool = self.pool();
-        (pool.end - pool.start) - 2 * (self.map_pages() + self.free_pages()) - SLOT_PAGES
+        (pool.end - pool.start) - zone(self.pages()) - 2 * self.pages() - SLOT_PAGES
     }
 
     /// Bitmap pages.
@@ -105,6 +115,11 @@ impl Geometry {
         [slot as u64, self.total - ENDS + slot as u64]
     }
 
+    /// Pages of both trees, if all of them exist.
+    pub(crate) fn pages(&self) -> u64 {
+        self.map_pages() + self.free_pages()
+    }
+
     fn map_pages(&self) -> u64 {
         tree_pages(self.blocks().div_ceil(ENTRIES as u64))
     }
@@ -112,6 +127,11 @@ impl Geometry {
     fn free_pages(&self) -> u64 {
         tree_pages(self.bitmaps())
     }
+}
+
+/// Blocks of the zone of a volume with that many pages.
+fn zone(pages: u64) -> u64 {
+    (2 * pages).min(MAX_ZONE)
 }
 
 /// Levels of a tree with that many leaves.
@@ -146,7 +166,7 @@ mod tests {
             let plan = Geometry::plan(size, 0).expect("a size");
             assert_eq!(plan.check(), Ok(plan));
             assert!(plan.data_capacity() >= plan.blocks() + 256, "{plan:?}");
-            assert!(plan.total * BLOCK as u64 <= size + size / 20 + (4 << 20), "{plan:?}");
+            assert!(plan.total * BLOCK as u64 <= size + size / 20 + (12 << 20), "{plan:?}");
         }
         let device = Geometry::plan(1 << 20, 1 << 30).expect("a size");
         assert_eq!(device.total, 1 << 18);

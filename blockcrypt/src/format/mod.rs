@@ -18,6 +18,9 @@
 //!                     │            │ slots      ┌──────┐   ┌──────┐
 //!                     │            ├───────────►│ keys ├──►│ keys │ older key slots, chained
 //!                     │            │            └──────┘   └──────┘
+//!                     │            │ snapshots  ┌──────┐   ┌──────┐
+//!                     │            ├───────────►│ list ├──►│ list │ retained map roots, chained
+//!                     │            │            └──────┘   └──────┘
 //!                     │            │ log cut    ┌─────┬─────┬─────┐
 //!                     └────────────┴───────────►│ log │ log │ log │ records since this superblock, chained by MAC
 //!                                               └─────┴─────┴─────┘
@@ -43,6 +46,7 @@ pub(crate) mod geometry;
 pub(crate) mod log;
 pub(crate) mod page;
 pub(crate) mod slot;
+pub(crate) mod snapshot;
 pub(crate) mod superblock;
 
 use policy::KeyId;

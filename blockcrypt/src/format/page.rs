@@ -19,6 +19,8 @@ pub(crate) enum Tree {
     Free = 2,
     /// Older key slots: a chain, not a tree.
     Slots = 3,
+    /// Snapshots: a chain too.
+    Snapshots = 4,
 }
 
 /// The first 64 bytes of each page.
@@ -29,7 +31,7 @@ pub(crate) enum Tree {
 /// 1      1       2      4        8       8             8        16            16
 /// ```
 ///
-/// Index counts the pages of a level from the left. The page's MAC stands in its parent: HMAC-SHA256 under the map key of `key
+/// Types: 1 map, 2 free space, 3 key slots, 4 snapshots. Index counts the pages of a level from the left. The page's MAC stands in its parent: HMAC-SHA256 under the map key of `key
 /// id`, over a type byte and the whole page.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(crate) struct Header {
@@ -50,6 +52,7 @@ impl Header {
             1 => Tree::Map,
             2 => Tree::Free,
             3 => Tree::Slots,
+            4 => Tree::Snapshots,
             _ => return Err(FormatError("a page of no known type")),
         };
         zero(&page[2..4])?;
@@ -84,7 +87,7 @@ impl Header {
 /// physical block   generation   key id   tag
 /// ```
 ///
-/// Physical block 0: unmapped, read as zeroes (all zero where it was never written). [`Entry::LOST`]: a recovery found that
+/// Physical block 0: unmapped, read as zeroes; the rest of such an entry is zero. [`Entry::LOST`]: a recovery found that
 /// what should lie here is gone; an error until the block is written again.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Entry {

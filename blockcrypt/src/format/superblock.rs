@@ -31,7 +31,9 @@ const SLOT_AT: usize = 384;
 /// 208   log cut: offset in the ring, u64; sequence, u64; MAC of the block before, 32 bytes (zero: the seed)
 /// 256   blocks that hold data, u64        264  current key id, u64
 /// 272   first page of older key slots, child of 48 bytes
-/// 320   zero: room for snapshots' roots
+/// 320   first page of snapshots, child of 48 bytes
+/// 368   blocks that only snapshots use, u64
+/// 376   number of snapshots ever taken, u64
 /// 384   the current key's slot, 128 bytes
 /// 512   zero
 /// 4064  MAC, under the superblock key of the current key id, over a type byte and bytes 0 to 4064
@@ -53,6 +55,12 @@ pub(crate) struct Superblock {
     pub(crate) mapped: u64,
     /// First page of older key slots.
     pub(crate) older: Child,
+    /// First page of snapshots.
+    pub(crate) snapshots: Child,
+    /// Blocks that only snapshots use.
+    pub(crate) retained: u64,
+    /// Snapshots ever taken.
+    pub(crate) taken: u64,
     /// The current key's slot; its key id is the current key id.
     pub(crate) slot: Slot,
     pub(crate) mac: [u8; MAC],
@@ -103,6 +111,9 @@ impl Superblock {
             cut,
             mapped: u64_at(block, 256),
             older: Child::parse(&array_at(block, 272)),
+            snapshots: Child::parse(&array_at(block, 320)),
+            retained: u64_at(block, 368),
+            taken: u64_at(block, 376),
             slot,
             mac: array_at(block, MAC_AT),
         })
@@ -137,6 +148,9 @@ impl Superblock {
         put(b, 256, &self.mapped.to_le_bytes());
         put(b, 264, &self.slot.key.0.to_le_bytes());
         put(b, 272, &self.older.to_bytes());
+        put(b, 320, &self.snapshots.to_bytes());
+        put(b, 368, &self.retained.to_le_bytes());
+        put(b, 376, &self.taken.to_le_bytes());
         put(b, SLOT_AT, &self.slot.to_bytes());
         out
     }
@@ -183,6 +197,5 @@ fn check_constants(block: &Block) -> Result<(), FormatError> {
     if u16_at(block, 90) != ENTRIES as u16 || u16_at(block, 92) != CHILDREN as u16 || u16_at(block, 94) != 0 {
         return Err(FormatError("another page geometry"));
     }
-    zero(&block[320..SLOT_AT])?;
     zero(&block[SLOT_AT + Slot::SIZE..MAC_AT])
 }

@@ -1,10 +1,11 @@
 //! Verifying all of a volume: every page, every tag, and that free space is what the map leaves.
 
-use super::open::older_slot_pages;
-use super::{Core, Shared};
+use super::Core;
+use super::shared::Shared;
 use crate::VolumeError;
 use crate::backing::Backing;
-use crate::format::page::{CHILDREN, ENTRIES, Tree, child, entry};
+use crate::format::page::{CHILDREN, Child, ENTRIES, Header, Tree, child, entry};
+use crate::format::snapshot::Snapshot;
 use crate::format::superblock::Superblock;
 use crate::format::zero_block;
 use crate::keys::same;
@@ -70,19 +71,22 @@ struct Check<'a> {
 
 /// The check holds the volume's lock: no request is served meanwhile.
 pub(super) fn check(shared: &Shared, heard: &mut dyn FnMut(CheckStep)) -> Result<CheckReport, VolumeError> {
+    let _alone = shared.alone();
+    let _group = shared.flushing();
     let mut core = shared.core()?;
     shared.ready()?;
     let from = &shared.backing;
-    let words = usize::try_from(from.geometry.total.div_ceil(64)).map_err(|_| VolumeError::System("memory"))?;
+    let words = usize::try_from(from.geometry().total.div_ceil(64)).map_err(|_| VolumeError::System("memory"))?;
     let fresh = fresh_pages(&core);
     let mut check = Check { core: &mut core, from, heard, report: CheckReport::default(), fresh, used: vec![0; words] };
     for tree in [Tree::Map, Tree::Free] {
         let top = check.core.forest.root(tree).levels - 1;
         check.walk(PageId { tree, level: top, index: 0 })?;
     }
-    for page in older_slot_pages(&check.core.superblock, from)? {
-        check.claim(page, "a page of key slots");
+    for page in [check.core.slot_pages.clone(), check.core.snapshot_pages.clone()].concat() {
+        check.claim(page, "a page of a list");
     }
+    check.walk_snapshots()?;
     check.compare_free_space()?;
     // After a crash in the middle of writing one, the other copy is the older's: the next opener writes both.
     if !shared.read_only || check.core.superblock.clean {
@@ -93,16 +97,12 @@ pub(super) fn check(shared: &Shared, heard: &mut dyn FnMut(CheckStep)) -> Result
 
 fn fresh_pages(core: &Core) -> HashSet<PageId> {
     let mut fresh = HashSet::new();
-    for tree in [Tree::Map, Tree::Free] {
-        let levels = core.forest.root(tree).levels;
-        for level in 0..levels {
-            for mut id in core.forest.dirty_pages(tree, level) {
-                fresh.insert(id);
-                while id.level + 1 < levels {
-                    id = id.parent();
-                    fresh.insert(id);
-                }
-            }
+    for mut id in core.forest.dirty_pages() {
+        let levels = core.forest.root(id.tree).levels;
+        fresh.insert(id);
+        while id.level + 1 < levels {
+            id = id.parent();
+            fresh.insert(id);
         }
     }
     fresh
@@ -128,7 +128,7 @@ impl Check<'_> {
 
     /// A page and what hangs from it. A page that fails is a problem, not the end.
     fn walk(&mut self, id: PageId) -> Result<(), VolumeError> {
-        let page = match self.core.forest.page(id, self.from) {
+        let (home, bytes) = match self.core.run(self.from, |c| c.forest.page(id).map(|p| (p.home, p.bytes.clone()))) {
             Ok(page) => page,
             Err(VolumeError::Damaged(why)) => {
                 self.problem(why);
@@ -136,7 +136,6 @@ impl Check<'_> {
             }
             Err(other) => return Err(other),
         };
-        let (home, bytes) = (page.home, page.bytes.clone());
         self.report.pages += u64::from(home.is_some());
         if let Some(home) = home {
             self.claim(home, "a page");
@@ -171,9 +170,67 @@ impl Check<'_> {
                 self.bad(lba, Some(physical), "its tag does not verify");
             }
         }
-        let all = self.from.geometry.blocks();
+        let all = self.from.geometry().blocks();
         (self.heard)(CheckStep::Progress { done: all.min(first + ENTRIES as u64), all });
         Ok(())
+    }
+
+    /// What snapshots hold beside the volume.
+    fn walk_snapshots(&mut self) -> Result<(), VolumeError> {
+        let before: u64 = self.used.iter().map(|word| u64::from(word.count_ones())).sum();
+        for snapshot in self.core.snapshots.clone() {
+            let top = PageId { tree: Tree::Map, level: snapshot.levels - 1, index: 0 };
+            self.walk_snapshot(&snapshot, top, snapshot.root)?;
+        }
+        let after: u64 = self.used.iter().map(|word| u64::from(word.count_ones())).sum();
+        if after - before != self.core.retained {
+            let counted = self.core.retained;
+            self.problem(format!("snapshots alone use {} blocks, but {counted} are counted", after - before));
+        }
+        Ok(())
+    }
+
+    /// A page of a snapshot. One that was seen already is shared, and with it all that hangs from it.
+    fn walk_snapshot(&mut self, snapshot: &Snapshot, id: PageId, pointer: Child) -> Result<(), VolumeError> {
+        let gone = snapshot.dying.unwrap_or(0);
+        if pointer.is_empty() || self.is_used(pointer.physical) || super::end_of(id) <= gone {
+            return Ok(());
+        }
+        self.claim(pointer.physical, "a page of a snapshot");
+        self.report.pages += 1;
+        let expected = |h: &Header| h.tree == id.tree && h.level == id.level && h.index == id.index;
+        let bytes = match self.from.read_page(&pointer, expected) {
+            Ok(bytes) => bytes,
+            Err(error @ VolumeError::Damaged(_)) => {
+                let error = self.from.bad_page(&pointer, error);
+                self.problem(format!("snapshot {}: {error}", snapshot.id));
+                return Ok(());
+            }
+            Err(other) => return Err(other),
+        };
+        if id.level > 0 {
+            for i in 0..CHILDREN {
+                let below = PageId { level: id.level - 1, index: id.index * CHILDREN as u64 + i as u64, ..id };
+                self.walk_snapshot(snapshot, below, child(&bytes, i))?;
+            }
+            return Ok(());
+        }
+        for i in 0..ENTRIES {
+            let (lba, entry) = (id.index * ENTRIES as u64 + i as u64, entry(&bytes, i));
+            let Some(physical) = entry.data().filter(|physical| lba >= gone && !self.is_used(*physical)) else {
+                continue;
+            };
+            self.report.data_blocks += 1;
+            self.claim(physical, "data of a snapshot");
+            if !self.from.in_pool(physical) || !self.reads(lba, &entry)? {
+                self.bad(lba, Some(physical), "its tag does not verify, in a snapshot");
+            }
+        }
+        Ok(())
+    }
+
+    fn is_used(&self, block: u64) -> bool {
+        self.from.in_pool(block) && self.used[(block / 64) as usize] & (1 << (block % 64)) != 0
     }
 
     fn reads(&mut self, lba: u64, entry: &crate::format::page::Entry) -> Result<bool, VolumeError> {
@@ -188,7 +245,7 @@ impl Check<'_> {
 
     /// Both copies of the newest superblock must be there.
     fn compare_superblocks(&mut self) -> Result<(), VolumeError> {
-        for at in self.from.geometry.superblocks(self.core.place) {
+        for at in self.from.geometry().superblocks(self.core.place) {
             let mut block = zero_block();
             self.from.read_blocks(at, &mut block[..])?;
             let mac = self
@@ -205,14 +262,15 @@ impl Check<'_> {
     /// Every block in use must be called used.
     fn compare_free_space(&mut self) -> Result<(), VolumeError> {
         let bits = crate::format::page::BITS as u64;
-        for index in 0..self.from.geometry.bitmaps() {
-            let page = match self.core.forest.page(crate::space::bitmap(index), self.from) {
-                Ok(page) => page.bytes.clone(),
+        for index in 0..self.from.geometry().bitmaps() {
+            let id = crate::space::bitmap(index);
+            let page = match self.core.run(self.from, |c| c.forest.page(id).map(|p| p.bytes.clone())) {
+                Ok(page) => page,
                 // Named by the walk already.
                 Err(VolumeError::Damaged(_)) => continue,
                 Err(other) => return Err(other),
             };
-            let pool = self.from.geometry.pool();
+            let pool = self.from.geometry().pool();
             for block in (index * bits).max(pool.start)..((index + 1) * bits).min(pool.end) {
                 let used = self.used[(block / 64) as usize] & (1 << (block % 64)) != 0;
                 let called_used = crate::format::page::bit(&page, (block % bits) as usize);

@@ -1,13 +1,15 @@
 //! FLUSH and checkpoint: when is it durable?
+//!
+//! Both are made by one thread at a time, the one that holds `flushing`, and neither holds the volume's lock while it computes or
+//! writes: requests go on. A checkpoint copies the pages that changed (a few MiB at most) under the lock, and what changes from
+//! then on is the next one's.
 
-use super::{CHECKPOINT_EVERY, Core, DIRTY_PAGES, Shared};
+use super::plan::Plan;
+use super::shared::Shared;
+use super::{CHECKPOINT_EVERY, Core, DIRTY_PAGES};
 use crate::VolumeError;
 use crate::backing::Backing;
 use crate::format::log::RECORDS;
-use crate::format::page::{Child, Header, Tree, set_child};
-use crate::format::superblock::{MAC_AT, Superblock};
-use crate::format::{BLOCK, put};
-use crate::tree::PageId;
 use policy::VolumeAnchor;
 use std::sync::MutexGuard;
 use std::sync::atomic::Ordering;
@@ -24,13 +26,8 @@ pub(super) enum Occasion {
     Closing,
 }
 
-/// What a checkpoint did to memory so far: undone if it can't be finished.
-#[derive(Default)]
-struct Plan {
-    taken: Vec<u64>,
-    freed: Vec<u64>,
-    homes: Vec<(PageId, u64)>,
-}
+/// Spare blocks that are asked for at once, at most: 5 MiB.
+const SPARES: u64 = 1280;
 
 impl Shared {
     pub(super) fn flush(&self) -> Result<(), VolumeError> {
@@ -50,17 +47,19 @@ impl Shared {
                 self.commit(&group)?;
             }
         }
+        self.punch_freed()?;
         self.anchoring.after_flush()
     }
 
     /// Makes everything written so far durable.
-    pub(super) fn commit(&self, _group: &MutexGuard<'_, ()>) -> Result<(), VolumeError> {
-        let (records, anchor) = {
+    pub(super) fn commit(&self, group: &MutexGuard<'_, ()>) -> Result<(), VolumeError> {
+        let (batch, records) = {
             let mut core = self.core()?;
             core.writable()?;
-            core.log.commit(&self.backing)?;
-            (core.log.appended, core.anchor(&self.backing))
+            (core.log.take_all()?, core.log.appended)
         };
+        self.put_batch(batch, group)?;
+        let anchor = self.core()?.anchor(&self.backing);
         // Other threads may write meanwhile; what they add is not part of this.
         let synced = self.backing.sync();
         let mut core = self.core()?;
@@ -74,19 +73,58 @@ impl Shared {
         Ok(())
     }
 
+    /// Writes a batch of records; what could not be written waits again.
+    fn put_batch(&self, batch: Option<super::log::Batch>, _group: &MutexGuard<'_, ()>) -> Result<(), VolumeError> {
+        let Some(mut batch) = batch else { return Ok(()) };
+        let put = batch.put(&self.backing);
+        let mut core = self.core()?;
+        match put {
+            Ok(()) => core.log.written(&batch),
+            Err(_) => core.log.put_back(batch.into_records()),
+        }
+        put
+    }
+
+    /// Writes full blocks of the log if many records wait: bounds memory. If somebody else is at the log, only when it is urgent.
+    pub(super) fn relieve(&self) -> Result<(), VolumeError> {
+        let (wanted, urgent) = self.core()?.log.wants_relief();
+        if !wanted {
+            return Ok(());
+        }
+        let group = match self.flushing.try_lock() {
+            Ok(group) => group,
+            Err(_) if urgent => self.flushing(),
+            Err(_) => return Ok(()),
+        };
+        let batch = self.core()?.log.take_full()?;
+        self.put_batch(batch, &group)
+    }
+
     pub(super) fn checkpoint(&self) -> Result<(), VolumeError> {
         self.ready()?;
         if self.read_only {
             return Ok(());
         }
-        let _group = self.flushing();
-        let mut core = self.core()?;
-        if core.log.is_empty() && core.forest.dirty() == 0 {
-            return core.writable();
+        let group = self.flushing();
+        self.checkpoint_if_changed(&group)
+    }
+
+    /// A checkpoint, if one is due still: somebody else may have made it meanwhile.
+    pub(super) fn checkpoint_if_due(&self) -> Result<(), VolumeError> {
+        self.ready()?;
+        let group = self.flushing();
+        if self.core()?.wants_checkpoint(&self.backing) { self.checkpoint_if_changed(&group) } else { Ok(()) }
+    }
+
+    fn checkpoint_if_changed(&self, group: &MutexGuard<'_, ()>) -> Result<(), VolumeError> {
+        {
+            let core = self.core()?;
+            if !core.changed() && !core.superblock.clean {
+                return core.writable();
+            }
         }
-        core.checkpoint(&self.backing, Occasion::Running)?;
-        self.anchoring.durable(core.anchor(&self.backing));
-        Ok(())
+        self.write_checkpoint(group, Occasion::Running)?;
+        self.punch_freed()
     }
 
     /// The housekeeping thread's.
@@ -109,182 +147,133 @@ impl Shared {
         if !self.read_only {
             self.backing.has_keys()?;
             self.anchoring.check()?;
-            let _group = self.flushing();
-            let mut core = self.core()?;
-            core.writable()?;
-            if !core.superblock.clean || !core.log.is_empty() || core.forest.dirty() > 0 {
-                core.checkpoint(&self.backing, Occasion::Closing)?;
-                self.anchoring.durable(core.anchor(&self.backing));
+            {
+                let _alone = self.alone();
+                let group = self.flushing();
+                let (closed, good) = {
+                    let core = self.core()?;
+                    (core.superblock.clean && !core.changed(), core.writable())
+                };
+                good?;
+                if !closed {
+                    self.write_checkpoint(&group, Occasion::Closing)?;
+                    self.punch_freed()?;
+                }
             }
-            drop(core);
             self.anchoring.keep_now()?;
         }
         self.closed.store(true, Ordering::Release);
         self.anchoring.kept().ok_or(VolumeError::NoAnchor)
     }
+
+    /// Writes changed pages to free blocks, then the superblock to the other slot. If the pages can't be written, nothing has
+    /// changed and the log goes on; if the superblock can't, the volume takes no more writes.
+    pub(super) fn write_checkpoint(&self, group: &MutexGuard<'_, ()>, occasion: Occasion) -> Result<(), VolumeError> {
+        let from = &self.backing;
+        let mut plan = self.with_core(|core| core.freeze(from, occasion))?;
+        let block = match plan.write(from) {
+            Ok(block) => block,
+            Err(error) => {
+                self.with_core(|core| core.thaw(&mut plan, from))?;
+                return Err(error);
+            }
+        };
+        if let Err(error) = put_superblock(&block, plan.place, from) {
+            return Err(self.core()?.fail(error, &*from.events));
+        }
+        {
+            let mut core = self.core()?;
+            core.settle(plan, from, occasion)?;
+            self.anchoring.durable(core.anchor(from));
+        }
+        if occasion == Occasion::Running { self.top_up(group) } else { Ok(()) }
+    }
+
+    /// Sees to it that pages find room in a store that runs full.
+    pub(super) fn top_up(&self, _group: &MutexGuard<'_, ()>) -> Result<(), VolumeError> {
+        let target = spares(&self.backing);
+        loop {
+            let run = self.with_core(|core| {
+                let (spare, near) = (core.space.spare(), self.backing.geometry().zone().end);
+                // Not the last blocks of the pool: these are for data.
+                let room = core.free_for_data(&self.backing) > 2 * target as u64;
+                if spare > target / 2 || !room {
+                    return Ok(None);
+                }
+                core.space.reserve(near, (target - spare) as u64, &mut core.forest).map(Some)
+            })?;
+            let Some(run) = run else { return Ok(()) };
+            let block = crate::format::BLOCK as u64;
+            let found = self.backing.store.reserve(run.start * block, (run.end - run.start) * block);
+            let mut core = self.core()?;
+            core.tight = found.is_err();
+            if let Err(error) = found {
+                core.space.unreserve(run);
+                self.backing.events.note(&format!("the volume's store is full, writes may fail: {error}"));
+                return Ok(());
+            }
+            core.space.add_spare(run);
+        }
+    }
+}
+
+/// Spare blocks that a volume should have.
+pub(super) fn spares(from: &Backing) -> usize {
+    from.geometry().pages().min(SPARES) as usize
 }
 
 impl Core {
     /// Whether a checkpoint is due before more is written.
     pub(super) fn wants_checkpoint(&self, from: &Backing) -> bool {
+        if self.superblock.clean {
+            return true;
+        }
+        if self.checkpointing {
+            // One is under way. Only a log that is nearly full waits for it.
+            return self.log.free() < 2 * super::io::LOG_ROOM;
+        }
         self.log.wants_checkpoint()
             || self.forest.dirty() >= DIRTY_PAGES
-            || self.superblock.clean
+            || (self.tight && self.forest.dirty() >= DIRTY_PAGES / 32)
             || self.written - self.superblock.slot.written >= unlogged_bound(from)
     }
 
-    /// Writes changed pages to free blocks, then the superblock to the other slot. If the pages can't be written, nothing has
-    /// changed and the log goes on; if the superblock can't, the volume takes no more writes.
-    pub(super) fn checkpoint(&mut self, from: &Backing, occasion: Occasion) -> Result<(), VolumeError> {
-        self.writable()?;
-        let mut plan = Plan::default();
-        self.epoch += 1;
-        let next = match self.write_pages(from, &mut plan) {
-            Ok((map, free)) => Superblock {
-                epoch: self.epoch,
-                clean: occasion == Occasion::Closing,
-                map,
-                free,
-                cut: self.log.head(),
-                mapped: self.mapped,
-                slot: crate::format::slot::Slot { written: self.written, ..self.superblock.slot.clone() },
-                ..self.superblock.clone()
-            },
-            Err(error) => {
-                self.undo(plan, from)?;
-                return Err(error);
-            }
-        };
-        let (next, block) = match seal_superblock(next, from) {
-            Ok(sealed) => sealed,
-            Err(error) => {
-                self.undo(plan, from)?;
-                return Err(error);
-            }
-        };
-        let place = 1 - self.place;
-        if let Err(error) = put_superblock(&block, place, from) {
-            return Err(self.fail(error, &*from.events));
-        }
-        self.place = place;
-        self.forest.settle(next.map, next.free, &plan.homes);
+    /// Whether there is anything that the newest superblock does not say.
+    pub(super) fn changed(&self) -> bool {
+        !self.log.is_empty() || self.forest.dirty() > 0 || self.lists_changed()
+    }
+
+    /// A checkpoint is durable.
+    fn settle(&mut self, plan: Plan, from: &Backing, occasion: Occasion) -> Result<(), VolumeError> {
+        self.place = plan.place;
+        self.checkpointing = false;
+        let key = plan.next.key();
+        plan.settle_pages(&mut self.forest, key);
         if self.log.sequence == 0 && occasion == Occasion::Opening {
-            self.log.chain = from.with_keys(|_, key| Ok(key.log_seed(from.uuid, next.writer.get(), &next.mac)))?;
+            self.log.chain =
+                from.with_keys(|_, key| Ok(key.log_seed(from.uuid, plan.next.writer.get(), &plan.next.mac)))?;
         }
-        self.superblock = next;
-        self.log.cut_here();
+        self.log.cut_here(plan.records);
+        self.chains_settled(&plan);
+        self.superblock = plan.next;
         if occasion != Occasion::Opening {
-            self.space.release_all();
+            self.space.durable(plan.records);
+            self.space.release(&plan.freed, spares(from));
         }
         self.last_checkpoint = Instant::now();
         Ok(())
-    }
-
-    /// Writes all dirty pages, leaves first, to new places; returns both roots.
-    fn write_pages(&mut self, from: &Backing, plan: &mut Plan) -> Result<(Child, Child), VolumeError> {
-        let mut map = self.forest.root(Tree::Map).child;
-        for level in 0..self.forest.root(Tree::Map).levels {
-            for id in self.forest.dirty_pages(Tree::Map, level) {
-                let home = self.move_page(id, from, plan)?;
-                self.write_page(id, home, &mut map, from)?;
-            }
-        }
-        // Moving a bitmap page changes bitmaps, so first every page gets its place, and only then are they written.
-        while self.move_bitmaps(from, plan)? {}
-        let mut free = self.forest.root(Tree::Free).child;
-        let homes: std::collections::HashMap<PageId, u64> = plan.homes.iter().copied().collect();
-        for level in 0..self.forest.root(Tree::Free).levels {
-            for id in self.forest.dirty_pages(Tree::Free, level) {
-                let home = *homes.get(&id).ok_or(VolumeError::System("place for a bitmap"))?;
-                self.write_page(id, home, &mut free, from)?;
-            }
-        }
-        Ok((map, free))
-    }
-
-    /// Gives each dirty page of the free-space tree and its ancestors a new place; whether there was any without one.
-    fn move_bitmaps(&mut self, from: &Backing, plan: &mut Plan) -> Result<bool, VolumeError> {
-        let moved: std::collections::HashSet<PageId> = plan.homes.iter().map(|(id, _)| *id).collect();
-        let levels = self.forest.root(Tree::Free).levels;
-        let mut any = false;
-        for level in 0..levels {
-            for id in self.forest.dirty_pages(Tree::Free, level) {
-                if moved.contains(&id) {
-                    continue;
-                }
-                self.move_page(id, from, plan)?;
-                if level + 1 < levels {
-                    self.forest.page_mut(id.parent(), from)?;
-                }
-                any = true;
-            }
-        }
-        Ok(any)
-    }
-
-    /// Gives a page a new place and frees its old one.
-    fn move_page(&mut self, id: PageId, from: &Backing, plan: &mut Plan) -> Result<u64, VolumeError> {
-        let old = self.forest.page(id, from)?.home;
-        let near = old.or(plan.taken.last().copied()).unwrap_or(from.geometry.pool().start);
-        let new = self.space.allocate(near, 1, &mut self.forest, from)?.start;
-        plan.taken.push(new);
-        plan.homes.push((id, new));
-        if let Some(old) = old {
-            self.space.free_held(old, &mut self.forest, from)?;
-            plan.freed.push(old);
-        }
-        Ok(new)
-    }
-
-    /// Writes a page whose content is final, and points its parent (or the root) at it.
-    fn write_page(&mut self, id: PageId, home: u64, root: &mut Child, from: &Backing) -> Result<(), VolumeError> {
-        let (birth, writer) = (self.epoch, self.superblock.writer.get());
-        let page = self.forest.page_mut(id, from)?;
-        let mac = from.with_keys(|_, key| {
-            let PageId { tree, level, index } = id;
-            Header { tree, level, writer, index, birth, key: key.id, origin: key.origin }.put(&mut page.bytes);
-            Ok(key.page_mac(&page.bytes))
-        })?;
-        from.write_blocks(home, &page.bytes[..])?;
-        let pointer = Child { physical: home, birth, mac };
-        if id.level + 1 == self.forest.root(id.tree).levels {
-            *root = pointer;
-        } else {
-            set_child(&mut self.forest.page_mut(id.parent(), from)?.bytes, id.place(), pointer);
-        }
-        Ok(())
-    }
-
-    /// Takes back what a checkpoint did to free space. The pages it touched are dirty, hence in memory.
-    fn undo(&mut self, plan: Plan, from: &Backing) -> Result<(), VolumeError> {
-        let mut undone = Ok(());
-        for block in plan.taken {
-            undone = undone.and(self.space.mark(block..block + 1, false, &mut self.forest, from));
-        }
-        for block in plan.freed {
-            undone = undone.and(self.space.keep(block, &mut self.forest, from));
-        }
-        undone.map_err(|error| self.fail(error, &*from.events))
     }
 }
 
 /// Writes between two superblocks, at most: what a crash may leave uncounted under a key.
 pub(super) fn unlogged_bound(from: &Backing) -> u64 {
-    from.geometry.log_blocks * RECORDS as u64
-}
-
-/// MACs a superblock.
-fn seal_superblock(mut next: Superblock, from: &Backing) -> Result<(Superblock, Box<[u8; BLOCK]>), VolumeError> {
-    let mut block = next.to_block();
-    next.mac = from.with_keys(|_, key| Ok(key.superblock_mac(&block)))?;
-    put(&mut block[..], MAC_AT, &next.mac);
-    Ok((next, block))
+    from.geometry().log_blocks * RECORDS as u64
 }
 
 /// Everything before it durable, then both copies of the superblock, then these.
-fn put_superblock(block: &[u8; BLOCK], place: usize, from: &Backing) -> Result<(), VolumeError> {
+fn put_superblock(block: &crate::format::Block, place: usize, from: &Backing) -> Result<(), VolumeError> {
     from.sync()?;
-    for at in from.geometry.superblocks(place) {
+    for at in from.geometry().superblocks(place) {
         from.write_blocks(at, block)?;
     }
     from.sync()

@@ -2,41 +2,51 @@
 //!
 //! | module | what it does |
 //! | --- | --- |
+//! | `shared` | what all requests share: the locks, and memory that misses a page |
 //! | `open` | finds the superblock that the anchor allows, makes a new volume |
 //! | `recovery` | replays the log |
 //! | `io` | reads and writes blocks |
-//! | `durable` | FLUSH and checkpoint |
+//! | `discard` | TRIM and write-zeroes |
+//! | `durable`, `plan` | FLUSH and checkpoint |
 //! | `log` | the ring of records |
 //! | `anchoring` | anchors, kept at the provider |
 //! | `check` | verifies all of it |
 //!
-//! Locks, in the order in which they are taken: `flushing` (one FLUSH or checkpoint at a time), `core` (map, free space, log),
-//! then either the keys' (over a computation, never over I/O) or the anchors'. [`Volume::wipe_keys`] takes only the last two,
-//! so that no store and no provider can delay it.
+//! Locks, in the order in which they are taken: `gate` (held by each request that changes something, shared; and alone by what
+//! must not meet one: a snapshot, a resize, `close`), `ranges` (two requests that change the same blocks follow each other),
+//! `flushing` (one FLUSH or checkpoint at a time), `core` (map, free space, log), then either the keys' (over a computation, never
+//! over I/O) or the anchors'. [`Volume::wipe_keys`] takes only the last two, so that no store and no provider can delay it.
+//!
+//! Requests share `core` alone, and hold it over look-ups in memory: neither a cipher nor the store is used under it. Where
+//! memory misses a page of the map, the lock is let go, the page fetched and verified, and the request tries again.
 
 mod anchoring;
 mod check;
+mod discard;
 mod durable;
 mod io;
 mod log;
 mod open;
+mod plan;
 mod recovery;
+mod shared;
 
 use crate::backing::Backing;
 use crate::format::anchor::AnchorFields;
 use crate::format::page::{Entry, Tree, entry};
 use crate::format::slot::Slot;
+use crate::format::snapshot::Snapshot;
 use crate::format::superblock::Superblock;
 use crate::keys::KeyRing;
 use crate::space::Space;
-use crate::tree::{Forest, PageId};
+use crate::tree::{Forest, Halt, PageId};
 use crate::{Kek, VolumeError};
 use anchoring::{Anchoring, INTERVAL};
 use log::Log;
-use policy::{CustomerId, KeyId, VolumeAnchor, VolumeId};
+use policy::{KeyId, VolumeAnchor, VolumeId};
 use serde::Serialize;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use shared::Shared;
+use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
 
 pub use check::{CheckReport, CheckStep};
@@ -57,16 +67,6 @@ pub struct Volume {
     shared: Arc<Shared>,
 }
 
-pub(crate) struct Shared {
-    pub(crate) backing: Backing,
-    customer: CustomerId,
-    read_only: bool,
-    closed: AtomicBool,
-    flushing: Mutex<()>,
-    core: Mutex<Core>,
-    anchoring: Arc<Anchoring>,
-}
-
 /// What `core` guards.
 pub(crate) struct Core {
     pub(crate) forest: Forest,
@@ -80,15 +80,27 @@ pub(crate) struct Core {
     pub(crate) epoch: u64,
     /// Blocks that hold data.
     pub(crate) mapped: u64,
-    /// Older key slots, newest first.
+    /// Blocks that only snapshots use.
+    retained: u64,
+    /// Older key slots, newest first; whether they changed; the blocks that hold them.
     pub(crate) older: Vec<Slot>,
+    slots_changed: bool,
+    slot_pages: Vec<u64>,
+    /// Snapshots, oldest first; whether they changed; the blocks that hold them.
+    snapshots: Vec<Snapshot>,
+    snapshots_changed: bool,
+    snapshot_pages: Vec<u64>,
+    snapshots_taken: u64,
     /// Generations given out under this open number.
     pub(crate) generations: u64,
     /// Blocks sealed under the current key.
     pub(crate) written: u64,
     pub(crate) dropped: u64,
+    /// The store had no room for more spare blocks.
+    tight: bool,
+    /// A checkpoint is under way.
+    checkpointing: bool,
     state: Condition,
-    scratch: Vec<u8>,
     last_checkpoint: Instant,
 }
 
@@ -109,6 +121,10 @@ pub struct VolumeInfo {
     pub store_size: u64,
     /// Bytes of it that hold data.
     pub mapped: u64,
+    /// Bytes of it that only snapshots use.
+    pub retained: u64,
+    /// Snapshots.
+    pub snapshots: usize,
     /// The newest superblock's epoch.
     pub epoch: u64,
     /// Who wrote it: an open number.
@@ -138,7 +154,7 @@ impl Volume {
 
     /// Its size in bytes, a multiple of 512.
     pub fn size(&self) -> u64 {
-        self.shared.backing.geometry.size
+        self.shared.backing.geometry().size
     }
 
     /// Its UUID.
@@ -166,7 +182,21 @@ impl Volume {
         self.shared.write(offset, data)
     }
 
-    /// Returns when every write that returned before is durable, and anchored as the mode asks.
+    /// TRIM: the 4096-byte blocks that lie wholly within `length` bytes at `offset` (multiples of 512) read as zeroes from now on, and
+    /// their room is given back to the store after the next [`flush`](Self::flush); the rest of the range is left as it is.
+    /// Durable like a write. After an error each block holds either its old data or zeroes.
+    pub fn discard(&self, offset: u64, length: u64) -> Result<(), VolumeError> {
+        self.shared.discard(offset, length)
+    }
+
+    /// `length` bytes at `offset` (multiples of 512) read as zeroes from now on. With `may_unmap` the room of whole 4096-byte blocks is
+    /// given back to the store after the next [`flush`](Self::flush); without, the store keeps it for later writes of this volume.
+    /// Durable like a write. After an error each block holds either its old data or zeroes.
+    pub fn write_zeroes(&self, offset: u64, length: u64, may_unmap: bool) -> Result<(), VolumeError> {
+        self.shared.write_zeroes(offset, length, may_unmap)
+    }
+
+    /// Returns when every write and discard that returned before is durable, and anchored as the mode asks.
     pub fn flush(&self) -> Result<(), VolumeError> {
         self.shared.flush()
     }
@@ -222,45 +252,6 @@ impl Drop for Volume {
     }
 }
 
-impl Shared {
-    fn core(&self) -> Result<MutexGuard<'_, Core>, VolumeError> {
-        self.core.lock().map_err(|_| VolumeError::Failed("a thread panicked".to_owned()))
-    }
-
-    /// An error once it is closed.
-    fn open(&self) -> Result<(), VolumeError> {
-        if self.closed.load(Ordering::Acquire) { Err(VolumeError::Closed) } else { Ok(()) }
-    }
-
-    /// An error unless it takes requests.
-    fn ready(&self) -> Result<(), VolumeError> {
-        self.open()?;
-        self.backing.has_keys()
-    }
-
-    fn flushing(&self) -> MutexGuard<'_, ()> {
-        self.flushing.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    fn info(&self) -> VolumeInfo {
-        let core = self.core.lock().unwrap_or_else(PoisonError::into_inner);
-        let bytes = |blocks: u64| blocks * crate::format::BLOCK as u64;
-        VolumeInfo {
-            volume: self.backing.uuid,
-            size: self.backing.geometry.size,
-            store_size: bytes(self.backing.geometry.total),
-            mapped: bytes(core.mapped),
-            epoch: core.superblock.epoch,
-            writer: core.superblock.writer.get(),
-            key_id: core.superblock.key(),
-            older_keys: core.older.len(),
-            blocks_written: core.written,
-            dropped_writes: core.dropped,
-            read_only: self.read_only,
-        }
-    }
-}
-
 impl Core {
     /// An error unless the volume takes writes.
     fn writable(&self) -> Result<(), VolumeError> {
@@ -294,11 +285,11 @@ impl Core {
     }
 
     /// The map's entries for the blocks from `first` on, as many as `out` holds.
-    fn lookup(&mut self, first: u64, out: &mut [Entry], from: &Backing) -> Result<(), VolumeError> {
+    fn lookup(&mut self, first: u64, out: &mut [Entry]) -> Result<(), Halt> {
         let mut done = 0;
         while done < out.len() {
             let (id, start) = leaf(first + done as u64);
-            let page = self.forest.page(id, from)?;
+            let page = self.forest.page(id)?;
             let count = (crate::format::page::ENTRIES - start).min(out.len() - done);
             for (i, slot) in out[done..done + count].iter_mut().enumerate() {
                 *slot = entry(&page.bytes, start + i);
@@ -307,6 +298,34 @@ impl Core {
         }
         Ok(())
     }
+
+    /// Blocks that data may still take.
+    fn free_for_data(&self, from: &Backing) -> u64 {
+        let used = self.mapped + self.retained + self.space.waiting() + self.space.reserved();
+        from.geometry().data_capacity().saturating_sub(used)
+    }
+
+    /// Whether a snapshot reaches the block of data that `entry` names for `lba`.
+    fn data_is_retained(&self, lba: u64, entry: &Entry) -> bool {
+        self.snapshots.iter().any(|s| self.is_older(entry, s) && s.dying.is_none_or(|position| lba >= position))
+    }
+
+    /// Whether a snapshot reaches a page of the map that was born at epoch `birth`.
+    fn page_is_retained(&self, id: PageId, birth: u64) -> bool {
+        self.snapshots.iter().any(|s| birth <= s.epoch && s.dying.is_none_or(|position| end_of(id) > position))
+    }
+
+    /// Whether data was written before the snapshot was taken. What another volume wrote is older than any.
+    fn is_older(&self, entry: &Entry, snapshot: &Snapshot) -> bool {
+        let foreign = |slot: &Slot| slot.key == entry.key && slot.origin != self.superblock.uuid;
+        entry.generation < snapshot.generation || self.older.iter().any(foreign)
+    }
+}
+
+/// The first logical block behind those of a page of the map.
+fn end_of(id: PageId) -> u64 {
+    let leaves = (crate::format::page::CHILDREN as u64).saturating_pow(u32::from(id.level));
+    (id.index + 1).saturating_mul(leaves).saturating_mul(crate::format::page::ENTRIES as u64)
 }
 
 /// The leaf of a logical block, and its place within.

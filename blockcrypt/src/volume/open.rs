@@ -4,14 +4,16 @@ use super::anchoring::Anchoring;
 use super::durable::{Occasion, unlogged_bound};
 use super::log::Log;
 use super::recovery::{self, Recovered};
-use super::{Condition, Core, Shared, Volume};
+use super::shared::Shared;
+use super::{Condition, Core, Volume};
 use crate::backing::Backing;
 use crate::format::anchor::AnchorFields;
 use crate::format::geometry::Geometry;
-use crate::format::page::{Child, Header, Tree};
+use crate::format::page::{Child, Tree};
 use crate::format::slot::{MAX_PAGES, Slot, SlotPage};
+use crate::format::snapshot::{MAX_PAGES as SNAPSHOT_PAGES, Snapshot, SnapshotPage};
 use crate::format::superblock::{Cut, Superblock, claimed_total, has_magic};
-use crate::format::{BLOCK, Block, MAC, put, zero_block};
+use crate::format::{BLOCK, Block, FormatError, MAC, zero_block};
 use crate::keys::{KeyRing, VolumeKey, same};
 use crate::space::Space;
 use crate::tree::{Forest, Root};
@@ -20,15 +22,25 @@ use policy::disk::VolumeGrant;
 use policy::{KeyId, VolumeAnchor, VolumeId};
 use secretmem::Secret;
 use serde::Serialize;
-use std::sync::atomic::AtomicBool;
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 use std::time::Instant;
 
 /// How a volume is opened.
-#[derive(Clone, Copy, Default, Debug)]
+#[derive(Clone, Copy, Debug)]
 pub struct OpenOptions {
     /// Nothing is written, no anchor moves: a log is replayed in memory only.
     pub read_only: bool,
+    /// Bytes of verified map kept in memory, at most; 2 MiB are in any case. A page of 4 KiB describes 288 KiB, so that the default
+    /// of 64 MiB serves a working set of 4.5 GiB; all of 1 TiB has 14.4 GiB of map, of which 173 MiB are nodes above the leaves. A
+    /// miss costs one read of 4 KiB for each level that is not there, mostly the leaf alone. Changed pages, 4 MiB and their ancestors
+    /// at most, and twice that during a checkpoint, come on top.
+    pub map_cache: usize,
+}
+
+impl Default for OpenOptions {
+    fn default() -> Self {
+        Self { read_only: false, map_cache: 64 << 20 }
+    }
 }
 
 /// What a volume says about itself to somebody without its key. Nothing of it is authenticated.
@@ -89,6 +101,7 @@ impl Volume {
         let keys = KeyRing::of(VolumeKey::expand(grant.key_id, grant.volume, &master)?);
         let backing = Backing::new(Box::new(store), geometry, grant.volume, keys, events.clone());
         prepare_store(&backing)?;
+        let options = OpenOptions::default();
         let superblock = Superblock {
             uuid: grant.volume,
             geometry,
@@ -100,17 +113,24 @@ impl Volume {
             cut: Cut { offset: 0, sequence: 0, chain: [0; MAC] },
             mapped: 0,
             older: Child::EMPTY,
+            snapshots: Child::EMPTY,
+            retained: 0,
+            taken: 0,
             slot,
             mac: [0; MAC],
         };
         let log = Log::new(grant.open_number.get(), &backing, 0, 0);
-        let mut core = Core::new(superblock, 1, log, Vec::new(), &backing);
-        core.space.fence(&mut core.forest, &backing)?;
-        core.checkpoint(&backing, Occasion::Opening)?;
-        core.space.release_all();
+        let lists = Lists::default();
+        let mut core = Core::new(superblock, 1, log, lists, &backing, options);
+        core.run(&backing, |core| core.space.fence(&mut core.forest))?;
         let anchoring = Anchoring::new(anchors, events, grant.anchor_mode, None);
-        anchoring.durable(core.anchor(&backing));
-        Self::new(Shared::new(backing, grant, false, core, anchoring))
+        let shared = Shared::new(backing, grant, false, core, anchoring);
+        shared.first_checkpoint()?;
+        shared.core()?.space.release_all();
+        let group = shared.flushing();
+        shared.top_up(&group)?;
+        drop(group);
+        Self::new(shared)
     }
 
     /// Opens the volume in `store`. Serves its first request only after the opener's own state is durable and its anchor is
@@ -159,16 +179,12 @@ impl Volume {
         }
         let ring = KeyRing::open(std::slice::from_ref(&chosen.superblock.slot), kek, &grant.customer)?;
         let backing = Backing::new(store, chosen.superblock.geometry, grant.volume, ring, events.clone());
-        let older = read_older_slots(&chosen.superblock, &backing)?;
-        for slot in &older.slots {
-            let key = kek.open(slot, &grant.customer)?;
-            backing.change_keys(|ring| ring.add(key))?;
-        }
+        let lists = read_lists(&chosen.superblock, kek, grant, &backing)?;
         let replayed = recovery::replay(&chosen.superblock, &anchor, &backing)?;
-        let core = start(chosen, epoch, grant, &replayed, &older, &backing);
+        let core = start(chosen, epoch, grant, &replayed, lists, &backing, options);
         let anchoring = Anchoring::new(anchors, events.clone(), grant.anchor_mode, grant.anchor.clone());
         let shared = Shared::new(backing, grant, options.read_only, core, anchoring);
-        shared.take_over(&replayed, &older, grant, kek)?;
+        shared.take_over(&replayed, grant, kek)?;
         Self::new(shared)
     }
 }
@@ -206,76 +222,70 @@ pub fn inspect(store: &dyn Store) -> Result<PlainInfo, VolumeError> {
 }
 
 impl Shared {
-    fn new(backing: Backing, grant: &VolumeGrant, read_only: bool, core: Core, anchoring: Anchoring) -> Self {
-        Self {
-            backing,
-            customer: grant.customer.clone(),
-            read_only,
-            closed: AtomicBool::new(false),
-            flushing: Mutex::new(()),
-            core: Mutex::new(core),
-            anchoring: Arc::new(anchoring),
-        }
-    }
-
     /// Recovers what the log holds; for a writer, makes it durable under its own open number and waits for the anchor.
-    fn take_over(
-        &self,
-        replayed: &Recovered,
-        older: &OlderSlots,
-        grant: &VolumeGrant,
-        kek: &Kek,
-    ) -> Result<(), VolumeError> {
-        let mut core = self.core()?;
-        recovery::apply(&mut core, replayed, &self.backing)?;
-        if self.read_only {
-            return Ok(());
+    fn take_over(&self, replayed: &Recovered, grant: &VolumeGrant, kek: &Kek) -> Result<(), VolumeError> {
+        {
+            let mut core = self.core()?;
+            recovery::apply(&mut core, replayed, &self.backing)?;
+            if self.read_only {
+                return Ok(());
+            }
+            core.superblock.writer = grant.open_number;
+            if grant.key_id != core.superblock.key() {
+                core.new_key(grant, kek, &self.backing)?;
+            }
         }
-        core.superblock.writer = grant.open_number;
-        if grant.key_id != core.superblock.key() {
-            core.new_key(older, grant, kek, &self.backing)?;
-        }
-        core.checkpoint(&self.backing, Occasion::Opening)?;
-        self.anchoring.durable(core.anchor(&self.backing));
-        drop(core);
+        self.first_checkpoint()?;
         self.anchoring.keep_now()?;
         self.core()?.space.release_all();
-        Ok(())
+        let group = self.flushing();
+        self.top_up(&group)
+    }
+
+    fn first_checkpoint(&self) -> Result<(), VolumeError> {
+        let group = self.flushing();
+        self.write_checkpoint(&group, Occasion::Opening)
     }
 }
 
 impl Core {
-    fn new(superblock: Superblock, place: usize, log: Log, older: Vec<Slot>, from: &Backing) -> Self {
-        let map = Root { child: superblock.map, levels: from.geometry.map_levels };
-        let free = Root { child: superblock.free, levels: from.geometry.free_levels };
+    fn new(superblock: Superblock, place: usize, log: Log, lists: Lists, from: &Backing, options: OpenOptions) -> Self {
+        let geometry = from.geometry();
+        let map = Root { child: superblock.map, levels: geometry.map_levels };
+        let free = Root { child: superblock.free, levels: geometry.free_levels };
         Self {
-            forest: Forest::new(map, free),
-            space: Space::new(from),
+            forest: Forest::new(map, free, options.map_cache / BLOCK),
+            space: Space::new(&geometry),
             log,
             place,
             epoch: superblock.epoch,
             mapped: superblock.mapped,
-            older,
+            retained: superblock.retained,
+            older: lists.slots,
+            slots_changed: false,
+            slot_pages: lists.slot_pages,
+            snapshots: lists.snapshots,
+            snapshots_changed: false,
+            snapshot_pages: lists.snapshot_pages,
+            snapshots_taken: superblock.taken,
             generations: 0,
             written: superblock.slot.written,
             dropped: 0,
+            tight: false,
+            checkpointing: false,
             superblock,
             state: Condition::Good,
-            scratch: Vec::new(),
             last_checkpoint: Instant::now(),
         }
     }
 
     /// A new master for new writes, under the key id that the provider issued; the one so far joins the older ones.
-    fn new_key(
-        &mut self,
-        older: &OlderSlots,
-        grant: &VolumeGrant,
-        kek: &Kek,
-        from: &Backing,
-    ) -> Result<(), VolumeError> {
+    fn new_key(&mut self, grant: &VolumeGrant, kek: &Kek, from: &Backing) -> Result<(), VolumeError> {
         if self.older.iter().any(|slot| slot.key == grant.key_id) {
             return Err(VolumeError::Grant("it names a key that was replaced already"));
+        }
+        if self.older.len() >= MAX_PAGES * SlotPage::CAPACITY {
+            return Err(VolumeError::Unsupported("more key slots than a volume has room for".to_owned()));
         }
         let master = Secret::random()?;
         let slot = kek.wrap(&master, grant.key_id, from.uuid, &grant.customer)?;
@@ -283,79 +293,74 @@ impl Core {
         from.change_keys(|ring| ring.renew(key))?;
         let last = Slot { written: self.written, ..std::mem::replace(&mut self.superblock.slot, slot) };
         self.older.insert(0, last);
+        self.slots_changed = true;
         self.written = 0;
-        for block in &older.pages {
-            self.space.free_held(*block, &mut self.forest, from)?;
-        }
-        self.superblock.older = self.write_older_slots(from)?;
         from.events.note(&format!("new writes are sealed under key {}", grant.key_id));
         Ok(())
     }
-
-    /// Writes the list of older slots to free blocks, last page first; returns the pointer to the first.
-    fn write_older_slots(&mut self, from: &Backing) -> Result<Child, VolumeError> {
-        let pages: Vec<Vec<Slot>> = self.older.chunks(SlotPage::CAPACITY).map(<[Slot]>::to_vec).collect();
-        if pages.len() > MAX_PAGES {
-            return Err(VolumeError::Unsupported("more key slots than a volume has room for".to_owned()));
-        }
-        // The checkpoint that follows carries the next epoch.
-        let birth = self.epoch + 1;
-        let writer = self.superblock.writer.get();
-        let mut next = Child::EMPTY;
-        for (index, slots) in pages.into_iter().enumerate().rev() {
-            let physical = self.space.allocate(from.geometry.pool().start, 1, &mut self.forest, from)?.start;
-            let mut page = SlotPage { next, slots }.to_block();
-            let mac = from.with_keys(|_, key| {
-                let (index, key_id, origin) = (index as u64, key.id, key.origin);
-                let mut header = zero_block();
-                Header { tree: Tree::Slots, level: 0, writer, index, birth, key: key_id, origin }.put(&mut header);
-                put(&mut page[..], 0, &header[..Header::SIZE]);
-                Ok(key.page_mac(&page))
-            })?;
-            from.write_blocks(physical, &page[..])?;
-            next = Child { physical, birth, mac };
-        }
-        Ok(next)
-    }
 }
 
-/// Older key slots, and the blocks of the pages that hold them.
-struct OlderSlots {
+/// Lists that a superblock points to, and the blocks that hold them.
+#[derive(Default)]
+struct Lists {
     slots: Vec<Slot>,
-    pages: Vec<u64>,
+    slot_pages: Vec<u64>,
+    snapshots: Vec<Snapshot>,
+    snapshot_pages: Vec<u64>,
 }
 
-fn read_older_slots(superblock: &Superblock, from: &Backing) -> Result<OlderSlots, VolumeError> {
-    let mut older = OlderSlots { slots: Vec::new(), pages: Vec::new() };
-    let mut next = superblock.older;
-    while !next.is_empty() {
-        let index = older.pages.len();
-        if index == MAX_PAGES {
-            return Err(VolumeError::Damaged("its list of keys does not end".to_owned()));
-        }
-        let page = from.read_page(&next, |h| h.tree == Tree::Slots && h.level == 0 && h.index == index as u64)?;
-        let page = SlotPage::parse(&page).map_err(|e| VolumeError::Damaged(e.to_string()))?;
-        older.pages.push(next.physical);
-        older.slots.extend(page.slots);
-        next = page.next;
+/// Reads both lists; the older keys join the ring before anything needs them.
+fn read_lists(superblock: &Superblock, kek: &Kek, grant: &VolumeGrant, from: &Backing) -> Result<Lists, VolumeError> {
+    let mut lists = Lists::default();
+    lists.slot_pages = read_chain(Tree::Slots, superblock.older, MAX_PAGES, from, |page| {
+        let page = SlotPage::parse(page)?;
+        lists.slots.extend(page.slots);
+        Ok(page.next)
+    })?;
+    for slot in &lists.slots {
+        let key = kek.open(slot, &grant.customer)?;
+        from.change_keys(|ring| ring.add(key))?;
     }
-    Ok(older)
+    lists.snapshot_pages = read_chain(Tree::Snapshots, superblock.snapshots, SNAPSHOT_PAGES, from, |page| {
+        let page = SnapshotPage::parse(page)?;
+        lists.snapshots.extend(page.snapshots);
+        Ok(page.next)
+    })?;
+    Ok(lists)
 }
 
-/// Blocks of the store that hold the list of older slots.
-pub(super) fn older_slot_pages(superblock: &Superblock, from: &Backing) -> Result<Vec<u64>, VolumeError> {
-    Ok(read_older_slots(superblock, from)?.pages)
+/// Reads a chain of pages; returns the blocks that hold them.
+fn read_chain(
+    tree: Tree,
+    first: Child,
+    most: usize,
+    from: &Backing,
+    mut parse: impl FnMut(&Block) -> Result<Child, FormatError>,
+) -> Result<Vec<u64>, VolumeError> {
+    let mut blocks = Vec::new();
+    let mut next = first;
+    while !next.is_empty() {
+        let index = blocks.len();
+        if index == most {
+            return Err(VolumeError::Damaged("one of its lists does not end".to_owned()));
+        }
+        let page = from.read_page(&next, |h| h.tree == tree && h.level == 0 && h.index == index as u64);
+        let page = page.map_err(|error| from.bad_page(&next, error))?;
+        blocks.push(next.physical);
+        next = parse(&page).map_err(|e| VolumeError::Damaged(e.to_string()))?;
+    }
+    Ok(blocks)
 }
 
 /// Sizes the store, and makes sure that nothing in it looks like a superblock.
 fn prepare_store(backing: &Backing) -> Result<(), VolumeError> {
-    let (store, geometry) = (&backing.store, &backing.geometry);
+    let (store, geometry) = (&backing.store, backing.geometry());
     store.set_len(geometry.total * BLOCK as u64).map_err(VolumeError::store("be made as long as the volume"))?;
-    let front = geometry.pool().start * BLOCK as u64;
+    let front = geometry.zone().end * BLOCK as u64;
     let reserved = store.reserve(0, front);
     let back = geometry.pool().end * BLOCK as u64;
     let reserved = reserved.and_then(|()| store.reserve(back, geometry.total * BLOCK as u64 - back));
-    reserved.map_err(VolumeError::store("set room aside for the log"))?;
+    reserved.map_err(VolumeError::store("set room aside for log and pages"))?;
     for at in [0, 1].into_iter().flat_map(|place| geometry.superblocks(place)) {
         backing.write_blocks(at, &zero_block()[..])?;
     }
@@ -459,14 +464,15 @@ fn start(
     epoch: u64,
     grant: &VolumeGrant,
     replayed: &Recovered,
-    older: &OlderSlots,
+    lists: Lists,
     backing: &Backing,
+    options: OpenOptions,
 ) -> Core {
     let superblock = chosen.superblock;
-    let uncounted = if superblock.clean && replayed.blocks == 0 { 0 } else { unlogged_bound(backing) };
+    let uncounted = if superblock.clean && replayed.blocks == 0 { 0 } else { 2 * unlogged_bound(backing) };
     let offset = superblock.cut.offset;
     let log = Log::new(grant.open_number.get(), backing, offset, offset + replayed.blocks);
-    let mut core = Core::new(superblock, chosen.place, log, older.slots.clone(), backing);
+    let mut core = Core::new(superblock, chosen.place, log, lists, backing, options);
     core.epoch = epoch;
     core.written = core.written.saturating_add(uncounted).min(Slot::LIMIT);
     core

@@ -10,10 +10,11 @@ use crate::VolumeError;
 use crate::backing::Backing;
 use crate::format::anchor::AnchorFields;
 use crate::format::log::{LogBlock, Record};
-use crate::format::page::{Entry, set_entry};
+use crate::format::page::{BITS, Entry, set_entry};
 use crate::format::superblock::Superblock;
 use crate::format::{MAC, zero_block};
 use crate::keys::same;
+use crate::space::bitmap;
 use std::collections::{BTreeMap, HashSet};
 
 /// What a log holds.
@@ -69,12 +70,12 @@ fn next_block(
     chain: &[u8; MAC],
     from: &Backing,
 ) -> Result<Option<LogBlock>, VolumeError> {
-    let ring = from.geometry.log_blocks;
+    let ring = from.geometry().log_blocks;
     if done >= ring {
         return Ok(None);
     }
     let mut bytes = zero_block();
-    from.read_blocks(from.geometry.log_start() + (superblock.cut.offset + done) % ring, &mut bytes[..])?;
+    from.read_blocks(from.geometry().log_start() + (superblock.cut.offset + done) % ring, &mut bytes[..])?;
     let Ok(block) = LogBlock::parse(&bytes) else { return Ok(None) };
     let sequence = superblock.cut.sequence + done;
     if block.writer != superblock.writer.get() || block.sequence != sequence || block.key != superblock.key() {
@@ -86,7 +87,7 @@ fn next_block(
 
 /// Records were written by a holder of the key; one that is impossible all the same must not become a panic.
 fn check_records(records: &[Record], from: &Backing) -> Result<(), VolumeError> {
-    let possible = |r: &Record| r.lba < from.geometry.blocks() && r.entry.data().is_none_or(|b| from.in_pool(b));
+    let possible = |r: &Record| r.lba < from.geometry().blocks() && r.entry.data().is_none_or(|b| from.in_pool(b));
     if records.iter().all(possible) {
         Ok(())
     } else {
@@ -110,7 +111,7 @@ pub(super) fn apply(core: &mut Core, found: &Recovered, from: &Backing) -> Resul
     }
     for verdict in verdicts.iter().filter(|v| v.record.is_none()) {
         let mut old = [Entry::UNMAPPED];
-        core.lookup(verdict.lba, &mut old, from)?;
+        core.run(from, |core| core.lookup(verdict.lba, &mut old))?;
         if old[0].data().is_some_and(|block| taken.contains(&block)) {
             settled.insert(verdict.lba, lost(old[0]));
         }
@@ -172,18 +173,26 @@ fn lost(entry: Entry) -> Entry {
 /// new one.
 fn settle(core: &mut Core, settled: &BTreeMap<u64, Entry>, from: &Backing) -> Result<(), VolumeError> {
     for (lba, new) in settled {
-        let mut old = [Entry::UNMAPPED];
-        core.lookup(*lba, &mut old, from)?;
-        if let Some(block) = old[0].data().filter(|b| from.in_pool(*b)) {
-            core.mapped = core.mapped.saturating_sub(1);
-            core.space.mark(block..block + 1, false, &mut core.forest, from)?;
-        }
-        let (id, place) = leaf(*lba);
-        set_entry(&mut core.forest.page_mut(id, from)?.bytes, place, *new);
+        core.run(from, |core| {
+            let mut old = [Entry::UNMAPPED];
+            core.lookup(*lba, &mut old)?;
+            if let Some(block) = old[0].data().filter(|b| from.in_pool(*b)) {
+                core.forest.page(bitmap(block / BITS as u64))?;
+                core.mapped = core.mapped.saturating_sub(1);
+                if core.data_is_retained(*lba, &old[0]) {
+                    core.retained += 1;
+                } else {
+                    core.space.untake(block, &mut core.forest)?;
+                }
+            }
+            let (id, place) = leaf(*lba);
+            set_entry(&mut core.forest.page_mut(id)?.bytes, place, *new);
+            Ok(())
+        })?;
     }
     for block in settled.values().filter_map(Entry::data) {
+        core.run(from, |core| core.space.take(block, &mut core.forest))?;
         core.mapped += 1;
-        core.space.mark(block..block + 1, true, &mut core.forest, from)?;
     }
     Ok(())
 }

@@ -5,5 +5,6 @@ mod common;
 mod fuzz;
 mod kill;
 mod model;
+mod parallel;
 mod requests;
 mod tamper;

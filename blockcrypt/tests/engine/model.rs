@@ -8,25 +8,32 @@ use std::sync::Arc;
 const BLOCK: usize = 4096;
 
 /// What each 4096-byte block may hold: the acknowledged content first, then what was written since, in order.
-struct Model {
-    size: usize,
+pub(crate) struct Model {
+    pub(crate) size: usize,
+    /// Where it begins in the volume.
+    base: usize,
     versions: Vec<Vec<Vec<u8>>>,
 }
 
 impl Model {
-    fn new(size: usize) -> Self {
-        let versions = (0..size.div_ceil(BLOCK)).map(|i| vec![vec![0; BLOCK.min(size - i * BLOCK)]]).collect();
-        Self { size, versions }
+    pub(crate) fn new(size: usize) -> Self {
+        Self::at(0, size)
     }
 
-    fn now(&self, offset: usize, length: usize) -> Vec<u8> {
+    /// A part of a volume.
+    pub(crate) fn at(base: usize, size: usize) -> Self {
+        let versions = (0..size.div_ceil(BLOCK)).map(|i| vec![vec![0; BLOCK.min(size - i * BLOCK)]]).collect();
+        Self { size, base, versions }
+    }
+
+    pub(crate) fn now(&self, offset: usize, length: usize) -> Vec<u8> {
         let all = offset / BLOCK..(offset + length).div_ceil(BLOCK);
         let first = all.start * BLOCK;
         let bytes: Vec<u8> = all.flat_map(|i| self.versions[i].last().expect("one at least").clone()).collect();
         bytes[offset - first..offset - first + length].to_vec()
     }
 
-    fn write(&mut self, offset: usize, data: &[u8]) {
+    pub(crate) fn write(&mut self, offset: usize, data: &[u8]) {
         for i in offset / BLOCK..(offset + data.len()).div_ceil(BLOCK) {
             let mut block = self.versions[i].last().expect("one at least").clone();
             let start = offset.max(i * BLOCK);
@@ -36,22 +43,47 @@ impl Model {
         }
     }
 
+    /// TRIM: zeroes in whole blocks only. The last may be cut short, if this ends where the volume does.
+    pub(crate) fn discard(&mut self, offset: usize, length: usize, ends: bool) {
+        let end = if ends && offset + length == self.size { self.size } else { (offset + length) / BLOCK * BLOCK };
+        let start = offset.div_ceil(BLOCK) * BLOCK;
+        if start < end {
+            self.write(start, &vec![0; end - start]);
+        }
+    }
+
     /// A FLUSH was acknowledged.
-    fn settle(&mut self) {
+    pub(crate) fn settle(&mut self) {
         for versions in &mut self.versions {
             versions.drain(..versions.len() - 1);
         }
     }
 
     /// After a crash: each block holds one of its versions, which is from now on the only one.
-    fn recover(&mut self, volume: &Volume, context: &str) {
+    pub(crate) fn recover(&mut self, volume: &Volume, context: &str) {
         for (i, versions) in self.versions.iter_mut().enumerate() {
             let mut found = vec![0; versions[0].len()];
-            volume.read((i * BLOCK) as u64, &mut found).unwrap_or_else(|e| panic!("{context}: block {i}: {e}"));
+            volume
+                .read((self.base + i * BLOCK) as u64, &mut found)
+                .unwrap_or_else(|e| panic!("{context}: block {i}: {e}"));
             assert!(versions.contains(&found), "{context}: block {i} holds what was never written there");
             *versions = vec![found];
         }
     }
+}
+
+/// A random part of `size` bytes.
+pub(crate) fn request(random: &mut Random, size: usize) -> (usize, usize) {
+    let sectors = size / 512;
+    let mut start = random.below(sectors as u64) as usize;
+    let most = [1, 8, 64, 700][random.below(4) as usize].min(sectors - start);
+    let mut length = 1 + random.below(most as u64) as usize;
+    if random.chance(60) {
+        // Whole blocks, as guests mostly do.
+        start -= start % 8;
+        length = (length.div_ceil(8) * 8).min(sectors - start);
+    }
+    (start * 512, length * 512)
 }
 
 struct Run {
@@ -63,25 +95,21 @@ struct Run {
 }
 
 impl Run {
-    fn request(&mut self) -> (usize, usize) {
-        let sectors = self.model.size / 512;
-        let start = self.random.below(sectors as u64) as usize;
-        let most = [1, 8, 64, 700][self.random.below(4) as usize].min(sectors - start);
-        let mut length = 1 + self.random.below(most as u64) as usize;
-        let mut start = start;
-        if self.random.chance(60) {
-            // Whole blocks, as guests mostly do.
-            start -= start % 8;
-            length = (length.div_ceil(8) * 8).min(sectors - start);
-        }
-        (start * 512, length * 512)
-    }
-
     /// One step; an error ends the run until the next crash.
     fn step(&mut self, volume: &Volume) -> Result<(), VolumeError> {
-        let (offset, length) = self.request();
+        let (offset, length) = request(&mut self.random, self.model.size);
         match self.random.below(100) {
-            0..50 => {
+            0..12 => {
+                let length = if self.random.chance(10) { self.model.size - offset } else { length };
+                self.model.discard(offset, length, true);
+                volume.discard(offset as u64, length as u64)
+            }
+            12..20 => {
+                self.model.write(offset, &vec![0; length]);
+                let may_unmap = self.random.chance(50);
+                volume.write_zeroes(offset as u64, length as u64, may_unmap)
+            }
+            20..50 => {
                 let mut data = vec![0; length];
                 self.random.fill(&mut data);
                 // Also where it fails, parts of it may be there.

@@ -12,16 +12,18 @@
 //!
 //! Every MAC input has fixed width and begins with a byte that says what it is.
 
+mod sealing;
+
+pub(crate) use sealing::{Open, Seal};
+
 use crate::VolumeError;
+use crate::crypto::{Engines, MacKey, Message, Xts, wipe_registers};
 use crate::format::log::MAC_AT as LOG_MAC_AT;
-use crate::format::page::Entry;
 use crate::format::slot::Slot;
 use crate::format::superblock::{MAC_AT as SUPERBLOCK_MAC_AT, suite_bytes};
 use crate::format::{Block, MAC};
-use aes::Aes256;
-use aes::cipher::{Array, KeyInit as _};
 use aes_gcm::Aes256Gcm;
-use aes_gcm::aead::{AeadInOut, Nonce, Tag};
+use aes_gcm::aead::{AeadInOut, KeyInit as _, Nonce, Tag};
 use hkdf::Hkdf;
 use hmac::{Hmac, Mac};
 use policy::disk::{CipherSuite, VolumeGrant};
@@ -29,7 +31,6 @@ use policy::{CustomerId, KeyId, VolumeId};
 use secretmem::{Secret, SecretBox, SecretError, wiping_stack};
 use sha2::Sha256;
 use subtle::ConstantTimeEq;
-use xts_mode::Xts128;
 
 /// A key-encryption key as the provider releases it: opens the key slots of one volume.
 pub struct Kek {
@@ -109,15 +110,25 @@ pub(crate) struct VolumeKey {
 
 /// Expanded state: lives in secret pages only.
 struct Schedules {
-    xts: Xts128<Aes256>,
-    data: Hmac<Sha256>,
-    map: Hmac<Sha256>,
+    xts: Xts,
+    data: MacKey,
+    map: MacKey,
     log: Hmac<Sha256>,
     superblock: Hmac<Sha256>,
 }
 
 impl VolumeKey {
     pub(crate) fn expand(id: KeyId, origin: VolumeId, master: &Secret<32>) -> Result<Self, VolumeError> {
+        Self::expand_with(Engines::best(), id, origin, master)
+    }
+
+    /// For computing with `engines`.
+    pub(crate) fn expand_with(
+        engines: Engines,
+        id: KeyId,
+        origin: VolumeId,
+        master: &Secret<32>,
+    ) -> Result<Self, VolumeError> {
         let mut parts = Secret::<{ 64 + 4 * 32 }>::zeroed()?;
         let derived = wiping_stack(|| {
             let hkdf = Hkdf::<Sha256>::new(Some(&origin.0), master.expose());
@@ -127,61 +138,36 @@ impl VolumeKey {
             outputs.into_iter().try_for_each(|(name, out)| hkdf.expand_multi_info(&[b"fealty volume 1 ", name], out))
         });
         derived.map_err(|_| VolumeError::WrongKey)?;
-        let (xts, macs) = parts.expose().split_at(64);
-        let (data_half, tweak_half) = xts.split_at(32);
+        let [data_half, tweak_half, macs @ ..] = parts.expose().as_chunks::<32>().0 else {
+            return Err(VolumeError::WrongKey);
+        };
+        let [data, map, log, superblock] = macs else { return Err(VolumeError::WrongKey) };
         // FIPS 140 asks that the halves differ; for honest randomness this never happens.
         if bool::from(data_half.ct_eq(tweak_half)) {
             return Err(VolumeError::WrongKey);
         }
         let schedules = wiping_stack(|| {
-            SecretBox::try_new_with(|place| {
-                let mac = |i: usize| Hmac::<Sha256>::new_from_slice(&macs[i * 32..][..32]);
-                let (Ok(data), Ok(map), Ok(log), Ok(superblock)) = (mac(0), mac(1), mac(2), mac(3)) else {
-                    return Err(SecretError::Length(32));
-                };
-                let (Ok(first), Ok(second)) = (Aes256::new_from_slice(data_half), Aes256::new_from_slice(tweak_half))
-                else {
-                    return Err(SecretError::Length(32));
-                };
-                Ok(place.write(Schedules { xts: Xts128::new(first, second), data, map, log, superblock }))
-            })
+            let made = SecretBox::try_new_with(|place| {
+                let mac = |key: &[u8; 32]| Hmac::<Sha256>::new_from_slice(key).map_err(|_| SecretError::Length(32));
+                Ok::<_, SecretError>(place.write(Schedules {
+                    xts: Xts::new(engines.aes, data_half, tweak_half),
+                    data: MacKey::new(engines.sha, data),
+                    map: MacKey::new(engines.sha, map),
+                    log: mac(log)?,
+                    superblock: mac(superblock)?,
+                }))
+            });
+            wipe_registers();
+            made
         })?;
         Ok(Self { id, origin, schedules })
     }
 
-    /// Encrypts `block` in place for its logical block and generation; returns its tag.
-    pub(crate) fn seal(&self, lba: u64, generation: u64, block: &mut Block) -> [u8; MAC] {
-        self.schedules.expose().xts.encrypt_sector(block, tweak(generation));
-        self.tag(lba, generation, block).finalize().into_bytes().into()
-    }
-
-    /// Whether `block` is the ciphertext that `entry` names for `lba`.
-    pub(crate) fn verify(&self, lba: u64, entry: &Entry, block: &Block) -> bool {
-        entry.key == self.id && self.tag(lba, entry.generation, block).verify_slice(&entry.tag).is_ok()
-    }
-
-    /// Verifies, then decrypts in place; leaves `block` as it is where it does not verify.
-    pub(crate) fn open(&self, lba: u64, entry: &Entry, block: &mut Block) -> bool {
-        let good = self.verify(lba, entry, block);
-        if good {
-            self.schedules.expose().xts.decrypt_sector(block, tweak(entry.generation));
-        }
-        good
-    }
-
-    fn tag(&self, lba: u64, generation: u64, ciphertext: &Block) -> Hmac<Sha256> {
-        let mut head = [0; 48];
-        head[0] = 1;
-        head[8..24].copy_from_slice(&self.origin.0);
-        head[24..32].copy_from_slice(&lba.to_le_bytes());
-        head[32..40].copy_from_slice(&generation.to_le_bytes());
-        head[40..48].copy_from_slice(&self.id.0.to_le_bytes());
-        self.schedules.expose().data.clone().chain_update(head).chain_update(ciphertext)
-    }
-
     /// The MAC of a page of any tree, header included.
     pub(crate) fn page_mac(&self, page: &Block) -> [u8; MAC] {
-        self.schedules.expose().map.clone().chain_update([2]).chain_update(page).finalize().into_bytes().into()
+        let mut macs = [[0; MAC]];
+        self.schedules.expose().map.tags(&[Message { head: &[2], body: page }], &mut macs);
+        macs[0]
     }
 
     /// The MAC of a log block that follows the block (or seed) with MAC `previous`; its own MAC's place is left out.
@@ -201,11 +187,6 @@ impl VolumeKey {
         let mac = self.schedules.expose().superblock.clone().chain_update([4]);
         mac.chain_update(&block[..SUPERBLOCK_MAC_AT]).finalize().into_bytes().into()
     }
-}
-
-/// The generation, little-endian, zero-extended (IEEE 1619, 5.1).
-fn tweak(generation: u64) -> Array<u8, aes::cipher::consts::U16> {
-    Array::from(u128::from(generation).to_le_bytes())
 }
 
 /// All keys of an open volume: the current one first.
@@ -246,60 +227,12 @@ pub(crate) fn same(a: &[u8; MAC], b: &[u8; MAC]) -> bool {
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use super::*;
-    use crate::format::BLOCK;
 
-    fn key(id: u64, origin: u8) -> VolumeKey {
+    pub(crate) fn key(id: u64, origin: u8) -> VolumeKey {
         let master = Secret::copy_of(&[7; 32]).expect("room");
         VolumeKey::expand(KeyId(id), VolumeId([origin; 16]), &master).expect("a key")
-    }
-
-    fn sealed(key: &VolumeKey) -> (Entry, Box<Block>) {
-        let mut block = Box::new([0x55; BLOCK]);
-        let tag = key.seal(3, 4, &mut block);
-        (Entry { physical: 9, generation: 4, key: key.id, tag }, block)
-    }
-
-    #[test]
-    fn a_sealed_block_opens_only_as_what_it_was_sealed_for() {
-        let mine = key(1, 1);
-        let (entry, block) = sealed(&mine);
-        let opens = |key: &VolumeKey, lba, entry: &Entry, block: &Block| {
-            let mut copy = Box::new(*block);
-            let good = key.open(lba, entry, &mut copy);
-            assert_eq!(good, *copy == [0x55; BLOCK]);
-            assert!(good || *copy == *block, "what fails is left alone");
-            good
-        };
-        assert!(opens(&mine, 3, &entry, &block));
-        assert!(!opens(&mine, 2, &entry, &block));
-        assert!(!opens(&mine, 3, &Entry { generation: 5, ..entry }, &block));
-        assert!(!opens(&key(2, 1), 3, &Entry { key: KeyId(2), ..entry }, &block));
-        assert!(!opens(&key(1, 2), 3, &entry, &block));
-        let mut flipped = block.clone();
-        flipped[4095] ^= 1;
-        assert!(!opens(&mine, 3, &entry, &flipped));
-    }
-
-    #[test]
-    fn the_derivation_is_fixed() {
-        // Computed apart from this code: HKDF and HMAC with Python's hmac and hashlib, XTS with OpenSSL's EVP_aes_256_xts.
-        let (entry, block) = sealed(&key(1, 1));
-        assert_eq!(hex::encode(&block[..16]), "9d190708fa663e481580da8579a9c0b0");
-        assert_eq!(hex::encode(entry.tag), "5983970e20f1c351cf4ffb750fa006b41b9a5b693c64f03892a8d85f5c6174cf");
-    }
-
-    #[test]
-    fn ieee_1619_vector_10() {
-        // XTS-AES-256, data unit ff, 512 bytes: the first and last 16 bytes of the ciphertext.
-        let first = hex::decode("2718281828459045235360287471352662497757247093699959574966967627").expect("hex");
-        let second = hex::decode("3141592653589793238462643383279502884197169399375105820974944592").expect("hex");
-        let (Ok(a), Ok(b)) = (Aes256::new_from_slice(&first), Aes256::new_from_slice(&second)) else { panic!("keys") };
-        let mut unit: Vec<u8> = (0..512).map(|i| i as u8).collect();
-        Xts128::new(a, b).encrypt_sector(&mut unit, tweak(0xff));
-        assert_eq!(hex::encode(&unit[..16]), "1c3b3a102f770386e4836c99e370cf9b");
-        assert_eq!(hex::encode(&unit[496..]), "c4f36ffda9fcea70b9c6e693e148c151");
     }
 
     #[test]

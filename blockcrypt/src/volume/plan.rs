@@ -1,0 +1,330 @@
+//! A checkpoint between the moment when it is decided what it holds, and the moment when it is durable or given up.
+
+use super::Core;
+use super::durable::Occasion;
+use crate::VolumeError;
+use crate::backing::Backing;
+use crate::format::log::Record;
+use crate::format::page::{BITS, CHILDREN, Child, Header, Tree, child, set_child};
+use crate::format::slot::{Slot, SlotPage};
+use crate::format::snapshot::{Snapshot, SnapshotPage};
+use crate::format::superblock::{MAC_AT, Superblock};
+use crate::format::{Block, put};
+use crate::space::bitmap;
+use crate::tree::{Forest, Halt, PageId, is_blank};
+use policy::KeyId;
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+
+/// What a checkpoint writes, and what it did to memory: taken back if it can't be finished.
+pub(super) struct Plan {
+    /// Copies, leaves first, each with its new place; none where nothing is left of it.
+    pages: Vec<Moved>,
+    /// Blocks that were taken for pages.
+    taken: Vec<u64>,
+    /// Blocks of pages that are free once this is durable.
+    pub(super) freed: Vec<u64>,
+    /// Blocks of pages that only snapshots reach from now on.
+    retained: u64,
+    /// Lists that changed, and where they go.
+    slots: Option<Vec<u64>>,
+    snapshots: Option<Vec<u64>>,
+    lists: (Vec<Slot>, Vec<Snapshot>),
+    /// Records that the map has, in case the log needs them back.
+    pending: Vec<Record>,
+    /// How many records were appended before.
+    pub(super) records: u64,
+    /// The superblock; its roots and MAC come when the pages are written.
+    pub(super) next: Superblock,
+    /// The slot that it goes to.
+    pub(super) place: usize,
+}
+
+struct Moved {
+    id: PageId,
+    to: Option<u64>,
+    bytes: Box<Block>,
+    pointer: Child,
+}
+
+/// Where pages go and come from, before anything is changed.
+#[derive(Default)]
+struct Places {
+    /// The new place of each page; none for one that is blank.
+    new: BTreeMap<PageId, Option<u64>>,
+    slots: Option<Vec<u64>>,
+    snapshots: Option<Vec<u64>>,
+    /// All of them.
+    reserved: Vec<u64>,
+    /// Old places that become free.
+    freed: Vec<u64>,
+    /// Old places that snapshots reach.
+    retained: u64,
+}
+
+impl Core {
+    /// Decides what a checkpoint holds. Nothing is changed before all that is needed is in memory.
+    pub(super) fn freeze(&mut self, from: &Backing, occasion: Occasion) -> Result<Plan, Halt> {
+        self.writable()?;
+        let mut places = Places::default();
+        if let Err(halt) = self.find_places(&mut places) {
+            self.space.give_back(&places.reserved);
+            return Err(halt);
+        }
+        // From here on every page is there.
+        for block in &places.reserved {
+            self.space.take(*block, &mut self.forest)?;
+        }
+        for block in &places.freed {
+            self.space.free_held(*block, &mut self.forest)?;
+        }
+        self.retained += places.retained;
+        let mut pages = Vec::with_capacity(places.new.len());
+        for (id, to) in places.new {
+            pages.push(Moved { id, to, bytes: self.forest.freeze(id)?, pointer: Child::EMPTY });
+        }
+        self.epoch += 1;
+        self.checkpointing = true;
+        let (cut, pending) = self.log.begin_cut();
+        let next = Superblock {
+            epoch: self.epoch,
+            geometry: from.geometry(),
+            clean: occasion == Occasion::Closing,
+            cut,
+            mapped: self.mapped,
+            retained: self.retained,
+            taken: self.snapshots_taken,
+            slot: Slot { written: self.written, ..self.superblock.slot.clone() },
+            ..self.superblock.clone()
+        };
+        Ok(Plan {
+            pages,
+            taken: places.reserved,
+            freed: places.freed,
+            retained: places.retained,
+            slots: places.slots,
+            snapshots: places.snapshots,
+            lists: (self.older.clone(), self.snapshots.clone()),
+            pending,
+            records: self.log.appended,
+            next,
+            place: 1 - self.place,
+        })
+    }
+
+    /// Finds a place for every page that changed, for its ancestors, and for the bitmaps that change by that.
+    fn find_places(&mut self, places: &mut Places) -> Result<(), Halt> {
+        let mut pages: BTreeSet<PageId> = self.forest.dirty_pages().collect();
+        for id in pages.clone() {
+            self.add_ancestors(id, &mut pages)?;
+        }
+        self.find_blank(&pages, places)?;
+        if self.slots_changed {
+            let count = self.older.len().div_ceil(SlotPage::CAPACITY);
+            places.slots = Some(self.reserve_list(count, places)?);
+            places.freed.extend(&self.slot_pages);
+        }
+        if self.snapshots_changed {
+            let count = self.snapshots.len().div_ceil(SnapshotPage::CAPACITY);
+            places.snapshots = Some(self.reserve_list(count, places)?);
+            places.freed.extend(&self.snapshot_pages);
+        }
+        let mut bitmaps = BTreeSet::new();
+        for block in places.reserved.iter().chain(&places.freed) {
+            bitmaps.insert(block / BITS as u64);
+        }
+        loop {
+            for index in std::mem::take(&mut bitmaps) {
+                if pages.insert(bitmap(index)) {
+                    self.forest.page(bitmap(index))?;
+                    self.add_ancestors(bitmap(index), &mut pages)?;
+                }
+            }
+            let new: Vec<PageId> = pages.iter().filter(|id| !places.new.contains_key(id)).copied().collect();
+            if new.is_empty() {
+                return Ok(());
+            }
+            for id in new {
+                let block = self.space.reserve_for_page(&mut self.forest)?;
+                places.reserved.push(block);
+                places.new.insert(id, Some(block));
+                bitmaps.insert(block / BITS as u64);
+                bitmaps.extend(self.leave(id, places)?.map(|old| old / BITS as u64));
+            }
+        }
+    }
+
+    fn add_ancestors(&mut self, mut id: PageId, pages: &mut BTreeSet<PageId>) -> Result<(), Halt> {
+        while id.level + 1 < self.forest.root(id.tree).levels {
+            id = id.parent();
+            self.forest.page(id)?;
+            pages.insert(id);
+        }
+        Ok(())
+    }
+
+    /// Pages of the map that hold nothing any more are not written: all-zero pointers stand for them.
+    fn find_blank(&mut self, pages: &BTreeSet<PageId>, places: &mut Places) -> Result<(), Halt> {
+        for id in pages.iter().filter(|id| id.tree == Tree::Map) {
+            let bytes = &self.forest.page(*id)?.bytes;
+            let blank = if id.level == 0 {
+                is_blank(bytes)
+            } else {
+                (0..CHILDREN).all(|i| {
+                    let below = PageId { level: id.level - 1, index: id.index * CHILDREN as u64 + i as u64, ..*id };
+                    if pages.contains(&below) { places.new.contains_key(&below) } else { child(bytes, i).is_empty() }
+                })
+            };
+            if blank {
+                places.new.insert(*id, None);
+                self.leave(*id, places)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// What becomes of a page's old place; returns it if it becomes free.
+    fn leave(&mut self, id: PageId, places: &mut Places) -> Result<Option<u64>, Halt> {
+        let page = self.forest.page(id)?;
+        let (Some(old), birth) = (page.home, page.birth) else { return Ok(None) };
+        if id.tree == Tree::Map && self.page_is_retained(id, birth) {
+            places.retained += 1;
+            return Ok(None);
+        }
+        places.freed.push(old);
+        Ok(Some(old))
+    }
+
+    fn reserve_list(&mut self, count: usize, places: &mut Places) -> Result<Vec<u64>, Halt> {
+        let mut list = Vec::with_capacity(count);
+        for _ in 0..count {
+            let block = self.space.reserve_for_page(&mut self.forest)?;
+            places.reserved.push(block);
+            list.push(block);
+        }
+        Ok(list)
+    }
+
+    /// Takes back what a checkpoint did to memory. Its pages are all there.
+    pub(super) fn thaw(&mut self, plan: &mut Plan, from: &Backing) -> Result<(), Halt> {
+        let mut undone = Ok(());
+        for block in plan.taken.drain(..) {
+            undone = undone.and(self.space.untake(block, &mut self.forest));
+        }
+        for block in plan.freed.drain(..) {
+            undone = undone.and(self.space.keep(block, &mut self.forest));
+        }
+        self.retained -= std::mem::take(&mut plan.retained);
+        for page in plan.pages.drain(..) {
+            self.forest.thaw(page.id);
+        }
+        self.checkpointing = false;
+        self.log.put_back(std::mem::take(&mut plan.pending));
+        undone.map_err(|halt| match halt {
+            Halt::Failed(error) => Halt::Failed(self.fail(error, &*from.events)),
+            Halt::Missing(_) => Halt::Failed(self.fail(VolumeError::System("page of a checkpoint"), &*from.events)),
+        })
+    }
+
+    /// Lists that were written are as the superblock says.
+    pub(super) fn chains_settled(&mut self, plan: &Plan) {
+        if let Some(places) = &plan.slots {
+            self.slot_pages.clone_from(places);
+            self.slots_changed = self.older != plan.lists.0;
+        }
+        if let Some(places) = &plan.snapshots {
+            self.snapshot_pages.clone_from(places);
+            self.snapshots_changed = self.snapshots != plan.lists.1;
+        }
+    }
+
+    pub(super) fn lists_changed(&self) -> bool {
+        self.slots_changed || self.snapshots_changed
+    }
+}
+
+impl Plan {
+    /// Writes the pages and lists, and MACs the superblock; returns its block. Holds no lock over any of it.
+    pub(super) fn write(&mut self, from: &Backing) -> Result<Box<Block>, VolumeError> {
+        self.write_trees(from)?;
+        if let Some(places) = &self.slots {
+            let pages = self.lists.0.chunks(SlotPage::CAPACITY);
+            let page = |slots: &[Slot], next| SlotPage { next, slots: slots.to_vec() }.to_block();
+            self.next.older = self.write_list(Tree::Slots, places, pages, page, from)?;
+        }
+        if let Some(places) = &self.snapshots {
+            let mut list = self.lists.1.clone();
+            // The root of one that is taken by this very checkpoint is known only now.
+            for snapshot in list.iter_mut().filter(|s| s.epoch == self.next.epoch) {
+                snapshot.root = self.next.map;
+            }
+            let page = |snapshots: &[Snapshot], next| SnapshotPage { next, snapshots: snapshots.to_vec() }.to_block();
+            let pages = list.chunks(SnapshotPage::CAPACITY);
+            self.next.snapshots = self.write_list(Tree::Snapshots, places, pages, page, from)?;
+        }
+        let mut block = self.next.to_block();
+        self.next.mac = from.with_keys(|_, key| Ok(key.superblock_mac(&block)))?;
+        put(&mut block[..], MAC_AT, &self.next.mac);
+        Ok(block)
+    }
+
+    fn write_trees(&mut self, from: &Backing) -> Result<(), VolumeError> {
+        let at: HashMap<PageId, usize> = self.pages.iter().enumerate().map(|(i, page)| (page.id, i)).collect();
+        for i in 0..self.pages.len() {
+            let Moved { id, to, .. } = self.pages[i];
+            let pointer = match to {
+                Some(physical) => {
+                    let header = self.header(id.tree, id.level, id.index);
+                    write_page(&mut self.pages[i].bytes, physical, header, from)?
+                }
+                None => Child::EMPTY,
+            };
+            self.pages[i].pointer = pointer;
+            match at.get(&id.parent()) {
+                Some(above) => set_child(&mut self.pages[*above].bytes, id.place(), pointer),
+                None if id.tree == Tree::Map => self.next.map = pointer,
+                None => self.next.free = pointer,
+            }
+        }
+        Ok(())
+    }
+
+    /// Writes a list, last page first; returns the pointer to the first.
+    fn write_list<'a, T: 'a>(
+        &self,
+        tree: Tree,
+        places: &[u64],
+        pages: impl DoubleEndedIterator<Item = &'a [T]> + ExactSizeIterator,
+        page: impl Fn(&'a [T], Child) -> Box<Block>,
+        from: &Backing,
+    ) -> Result<Child, VolumeError> {
+        let mut next = Child::EMPTY;
+        for (index, (items, place)) in pages.zip(places).enumerate().rev() {
+            let header = self.header(tree, 0, index as u64);
+            next = write_page(&mut page(items, next), *place, header, from)?;
+        }
+        Ok(next)
+    }
+
+    fn header(&self, tree: Tree, level: u8, index: u64) -> Header {
+        let (birth, writer) = (self.next.epoch, self.next.writer.get());
+        // Key and origin are the current key's, filled in by whoever has it.
+        Header { tree, level, writer, index, birth, key: KeyId(0), origin: self.next.uuid }
+    }
+
+    /// Memory learns where its pages lie.
+    pub(super) fn settle_pages(&self, forest: &mut Forest, key: KeyId) {
+        for page in &self.pages {
+            forest.settle(page.id, page.pointer, key);
+        }
+    }
+}
+
+/// MACs a page whose content is final, and writes it.
+fn write_page(page: &mut Block, physical: u64, header: Header, from: &Backing) -> Result<Child, VolumeError> {
+    let mac = from.with_keys(|_, key| {
+        Header { key: key.id, origin: key.origin, ..header }.put(page);
+        Ok(key.page_mac(page))
+    })?;
+    from.write_blocks(physical, &page[..])?;
+    Ok(Child { physical, birth: header.birth, mac })
+}

@@ -1,0 +1,179 @@
+//! What all requests of a volume share.
+
+use super::anchoring::Anchoring;
+use super::{Core, VolumeInfo};
+use crate::VolumeError;
+use crate::backing::Backing;
+use crate::tree::Halt;
+use policy::CustomerId;
+use policy::disk::VolumeGrant;
+use std::ops::Range;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
+
+pub(crate) struct Shared {
+    pub(crate) backing: Backing,
+    pub(super) customer: CustomerId,
+    pub(super) read_only: bool,
+    pub(super) closed: AtomicBool,
+    gate: RwLock<()>,
+    ranges: Ranges,
+    pub(super) flushing: Mutex<()>,
+    core: Mutex<Core>,
+    pub(super) anchoring: Arc<Anchoring>,
+}
+
+impl Shared {
+    pub(super) fn new(
+        backing: Backing,
+        grant: &VolumeGrant,
+        read_only: bool,
+        core: Core,
+        anchoring: Anchoring,
+    ) -> Self {
+        Self {
+            backing,
+            customer: grant.customer.clone(),
+            read_only,
+            closed: AtomicBool::new(false),
+            gate: RwLock::new(()),
+            ranges: Ranges::default(),
+            flushing: Mutex::new(()),
+            core: Mutex::new(core),
+            anchoring: Arc::new(anchoring),
+        }
+    }
+
+    /// The volume's memory; not to be held over a cipher or the store.
+    pub(super) fn core(&self) -> Result<MutexGuard<'_, Core>, VolumeError> {
+        self.core.lock().map_err(|_| VolumeError::Failed("a thread panicked".to_owned()))
+    }
+
+    /// Does `f` under the lock, again from its beginning after each page that it misses.
+    pub(super) fn with_core<R>(&self, mut f: impl FnMut(&mut Core) -> Result<R, Halt>) -> Result<R, VolumeError> {
+        let mut core = self.core()?;
+        loop {
+            let missing = match f(&mut core) {
+                Ok(done) => return Ok(done),
+                Err(Halt::Failed(error)) => return Err(error),
+                Err(Halt::Missing(missing)) => missing,
+            };
+            drop(core);
+            let fetched = self.backing.fetch(&missing);
+            core = self.core()?;
+            match fetched {
+                Ok(page) => core.forest.insert(missing, page),
+                // It may have been replaced meanwhile, and its block reused: then another one is missing now.
+                Err(error) if core.forest.still_misses(&missing) => {
+                    return Err(self.backing.bad_page(&missing.pointer, error));
+                }
+                Err(_) => {}
+            }
+        }
+    }
+
+    /// For one request that changes something, as long as this lives.
+    pub(super) fn among_others(&self) -> RwLockReadGuard<'_, ()> {
+        self.gate.read().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// No request that changes something is in hand as long as this lives.
+    pub(super) fn alone(&self) -> RwLockWriteGuard<'_, ()> {
+        self.gate.write().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Nobody else changes these blocks as long as this lives.
+    pub(super) fn lock_blocks(&self, blocks: Range<u64>) -> Locked<'_> {
+        self.ranges.lock(blocks)
+    }
+
+    /// An error once it is closed.
+    pub(super) fn open(&self) -> Result<(), VolumeError> {
+        if self.closed.load(Ordering::Acquire) { Err(VolumeError::Closed) } else { Ok(()) }
+    }
+
+    /// An error unless it takes requests.
+    pub(super) fn ready(&self) -> Result<(), VolumeError> {
+        self.open()?;
+        self.backing.has_keys()
+    }
+
+    pub(super) fn flushing(&self) -> MutexGuard<'_, ()> {
+        self.flushing.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(super) fn info(&self) -> VolumeInfo {
+        let core = self.core.lock().unwrap_or_else(PoisonError::into_inner);
+        let geometry = self.backing.geometry();
+        let bytes = |blocks: u64| blocks * crate::format::BLOCK as u64;
+        VolumeInfo {
+            volume: self.backing.uuid,
+            size: geometry.size,
+            store_size: bytes(geometry.total),
+            mapped: bytes(core.mapped),
+            retained: bytes(core.retained),
+            snapshots: core.snapshots.len(),
+            epoch: core.superblock.epoch,
+            writer: core.superblock.writer.get(),
+            key_id: core.superblock.key(),
+            older_keys: core.older.len(),
+            blocks_written: core.written,
+            dropped_writes: core.dropped,
+            read_only: self.read_only,
+        }
+    }
+}
+
+impl Core {
+    /// Does `f` with a volume that nobody else uses yet, or under its lock; again from its beginning after each page that it misses.
+    pub(super) fn run<R>(
+        &mut self,
+        from: &Backing,
+        mut f: impl FnMut(&mut Self) -> Result<R, Halt>,
+    ) -> Result<R, VolumeError> {
+        loop {
+            match f(self) {
+                Ok(done) => return Ok(done),
+                Err(Halt::Failed(error)) => return Err(error),
+                Err(Halt::Missing(missing)) => {
+                    let page = from.fetch(&missing).map_err(|error| from.bad_page(&missing.pointer, error))?;
+                    self.forest.insert(missing, page);
+                }
+            }
+        }
+    }
+}
+
+/// Ranges of blocks that are being changed.
+#[derive(Default)]
+struct Ranges {
+    locked: Mutex<Vec<Range<u64>>>,
+    unlocked: Condvar,
+}
+
+impl Ranges {
+    fn lock(&self, blocks: Range<u64>) -> Locked<'_> {
+        let meets = |other: &Range<u64>| blocks.start < other.end && other.start < blocks.end;
+        let locked = self.locked.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut locked =
+            self.unlocked.wait_while(locked, |locked| locked.iter().any(meets)).unwrap_or_else(PoisonError::into_inner);
+        locked.push(blocks.clone());
+        Locked { ranges: self, blocks }
+    }
+}
+
+/// A range that is locked.
+pub(super) struct Locked<'a> {
+    ranges: &'a Ranges,
+    blocks: Range<u64>,
+}
+
+impl Drop for Locked<'_> {
+    fn drop(&mut self) {
+        let mut locked = self.ranges.locked.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(i) = locked.iter().position(|range| *range == self.blocks) {
+            locked.swap_remove(i);
+        }
+        self.ranges.unlocked.notify_all();
+    }
+}
