@@ -1,11 +1,11 @@
 //! What the guest sees of a disk.
 
-use super::counters::BlockCounters;
+use super::counters::{BlockCounters, Tally};
 use super::disk::Disk;
 use super::request::SECTOR;
-use super::worker::{Desk, Worker};
-use crate::machine::thread::{Background, Crew};
-use crate::machine::virtio::{Session, VirtioDevice};
+use super::worker::{Desk, work};
+use crate::machine::thread::{Background, Crew, ThreadKind};
+use crate::machine::virtio::{DeviceConfig, Seat, Session, VirtioDevice, Virtqueue};
 use crate::machine::wires::WireError;
 use std::sync::Arc;
 use vmm_sys_util::eventfd::EventFd;
@@ -26,16 +26,17 @@ const PHYSICAL_BLOCK_EXPONENT: u8 = 3;
 /// A virtio block device (virtio 1.3, 5.2).
 pub struct BlockDevice {
     name: String,
-    read_only: bool,
-    config: [u8; CONFIG_SIZE],
+    config: DeviceConfig,
     desk: Arc<Desk>,
+    seat: Arc<Seat<Virtqueue>>,
 }
 
 impl BlockDevice {
     /// The device called `name` in front of `disk`.
     pub fn new(name: &str, disk: Arc<dyn Disk>, read_only: bool) -> Result<Self, WireError> {
-        let config = config(disk.size() / SECTOR);
-        Ok(Self { name: name.to_owned(), read_only, config, desk: Arc::new(Desk::new(disk, read_only)?) })
+        let config = DeviceConfig::new(config(disk.size() / SECTOR).to_vec());
+        let desk = Arc::new(Desk { disk, read_only, tally: Tally::default() });
+        Ok(Self { name: name.to_owned(), config, desk, seat: Arc::new(Seat::new()?) })
     }
 
     /// Its name in the API.
@@ -45,13 +46,13 @@ impl BlockDevice {
 
     /// What it did.
     pub fn counters(&self) -> BlockCounters {
-        self.desk.counters()
+        BlockCounters { breaks: self.config.breaks(), ..self.desk.tally.snapshot() }
     }
 
     /// Starts its thread.
     pub fn hire(&self, crew: &Crew) -> std::io::Result<Arc<dyn Background>> {
-        let worker = Worker::hire(self.desk.clone(), &self.name, crew)?;
-        Ok(Arc::new(worker))
+        let (desk, gate) = (self.desk.clone(), crew.gate().clone());
+        self.seat.hire(crew, ThreadKind::Disk, format!("disk-{}", self.name), move |seat| work(seat, &desk, &gate))
     }
 }
 
@@ -66,27 +67,27 @@ impl VirtioDevice for BlockDevice {
 
     fn features(&self) -> u64 {
         let base = FEATURE_SEG_MAX | FEATURE_BLK_SIZE | FEATURE_FLUSH | FEATURE_TOPOLOGY;
-        if self.read_only { base | FEATURE_RO } else { base }
+        if self.desk.read_only { base | FEATURE_RO } else { base }
     }
 
     fn queues(&self) -> &[u16] {
         &[QUEUE_SIZE]
     }
 
-    fn config(&self) -> &[u8] {
+    fn config(&self) -> &DeviceConfig {
         &self.config
     }
 
     fn doorbell(&self, queue: u16) -> Option<&EventFd> {
-        (queue == 0).then(|| self.desk.doorbell())
+        (queue == 0).then(|| self.seat.doorbell())
     }
 
     fn start(&self, session: Session) {
-        self.desk.start(session);
+        session.queues.into_iter().flatten().for_each(|queue| self.seat.start(queue));
     }
 
     fn stop(&self) -> bool {
-        self.desk.let_go()
+        self.seat.stop()
     }
 }
 

@@ -57,7 +57,9 @@ fn serve(data: &[u8]) -> usize {
     let mut served = 0;
     while let Ok(true) = ring.next(&memory, &mut chain) {
         match server.serve(&chain, &memory, &mut buffer) {
-            Outcome::Done(written) if ring.complete(&memory, &chain, written).is_ok() => served += 1,
+            Outcome::Done(written) if ring.complete(&memory, &chain, written).is_ok() && ring.show(&memory).is_ok() => {
+                served += 1;
+            }
             _ => break,
         }
         // A request may write into the ring itself and so make more requests; a driver could do that for ever, too.

@@ -6,10 +6,11 @@ use crate::machine::block::{BlockDevice, DiskError};
 use crate::machine::control::Control;
 use crate::machine::event::Events;
 use crate::machine::pci::PciFunction;
+use crate::machine::thread::{Background, Crew};
 use crate::machine::virtio::mock::{MockDriver, NEXT, WRITE};
 use crate::machine::virtio::{VirtioPci, feature};
 use crate::machine::wires::mock::MockWires;
-use std::sync::atomic::AtomicU64;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 const HOUR_MS: u64 = 3_600_000;

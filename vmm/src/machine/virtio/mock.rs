@@ -11,6 +11,8 @@ pub(crate) type Descriptor = (u64, u32, u16, u16);
 pub(crate) const NEXT: u16 = 1;
 /// VIRTQ_DESC_F_WRITE.
 pub(crate) const WRITE: u16 = 2;
+/// VIRTQ_DESC_F_INDIRECT.
+pub(crate) const INDIRECT: u16 = 4;
 
 /// A guest of 64 KiB with one queue.
 pub(crate) struct MockDriver {
