@@ -39,6 +39,14 @@ impl MockDriver {
         self.set_available(self.available.get().wrapping_add(1));
     }
 
+    /// Writes descriptor `slot` and makes it available.
+    pub(crate) fn offer_at(&self, slot: u16, descriptor: Descriptor) {
+        self.table(Self::RING[0] + 16 * u64::from(slot), &[descriptor]);
+        let at = Self::RING[1] + 4 + 2 * u64::from(self.available.get() % Self::SIZE);
+        self.put(at, slot);
+        self.set_available(self.available.get().wrapping_add(1));
+    }
+
     pub(crate) fn table(&self, at: u64, descriptors: &[Descriptor]) {
         for (slot, (address, length, flags, next)) in (0..).zip(descriptors) {
             let at = at + 16 * slot;
