@@ -82,7 +82,7 @@ pub enum VolumeError {
         /// Its first byte.
         offset: u64,
         /// Its length in bytes.
-        length: usize,
+        length: u64,
     },
     /// The block's tag does not verify.
     #[error("block {lba} of the volume fails its integrity check; it can be written anew, or the volume restored")]

@@ -19,10 +19,21 @@ pub(crate) struct Space {
     /// Clear bits of each bitmap page, held ones included.
     clear: Vec<u16>,
     held: HashSet<u64>,
-    /// Superseded data, with the number of the record that superseded it.
-    waiting: VecDeque<(u64, u64)>,
+    /// Superseded data that waits for a record to be durable.
+    waiting: VecDeque<Waiting>,
+    /// Held blocks that are to be given back to the store before they are free.
+    to_punch: Vec<u64>,
     /// Where the last run ended.
     cursor: u64,
+}
+
+/// A block of superseded data.
+struct Waiting {
+    block: u64,
+    /// The number of the record that superseded it.
+    record: u64,
+    /// Its room is to be given back.
+    punch: bool,
 }
 
 impl Space {
@@ -32,6 +43,7 @@ impl Space {
             clear: vec![UNKNOWN; pages],
             held: HashSet::new(),
             waiting: VecDeque::new(),
+            to_punch: Vec::new(),
             cursor: from.geometry.pool().start,
         }
     }
@@ -130,16 +142,19 @@ impl Space {
         self.mark(pool.end..from.geometry.bitmaps() * BITS as u64, true, forest, from)
     }
 
-    /// Frees a block of data that record number `record` supersedes: reusable once that is durable.
+    /// Frees a block of data that record number `record` supersedes: reusable once that is durable, and, with `punch`, once its
+    /// room was given back to the store.
     pub(crate) fn supersede(
         &mut self,
         block: u64,
         record: u64,
+        punch: bool,
         forest: &mut Forest,
         from: &Backing,
     ) -> Result<(), VolumeError> {
-        self.waiting.push_back((record, block));
-        self.free_held(block, forest, from)
+        self.free_held(block, forest, from)?;
+        self.waiting.push_back(Waiting { block, record, punch });
+        Ok(())
     }
 
     /// Frees a block and holds it.
@@ -156,18 +171,34 @@ impl Space {
 
     /// The first `records` records are durable.
     pub(crate) fn durable(&mut self, records: u64) {
-        while let Some(&(record, block)) = self.waiting.front()
-            && record < records
+        while self.waiting.front().is_some_and(|w| w.record < records)
+            && let Some(waiting) = self.waiting.pop_front()
         {
-            self.held.remove(&block);
-            self.waiting.pop_front();
+            if waiting.punch {
+                self.to_punch.push(waiting.block);
+            } else {
+                self.held.remove(&waiting.block);
+            }
         }
     }
 
-    /// Everything held may be reused.
+    /// Everything held may be reused, except what is to be given back first.
     pub(crate) fn release_all(&mut self) {
+        self.durable(u64::MAX);
         self.held.clear();
-        self.waiting.clear();
+        self.held.extend(&self.to_punch);
+    }
+
+    /// Blocks whose room may be given back now. They stay held until [`punched`](Self::punched).
+    pub(crate) fn take_to_punch(&mut self) -> Vec<u64> {
+        std::mem::take(&mut self.to_punch)
+    }
+
+    /// The room of these blocks was given back, or can't be.
+    pub(crate) fn punched(&mut self, blocks: &[u64]) {
+        for block in blocks {
+            self.held.remove(block);
+        }
     }
 
     /// Superseded blocks of data that still wait.

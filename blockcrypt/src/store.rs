@@ -34,6 +34,13 @@ pub trait Store: Send + Sync {
         let _ = (offset, bytes);
         Ok(())
     }
+
+    /// Gives these bytes' room back: they read as anything until they are written again. Where the store can't do that, it does
+    /// nothing.
+    fn punch(&self, offset: u64, bytes: u64) -> io::Result<()> {
+        let _ = (offset, bytes);
+        Ok(())
+    }
 }
 
 impl<S: Store + ?Sized> Store for Arc<S> {
@@ -55,12 +62,15 @@ impl<S: Store + ?Sized> Store for Arc<S> {
     fn reserve(&self, offset: u64, bytes: u64) -> io::Result<()> {
         (**self).reserve(offset, bytes)
     }
+    fn punch(&self, offset: u64, bytes: u64) -> io::Result<()> {
+        (**self).punch(offset, bytes)
+    }
 }
 
 /// A file or a block device, locked with flock(2) for as long as this lives: for writing by one process, for reading by
 /// several.
 ///
-/// System calls after the constructor: fstat, lseek, pread64, pwrite64, fdatasync; and ftruncate and fallocate where a volume is
+/// System calls after the constructor: fstat, lseek, pread64, pwrite64, fdatasync, fallocate; and ftruncate where a volume is
 /// created.
 pub struct FileStore {
     file: File,
@@ -127,6 +137,15 @@ impl Store for FileStore {
             return Ok(());
         }
         match rustix::fs::fallocate(&self.file, FallocateFlags::empty(), offset, bytes) {
+            Err(rustix::io::Errno::OPNOTSUPP | rustix::io::Errno::NOSYS) => Ok(()),
+            other => Ok(other?),
+        }
+    }
+
+    fn punch(&self, offset: u64, bytes: u64) -> io::Result<()> {
+        // On a block device this is a discard that leaves zeroes.
+        let how = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+        match rustix::fs::fallocate(&self.file, how, offset, bytes) {
             Err(rustix::io::Errno::OPNOTSUPP | rustix::io::Errno::NOSYS) => Ok(()),
             other => Ok(other?),
         }

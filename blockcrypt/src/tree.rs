@@ -109,6 +109,43 @@ impl Forest {
         Ok(page)
     }
 
+    /// The first leaf of `tree` from `index` on that may hold something: what lies between is empty, and was not read.
+    pub(crate) fn next_leaf(&mut self, tree: Tree, index: u64, from: &Backing) -> Result<Option<u64>, VolumeError> {
+        let levels = self.root(tree).levels;
+        let mut at = index;
+        loop {
+            // From the top down: the first missing subtree says how far to skip.
+            let mut skipped = false;
+            for level in (0..levels).rev() {
+                let leaves = (CHILDREN as u64).pow(u32::from(level));
+                let id = PageId { tree, level, index: at / leaves };
+                if !self.pages.contains_key(&id) && self.pointer(id, from)?.is_empty() {
+                    let beyond = (id.index + 1).checked_mul(leaves);
+                    let fresh = self.dirty_leaf(tree, at);
+                    let top = level + 1 == levels;
+                    match beyond.filter(|_| !top) {
+                        Some(beyond) if fresh.is_none_or(|fresh| fresh >= beyond) => at = beyond,
+                        _ => return Ok(fresh),
+                    }
+                    skipped = true;
+                    break;
+                }
+            }
+            if !skipped {
+                return Ok(Some(at));
+            }
+            if at >= (CHILDREN as u64).saturating_pow(u32::from(levels) - 1) {
+                return Ok(None);
+            }
+        }
+    }
+
+    /// The first leaf from `index` on that only memory has in its present form.
+    fn dirty_leaf(&self, tree: Tree, index: u64) -> Option<u64> {
+        let leaves = self.pages.iter().filter(|(id, p)| p.dirty && id.tree == tree && id.level == 0);
+        leaves.map(|(id, _)| id.index).filter(|i| *i >= index).min()
+    }
+
     fn load(&mut self, id: PageId, from: &Backing) -> Result<&mut Page, VolumeError> {
         self.clock += 1;
         let clock = self.clock;

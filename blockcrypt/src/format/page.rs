@@ -84,7 +84,7 @@ impl Header {
 /// physical block   generation   key id   tag
 /// ```
 ///
-/// Physical block 0: unmapped, read as zeroes (all zero where it was never written). [`Entry::LOST`]: a recovery found that
+/// Physical block 0: unmapped, read as zeroes; the rest of such an entry is zero. [`Entry::LOST`]: a recovery found that
 /// what should lie here is gone; an error until the block is written again.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Entry {

@@ -50,6 +50,7 @@ impl Shared {
                 self.commit(&group)?;
             }
         }
+        self.punch_freed()?;
         self.anchoring.after_flush()
     }
 
@@ -86,7 +87,8 @@ impl Shared {
         }
         core.checkpoint(&self.backing, Occasion::Running)?;
         self.anchoring.durable(core.anchor(&self.backing));
-        Ok(())
+        drop(core);
+        self.punch_freed()
     }
 
     /// The housekeeping thread's.
@@ -117,6 +119,7 @@ impl Shared {
                 self.anchoring.durable(core.anchor(&self.backing));
             }
             drop(core);
+            self.punch_freed()?;
             self.anchoring.keep_now()?;
         }
         self.closed.store(true, Ordering::Release);

@@ -50,10 +50,10 @@ fn chunks(offset: u64, length: usize) -> impl Iterator<Item = Chunk> {
 }
 
 impl Shared {
-    fn check_request(&self, offset: u64, length: usize) -> Result<(), VolumeError> {
+    pub(super) fn check_request(&self, offset: u64, length: u64) -> Result<(), VolumeError> {
         self.ready()?;
         let size = self.backing.geometry.size;
-        let inside = offset.checked_add(length as u64).is_some_and(|end| end <= size);
+        let inside = offset.checked_add(length).is_some_and(|end| end <= size);
         if !inside || !offset.is_multiple_of(512) || !length.is_multiple_of(512) {
             return Err(VolumeError::Request { offset, length });
         }
@@ -61,7 +61,7 @@ impl Shared {
     }
 
     pub(super) fn read(&self, offset: u64, buffer: &mut [u8]) -> Result<(), VolumeError> {
-        self.check_request(offset, buffer.len())?;
+        self.check_request(offset, buffer.len() as u64)?;
         for chunk in chunks(offset, buffer.len()) {
             let mut entries = [Entry::UNMAPPED; CHUNK as usize];
             let entries = &mut entries[..chunk.blocks()];
@@ -132,7 +132,7 @@ impl Shared {
     }
 
     pub(super) fn write(&self, offset: u64, data: &[u8]) -> Result<(), VolumeError> {
-        self.check_request(offset, data.len())?;
+        self.check_request(offset, data.len() as u64)?;
         if self.read_only {
             return Err(VolumeError::ReadOnly);
         }
@@ -141,9 +141,7 @@ impl Shared {
             self.make_room()?;
             let mut core = self.core()?;
             core.writable()?;
-            if core.log.free() < LOG_ROOM {
-                return Err(VolumeError::Full(None));
-            }
+            core.room_in_log()?;
             let mut scratch = std::mem::take(&mut core.scratch);
             let done = core.write_chunk(&chunk, &data[chunk.buffer.clone()], &mut scratch, &self.backing);
             core.scratch = scratch;
@@ -153,7 +151,7 @@ impl Shared {
     }
 
     /// Sees to it that a chunk finds room in log, pool and memory.
-    fn make_room(&self) -> Result<(), VolumeError> {
+    pub(super) fn make_room(&self) -> Result<(), VolumeError> {
         let (checkpoint, flush) = {
             let core = self.core()?;
             let full = core.mapped + core.space.waiting() + CHUNK > self.backing.geometry.data_capacity();
@@ -172,6 +170,10 @@ impl Shared {
 }
 
 impl Core {
+    pub(super) fn room_in_log(&self) -> Result<(), VolumeError> {
+        if self.log.free() < LOG_ROOM { Err(VolumeError::Full(None)) } else { Ok(()) }
+    }
+
     fn write_chunk(
         &mut self,
         chunk: &Chunk,
@@ -279,7 +281,7 @@ impl Core {
         set_entry(&mut self.forest.page_mut(id, from)?.bytes, place, *new);
         match old.data() {
             Some(block) if from.in_pool(block) => {
-                self.space.supersede(block, self.log.appended, &mut self.forest, from)?;
+                self.space.supersede(block, self.log.appended, false, &mut self.forest, from)?;
             }
             _ => self.mapped += 1,
         }

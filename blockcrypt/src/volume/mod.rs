@@ -5,6 +5,7 @@
 //! | `open` | finds the superblock that the anchor allows, makes a new volume |
 //! | `recovery` | replays the log |
 //! | `io` | reads and writes blocks |
+//! | `discard` | TRIM and write-zeroes |
 //! | `durable` | FLUSH and checkpoint |
 //! | `log` | the ring of records |
 //! | `anchoring` | anchors, kept at the provider |
@@ -16,6 +17,7 @@
 
 mod anchoring;
 mod check;
+mod discard;
 mod durable;
 mod io;
 mod log;
@@ -166,7 +168,21 @@ impl Volume {
         self.shared.write(offset, data)
     }
 
-    /// Returns when every write that returned before is durable, and anchored as the mode asks.
+    /// TRIM: the 4096-byte blocks that lie wholly within `length` bytes at `offset` (multiples of 512) read as zeroes from now on, and
+    /// their room is given back to the store after the next [`flush`](Self::flush); the rest of the range is left as it is.
+    /// Durable like a write. After an error each block holds either its old data or zeroes.
+    pub fn discard(&self, offset: u64, length: u64) -> Result<(), VolumeError> {
+        self.shared.discard(offset, length)
+    }
+
+    /// `length` bytes at `offset` (multiples of 512) read as zeroes from now on. With `may_unmap` the room of whole 4096-byte blocks is
+    /// given back to the store after the next [`flush`](Self::flush); without, the store keeps it for later writes of this volume.
+    /// Durable like a write. After an error each block holds either its old data or zeroes.
+    pub fn write_zeroes(&self, offset: u64, length: u64, may_unmap: bool) -> Result<(), VolumeError> {
+        self.shared.write_zeroes(offset, length, may_unmap)
+    }
+
+    /// Returns when every write and discard that returned before is durable, and anchored as the mode asks.
     pub fn flush(&self) -> Result<(), VolumeError> {
         self.shared.flush()
     }

@@ -195,6 +195,11 @@ impl SimStore {
         lock(&self.0).room = blocks;
     }
 
+    /// How many blocks take room.
+    pub(crate) fn blocks_held(&self) -> usize {
+        lock(&self.0).touched.len()
+    }
+
     /// Works again, with what was written.
     pub(crate) fn repair(&self) {
         lock(&self.0).fuse = None;
@@ -231,8 +236,8 @@ impl Sim {
         Ok(())
     }
 
-    fn room(&mut self, bytes: &[u8], offset: u64) -> io::Result<()> {
-        for block in offset / 4096..(offset + bytes.len() as u64).div_ceil(4096) {
+    fn room(&mut self, offset: u64, bytes: u64) -> io::Result<()> {
+        for block in offset / 4096..(offset + bytes).div_ceil(4096) {
             if !self.touched.contains(&block) {
                 if let Some(room) = &mut self.room {
                     *room = room.checked_sub(1).ok_or(io::ErrorKind::StorageFull)?;
@@ -259,7 +264,7 @@ impl Store for SimStore {
     fn write_at(&self, bytes: &[u8], offset: u64) -> io::Result<()> {
         let mut sim = lock(&self.0);
         sim.power()?;
-        sim.room(bytes, offset)?;
+        sim.room(offset, bytes.len() as u64)?;
         let start = offset as usize;
         sim.now.get_mut(start..start + bytes.len()).ok_or(io::ErrorKind::StorageFull)?.copy_from_slice(bytes);
         for (i, sector) in bytes.as_chunks::<SECTOR>().0.iter().enumerate() {
@@ -287,10 +292,24 @@ impl Store for SimStore {
     }
 
     fn reserve(&self, offset: u64, bytes: u64) -> io::Result<()> {
+        lock(&self.0).room(offset, bytes)
+    }
+
+    fn punch(&self, offset: u64, bytes: u64) -> io::Result<()> {
         let mut sim = lock(&self.0);
-        (offset / 4096..(offset + bytes) / 4096).for_each(|b| {
-            sim.touched.insert(b);
-        });
+        sim.power()?;
+        let (start, end) = (offset as usize, (offset + bytes) as usize);
+        sim.now.get_mut(start..end).ok_or(io::ErrorKind::InvalidInput)?.fill(0);
+        for sector in start / SECTOR..end / SECTOR {
+            sim.unsynced.entry(sector).or_default().push([0; SECTOR]);
+        }
+        for block in offset / 4096..(offset + bytes) / 4096 {
+            if sim.touched.remove(&block)
+                && let Some(room) = &mut sim.room
+            {
+                *room += 1;
+            }
+        }
         Ok(())
     }
 }

@@ -36,6 +36,15 @@ impl Model {
         }
     }
 
+    /// TRIM: zeroes in whole blocks only.
+    fn discard(&mut self, offset: usize, length: usize) {
+        let end = if offset + length == self.size { self.size } else { (offset + length) / BLOCK * BLOCK };
+        let start = offset.div_ceil(BLOCK) * BLOCK;
+        if start < end {
+            self.write(start, &vec![0; end - start]);
+        }
+    }
+
     /// A FLUSH was acknowledged.
     fn settle(&mut self) {
         for versions in &mut self.versions {
@@ -81,7 +90,17 @@ impl Run {
     fn step(&mut self, volume: &Volume) -> Result<(), VolumeError> {
         let (offset, length) = self.request();
         match self.random.below(100) {
-            0..50 => {
+            0..12 => {
+                let length = if self.random.chance(10) { self.model.size - offset } else { length };
+                self.model.discard(offset, length);
+                volume.discard(offset as u64, length as u64)
+            }
+            12..20 => {
+                self.model.write(offset, &vec![0; length]);
+                let may_unmap = self.random.chance(50);
+                volume.write_zeroes(offset as u64, length as u64, may_unmap)
+            }
+            20..50 => {
                 let mut data = vec![0; length];
                 self.random.fill(&mut data);
                 // Also where it fails, parts of it may be there.

@@ -23,7 +23,8 @@ fn fill(lba: u64, round: u8) -> Vec<u8> {
     block
 }
 
-/// Two lives: the first fills every other block and closes, the second overwrites some, with FLUSHes, and dies.
+/// Two lives: the first fills every other block and closes, the second overwrites some and discards others, with FLUSHes, and
+/// dies.
 fn scene(mode: AnchorMode) -> Scene {
     let (provider, store) = (Provider::new(mode), SimStore::new());
     let volume = provider.create(store.clone(), SIZE).expect("a volume");
@@ -42,6 +43,15 @@ fn scene(mode: AnchorMode) -> Scene {
                 allowed[lba as usize] = vec![round];
             } else {
                 allowed[lba as usize].push(round);
+            }
+        }
+        let gone = u64::from(round) * 30..u64::from(round) * 30 + 5;
+        volume.discard(gone.start * BLOCK as u64, 5 * BLOCK as u64).expect("discarded");
+        for lba in gone {
+            if mode == AnchorMode::Flush {
+                allowed[lba as usize] = vec![0];
+            } else {
+                allowed[lba as usize].push(0);
             }
         }
         volume.flush().expect("flushed");

@@ -1,0 +1,133 @@
+//! TRIM and write-zeroes: blocks that read as zeroes and take no room.
+
+use super::{Core, Shared, leaf};
+use crate::VolumeError;
+use crate::backing::Backing;
+use crate::format::log::Record;
+use crate::format::page::{ENTRIES, Entry, Tree, set_entry};
+use crate::format::{BLOCK, zero_block};
+use std::ops::Range;
+
+/// Blocks unmapped under one lock.
+const CHUNK: u64 = 64;
+/// The longest stretch given back to the store with one call, in blocks: 64 MiB.
+const STRETCH: u64 = 1 << 14;
+
+impl Shared {
+    pub(super) fn discard(&self, offset: u64, length: u64) -> Result<(), VolumeError> {
+        self.check_writable(offset, length)?;
+        self.unmap(self.whole_blocks(offset, length), true)
+    }
+
+    pub(super) fn write_zeroes(&self, offset: u64, length: u64, may_unmap: bool) -> Result<(), VolumeError> {
+        self.check_writable(offset, length)?;
+        let block = BLOCK as u64;
+        let end = offset + length;
+        let whole = self.whole_blocks(offset, length);
+        if whole.is_empty() {
+            // Within one block, or over the border of two.
+            let border = (offset / block + 1) * block;
+            self.zero_part(offset, border.min(end) - offset)?;
+            return self.zero_part(border, end.saturating_sub(border));
+        }
+        self.zero_part(offset, whole.start * block - offset)?;
+        self.unmap(whole.clone(), may_unmap)?;
+        self.zero_part(whole.end * block, end.saturating_sub(whole.end * block))
+    }
+
+    fn check_writable(&self, offset: u64, length: u64) -> Result<(), VolumeError> {
+        self.check_request(offset, length)?;
+        if self.read_only {
+            return Err(VolumeError::ReadOnly);
+        }
+        self.anchoring.check()
+    }
+
+    /// The blocks that lie wholly within a request. A last block that the volume's end cuts short is whole.
+    fn whole_blocks(&self, offset: u64, length: u64) -> Range<u64> {
+        let (block, end) = (BLOCK as u64, offset + length);
+        let last = if end == self.backing.geometry.size { end.div_ceil(block) } else { end / block };
+        offset.div_ceil(block)..last
+    }
+
+    /// Zeroes less than a block.
+    fn zero_part(&self, offset: u64, length: u64) -> Result<(), VolumeError> {
+        if length == 0 {
+            return Ok(());
+        }
+        let mut found = [Entry::UNMAPPED];
+        self.core()?.lookup(offset / BLOCK as u64, &mut found, &self.backing)?;
+        if found[0].physical == 0 {
+            return Ok(());
+        }
+        self.write(offset, &zero_block()[..length as usize])
+    }
+
+    fn unmap(&self, blocks: Range<u64>, punch: bool) -> Result<(), VolumeError> {
+        let mut at = blocks.start;
+        while at < blocks.end {
+            let next = self.core()?.forest.next_leaf(Tree::Map, at / ENTRIES as u64, &self.backing)?;
+            at = match next {
+                Some(index) => at.max(index * ENTRIES as u64),
+                None => break,
+            };
+            if at >= blocks.end {
+                break;
+            }
+            let end = blocks.end.min(at + CHUNK);
+            self.make_room()?;
+            let mut core = self.core()?;
+            core.writable()?;
+            core.room_in_log()?;
+            core.unmap(at..end, punch, &self.backing)?;
+            at = end;
+        }
+        Ok(())
+    }
+
+    /// Gives the room of freed blocks back to the store. A store that can't is asked again next time something is freed; nothing
+    /// depends on it.
+    pub(super) fn punch_freed(&self) -> Result<(), VolumeError> {
+        let mut blocks = self.core()?.space.take_to_punch();
+        if blocks.is_empty() {
+            return Ok(());
+        }
+        blocks.sort_unstable();
+        let mut rest = &blocks[..];
+        while let Some(first) = rest.first() {
+            let run = rest.iter().zip(*first..*first + STRETCH).take_while(|(block, next)| **block == *next).count();
+            if let Err(error) = self.backing.store.punch(first * BLOCK as u64, run as u64 * BLOCK as u64) {
+                self.backing.events.note(&format!("the store keeps the room of discarded blocks: {error}"));
+                break;
+            }
+            rest = &rest[run..];
+        }
+        self.core()?.space.punched(&blocks);
+        Ok(())
+    }
+}
+
+impl Core {
+    /// Map and log learn that these blocks hold nothing.
+    fn unmap(&mut self, blocks: Range<u64>, punch: bool, from: &Backing) -> Result<(), VolumeError> {
+        let mut old = [Entry::UNMAPPED; CHUNK as usize];
+        let old = &mut old[..(blocks.end - blocks.start) as usize];
+        self.lookup(blocks.start, old, from)?;
+        for (lba, old) in blocks.zip(old.iter()).filter(|(_, old)| old.physical != 0) {
+            // The pages were there a moment ago; if one is not any more, memory no longer says what the log will.
+            self.unmap_one(lba, old, punch, from).map_err(|error| self.fail(error, &*from.events))?;
+        }
+        self.log.relieve(from)
+    }
+
+    fn unmap_one(&mut self, lba: u64, old: &Entry, punch: bool, from: &Backing) -> Result<(), VolumeError> {
+        let (id, place) = leaf(lba);
+        set_entry(&mut self.forest.page_mut(id, from)?.bytes, place, Entry::UNMAPPED);
+        if let Some(block) = old.data().filter(|block| from.in_pool(*block)) {
+            self.space.supersede(block, self.log.appended, punch, &mut self.forest, from)?;
+            self.mapped -= 1;
+        }
+        self.log.append(Record { lba, entry: Entry::UNMAPPED });
+        Ok(())
+    }
+}
