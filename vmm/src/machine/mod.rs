@@ -33,6 +33,7 @@ pub mod wires;
 pub mod fuzz {
     pub use super::block::fuzz::fuzz_requests;
     pub use super::boot::fuzz_kernel;
+    pub use super::pci::fuzz::fuzz_pci;
 }
 
 pub use acpi::AcpiError;

@@ -16,7 +16,15 @@ const QUEUE: (u16, [u64; 3]) = (16, [0, 0x100, 0x200]);
 /// A queue holds no more at once, and nobody adds any.
 const REQUESTS_MAX: usize = 16;
 
-struct Scratch(Mutex<Vec<u8>>);
+/// A disk in memory, without threads.
+pub(in crate::machine) struct Scratch(Mutex<Vec<u8>>);
+
+/// 16 KiB.
+impl Default for Scratch {
+    fn default() -> Self {
+        Self(Mutex::new(vec![0; DISK]))
+    }
+}
 
 impl Disk for Scratch {
     fn size(&self) -> u64 {
@@ -60,7 +68,7 @@ fn serve(data: &[u8]) -> usize {
     if memory.write_slice(&data[..data.len().min(MEMORY)], GuestAddress(0)).is_err() {
         return 0;
     }
-    let (disk, tally) = (Scratch(Mutex::new(vec![0; DISK])), Tally::default());
+    let (disk, tally) = (Scratch::default(), Tally::default());
     let server = Server { disk: &disk, tally: &tally, may_submit: &|| true };
     let facts = Facts::of(&disk, false, disk.id());
     let Ok(mut ring) = Ring::new(QUEUE.0, QUEUE.0, QUEUE.1, feature::ALL, 64) else { return 0 };
