@@ -83,9 +83,13 @@ impl<'a> Flights<'a> {
 
     fn try_admit(&mut self, queue: &mut Virtqueue) -> Result<Option<Duration>, RingError> {
         let facts = self.desk.facts();
-        let mut answered = false;
+        let mut answered = 0;
         queue.hush()?;
         let wait = loop {
+            // Requests that need no disk take no slot: a driver that sends them for ever must not keep the seat from being asked.
+            if answered > self.all.len() {
+                break Some(Duration::ZERO);
+            }
             // Each completion looks here again.
             let Some(slot) = self.free.last().copied() else { break None };
             let mut chain = self.spare.pop().unwrap_or_default();
@@ -107,17 +111,17 @@ impl<'a> Flights<'a> {
             }
             if let Some(status) = request.answer_at_once(&facts, &chain, queue.memory()) {
                 self.answer(queue, &request, chain, status)?;
-                answered = true;
+                answered += 1;
                 continue;
             }
             self.free.pop();
             self.all[slot] = Some(Flight::new(chain, request));
             if let Some(status) = self.launch(slot, queue) {
                 self.land(slot, status, Some(queue))?;
-                answered = true;
+                answered += 1;
             }
         };
-        if answered {
+        if answered > 0 {
             queue.signal()?;
         }
         Ok(wait)

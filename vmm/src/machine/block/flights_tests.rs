@@ -7,13 +7,15 @@ use crate::machine::event::Events;
 use crate::machine::pci::PciFunction;
 use crate::machine::thread::{Background, Crew};
 use crate::machine::virtio::mock::{Descriptor, INDIRECT, MockDriver, NEXT, WRITE};
-use crate::machine::virtio::{VirtioPci, feature};
+use crate::machine::virtio::{VirtioDevice, VirtioPci, feature};
 use crate::machine::wires::mock::MockWires;
 use proptest::prelude::*;
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
+use vm_memory::{Bytes, GuestAddress};
 
 const SIZE: u64 = 1 << 20;
 const DISCARD: u32 = 11;
@@ -248,6 +250,46 @@ fn a_driver_that_breaks_its_queue_under_load_gets_no_more_answers() {
     bench.driver.put(MockDriver::RING[2] + 2, 0_u16);
     bench.bring_up();
     assert_eq!(bench.ask(0, 7, 512), 0);
+}
+
+/// Requests that need no disk, offered as fast as they are answered: the device's threads are busy, and obey all the same.
+#[test]
+fn a_driver_that_floods_its_queue_holds_up_no_pause_and_no_reset() {
+    for rings in [true, false] {
+        let bench = Bench::on(rings);
+        for slot in 0..MockDriver::SIZE {
+            let (header, status) = (0x4000, 0x4100 + u64::from(slot));
+            bench.driver.put(header, 8_u32);
+            let table = 0x4800 + 48 * u64::from(slot);
+            bench.driver.table(table, &[(header, 16, NEXT, 1), (0x6000, 20, NEXT | WRITE, 2), (status, 1, WRITE, 0)]);
+            bench.driver.table(MockDriver::RING[0] + 16 * u64::from(slot), &[(table, 48, INDIRECT, 0)]);
+        }
+        bench.driver.set_heads(&(0..MockDriver::SIZE).collect::<Vec<_>>());
+        let (memory, over) = (bench.driver.memory.clone(), Arc::new(AtomicBool::new(false)));
+        let (ends, device) = (over.clone(), bench.device.clone());
+        let flood = std::thread::spawn(move || {
+            while !ends.load(Ordering::SeqCst) {
+                let used: u16 = memory.load(GuestAddress(MockDriver::RING[2] + 2), Ordering::SeqCst).expect("in RAM");
+                let next = used.wrapping_add(MockDriver::SIZE);
+                memory.store(next, GuestAddress(MockDriver::RING[1] + 2), Ordering::SeqCst).expect("in RAM");
+                device.doorbell(0).expect("a queue").write(1).expect("rung");
+            }
+        });
+        bench.knock();
+        eventually("under load", || bench.driver.used() > 100);
+        for _ in 0..20 {
+            bench.threads.iter().for_each(|thread| thread.pause());
+            let used = bench.driver.used();
+            std::thread::yield_now();
+            assert_eq!(bench.driver.used(), used);
+            bench.threads.iter().for_each(|thread| thread.resume());
+        }
+        bench.pci.bar_write(0x14, &[0]);
+        eventually("reset", || bench.status() == 0);
+        over.store(true, Ordering::SeqCst);
+        flood.join().expect("the flood ends");
+        assert_eq!(bench.device.counters().breaks, 0);
+    }
 }
 
 proptest! {
