@@ -104,7 +104,7 @@ fn number(path: &str, text: &str) -> u64 {
 }
 
 /// Values of Linux' headers for x86_64.
-const NAMES: [(&str, u64); 41] = [
+const NAMES: [(&str, u64); 42] = [
     ("AT_EMPTY_PATH", 0x1000),
     ("AF_UNIX", 1),
     ("AF_INET", 2),
@@ -138,6 +138,7 @@ const NAMES: [(&str, u64); 41] = [
     ("KVM_IRQFD", 0x4020_ae76),
     ("KVM_IOEVENTFD", 0x4040_ae79),
     ("KVM_SET_GSI_ROUTING", 0x4008_ae6a),
+    ("IORING_REGISTER_ENABLE_RINGS", 12),
     ("F_GETFD", 1),
     ("F_SETFD", 2),
     ("F_GETFL", 3),

@@ -99,12 +99,125 @@ pub struct Disk {
     /// How fresh the anchor at the provider is kept.
     #[serde(default)]
     pub anchor_mode: AnchorMode,
+    /// Queues, each served by a thread of its own: 1 to 16.
+    #[serde(default = "one_queue", skip_serializing_if = "is_one_queue")]
+    pub num_queues: u16,
+    /// Requests that each queue holds: a power of two, 16 to 1024.
+    #[serde(default = "queue_size", skip_serializing_if = "is_queue_size")]
+    pub queue_size: u16,
+    /// What the guest reads as its serial number: 1 to 20 printable ASCII characters; by default the start of the volume's UUID.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub serial: Option<String>,
+    /// How much may go through.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub rate_limiter_config: Option<RateLimiterConfig>,
+}
+
+/// Limits of one device, of all its queues together. What is left out is not limited.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct RateLimiterConfig {
+    /// Bytes.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub bandwidth: Option<TokenBucket>,
+    /// Operations.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub ops: Option<TokenBucket>,
+}
+
+/// A token bucket: `size` tokens in each `refill_time`.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct TokenBucket {
+    /// Bytes or operations: 1 to 2^50.
+    pub size: u64,
+    /// More of them at the start, once: up to 2^50.
+    #[serde(default)]
+    pub one_time_burst: u64,
+    /// Milliseconds: 1 to 3600000.
+    pub refill_time: u64,
+}
+
+impl RateLimiterConfig {
+    /// Checks what the types alone don't; `device` says in the error whose limits these are.
+    pub fn check(&self, device: &str) -> Result<(), ConfigError> {
+        const MOST: u64 = 1 << 50;
+        let good = |bucket: &TokenBucket| {
+            (1..=MOST).contains(&bucket.size)
+                && bucket.one_time_burst <= MOST
+                && (1..=3_600_000).contains(&bucket.refill_time)
+        };
+        let bad = self.bandwidth.iter().chain(&self.ops).any(|bucket| !good(bucket));
+        if bad { Err(ConfigError::Rate(device.to_owned())) } else { Ok(()) }
+    }
+}
+
+/// How a disk of either kind is shown to the guest.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct DiskShape<'a> {
+    /// Its name.
+    pub id: &'a FileName,
+    /// Whether the guest may not write.
+    pub readonly: bool,
+    /// Queues.
+    pub num_queues: u16,
+    /// Requests that each holds.
+    pub queue_size: u16,
+    /// Its serial number, where one is given.
+    pub serial: Option<&'a str>,
+    /// Its limits.
+    pub rate_limiter: Option<RateLimiterConfig>,
+}
+
+impl DiskShape<'_> {
+    fn check(&self) -> Result<(), ConfigError> {
+        let id = || self.id.to_string();
+        if !(1..=16).contains(&self.num_queues) {
+            return Err(ConfigError::Queues(id(), self.num_queues));
+        }
+        if !self.queue_size.is_power_of_two() || !(16..=1024).contains(&self.queue_size) {
+            return Err(ConfigError::QueueSize(id(), self.queue_size));
+        }
+        let printable = |text: &str| (1..=20).contains(&text.len()) && text.bytes().all(|b| (0x20..0x7f).contains(&b));
+        if self.serial.is_some_and(|serial| !printable(serial)) {
+            return Err(ConfigError::Serial(id()));
+        }
+        self.rate_limiter.map_or(Ok(()), |limits| limits.check(&format!("disk {}", self.id)))
+    }
+}
+
+fn one_queue() -> u16 {
+    1
+}
+
+fn is_one_queue(queues: &u16) -> bool {
+    *queues == one_queue()
+}
+
+fn queue_size() -> u16 {
+    256
+}
+
+fn is_queue_size(size: &u16) -> bool {
+    *size == queue_size()
 }
 
 impl Disk {
     /// The file's name beside the VM file.
     pub fn file_name(&self) -> String {
         self.name.as_ref().map_or_else(|| format!("{}.vol", self.id), |n| n.to_string())
+    }
+
+    /// How the guest sees it.
+    pub fn shape(&self) -> DiskShape<'_> {
+        DiskShape {
+            id: &self.id,
+            readonly: self.readonly,
+            num_queues: self.num_queues,
+            queue_size: self.queue_size,
+            serial: self.serial.as_deref(),
+            rate_limiter: self.rate_limiter_config,
+        }
     }
 }
 
@@ -133,6 +246,32 @@ pub struct PlainDisk {
     /// Whether the guest may not write.
     #[serde(default)]
     pub readonly: bool,
+    /// Queues, each served by a thread of its own: 1 to 16.
+    #[serde(default = "one_queue", skip_serializing_if = "is_one_queue")]
+    pub num_queues: u16,
+    /// Requests that each queue holds: a power of two, 16 to 1024.
+    #[serde(default = "queue_size", skip_serializing_if = "is_queue_size")]
+    pub queue_size: u16,
+    /// What the guest reads as its serial number: 1 to 20 printable ASCII characters; by default its name.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub serial: Option<String>,
+    /// How much may go through.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub rate_limiter_config: Option<RateLimiterConfig>,
+}
+
+impl PlainDisk {
+    /// How the guest sees it.
+    pub fn shape(&self) -> DiskShape<'_> {
+        DiskShape {
+            id: &self.id,
+            readonly: self.readonly,
+            num_queues: self.num_queues,
+            queue_size: self.queue_size,
+            serial: self.serial.as_deref(),
+            rate_limiter: self.rate_limiter_config,
+        }
+    }
 }
 
 /// What a VM process holds the customer's statements against; sealed with the configuration.
@@ -206,6 +345,20 @@ pub enum ConfigError {
     /// A disk twice.
     #[error("two disks are called {0}")]
     Twice(String),
+    /// A number of queues that a disk can't have.
+    #[error("disk {0} has num_queues {1}; a disk has 1 to 16")]
+    Queues(String, u16),
+    /// A queue that can't be.
+    #[error("disk {0} has queue_size {1}, which is not a power of two between 16 and 1024")]
+    QueueSize(String, u16),
+    /// A serial number that the guest can't read.
+    #[error("the serial number of disk {0} is not 1 to 20 printable ASCII characters")]
+    Serial(String),
+    /// A limit that lets nothing through, or everything.
+    #[error(
+        "rate_limiter_config of {0}: a bucket has a size and one_time_burst of at most 2^50, a size of at least 1, and a refill_time of 1 to 3600000 ms"
+    )]
+    Rate(String),
     /// A volume twice.
     #[error("two disks are volume {0}")]
     VolumeTwice(VolumeId),
@@ -235,12 +388,13 @@ fn check_machine(cpus: Cpus, memory: Memory, cmdline: &str) -> Result<(), Config
     Ok(())
 }
 
-fn check_disks<'a>(ids: impl Iterator<Item = &'a FileName>) -> Result<(), ConfigError> {
+fn check_disks<'a>(disks: impl Iterator<Item = DiskShape<'a>>) -> Result<(), ConfigError> {
     let mut seen = std::collections::BTreeSet::new();
-    for id in ids {
-        if !seen.insert(id.as_str()) {
-            return Err(ConfigError::Twice(id.to_string()));
+    for disk in disks {
+        if !seen.insert(disk.id.as_str()) {
+            return Err(ConfigError::Twice(disk.id.to_string()));
         }
+        disk.check()?;
     }
     if seen.len() > 16 { Err(ConfigError::Disks) } else { Ok(()) }
 }
@@ -249,7 +403,7 @@ impl VmConfig {
     /// Checks what the types alone don't.
     pub fn check(&self) -> Result<(), ConfigError> {
         check_machine(self.cpus, self.memory, &self.payload.cmdline)?;
-        check_disks(self.disks.iter().map(|d| &d.id))?;
+        check_disks(self.disks.iter().map(|d| d.shape()))?;
         let mut volumes = std::collections::BTreeSet::new();
         for disk in &self.disks {
             if !volumes.insert(disk.volume) {
@@ -276,7 +430,7 @@ impl PlainConfig {
     /// Checks what the types alone don't.
     pub fn check(&self) -> Result<(), ConfigError> {
         check_machine(self.cpus, self.memory, &self.payload.cmdline)?;
-        check_disks(self.disks.iter().map(|d| &d.id))
+        check_disks(self.disks.iter().map(|d| d.shape()))
     }
 }
 
@@ -317,6 +471,49 @@ mod tests {
         let mut bad = good;
         bad.payload.cmdline = "x".repeat(2048);
         assert_eq!(bad.check(), Err(ConfigError::CommandLine));
+    }
+
+    #[test]
+    fn a_disk_is_what_a_disk_can_be() {
+        let check = |fields: &str| {
+            let disk = format!(r#"{{"disks":[{{"id":"a","path":"p"{fields}}}],"#);
+            let text = r#"{"cpus":{"boot_vcpus":1},"memory":{"size":134217728},"payload":{"kernel":"k"}}"#;
+            plain(&text.replacen('{', &disk, 1)).map(|config| config.check().map(|()| config.disks))
+        };
+        let disks = check("").expect("JSON").expect("a good disk");
+        assert_eq!((disks[0].num_queues, disks[0].queue_size), (1, 256));
+        assert_eq!(
+            serde_json::to_value(&disks[0]).expect("data"),
+            serde_json::json!({"id": "a", "path": "p", "readonly": false})
+        );
+        let limits =
+            r#"{"bandwidth":{"size":1,"refill_time":1},"ops":{"size":9,"one_time_burst":5,"refill_time":1000}}"#;
+        let good = format!(r#","num_queues":16,"queue_size":1024,"serial":"A 1","rate_limiter_config":{limits}"#);
+        assert!(check(&good).expect("JSON").is_ok());
+        for queues in ["0", "17"] {
+            assert!(
+                matches!(check(&format!(r#","num_queues":{queues}"#)), Ok(Err(ConfigError::Queues(..)))),
+                "{queues}"
+            );
+        }
+        for size in ["0", "8", "100", "2048"] {
+            assert!(
+                matches!(check(&format!(r#","queue_size":{size}"#)), Ok(Err(ConfigError::QueueSize(..)))),
+                "{size}"
+            );
+        }
+        for serial in ["", "123456789012345678901", "ä", "\\n"] {
+            assert!(matches!(check(&format!(r#","serial":"{serial}""#)), Ok(Err(ConfigError::Serial(_)))), "{serial}");
+        }
+        for bucket in
+            [r#""size":0,"refill_time":1"#, r#""size":1,"refill_time":0"#, r#""size":1,"refill_time":3600001"#]
+        {
+            for kind in ["bandwidth", "ops"] {
+                let text = format!(r#","rate_limiter_config":{{"{kind}":{{{bucket}}}}}"#);
+                assert!(matches!(check(&text), Ok(Err(ConfigError::Rate(_)))), "{text}");
+            }
+        }
+        assert!(check(r#","rate_limiter_config":{"bytes":{}}"#).is_err());
     }
 
     #[test]

@@ -243,7 +243,7 @@ impl Lab {
             "cpus": {"boot_vcpus": 1},
             "memory": {"size": 32u64 << 20},
             "payload": {"kernel": {"name": "guest"}, "cmdline": format!("console=ttyS0 fealty.do={words}")},
-            "disks": [{"id": "root", "volume": self.volume_id(), "anchor_mode": anchor_mode}],
+            "disks": [{"id": "root", "volume": self.volume_id(), "anchor_mode": anchor_mode, "num_queues": 2}],
         });
         std::fs::write(self.path("store/payroll.json"), config.to_string()).expect("written");
         let (config, out) = (self.text("store/payroll.json"), self.text("store/payroll.vm"));

@@ -195,6 +195,18 @@ impl Disk for VolumeDisk {
         self.0.flush().map_err(disk_error)
     }
 
+    fn can_discard(&self) -> bool {
+        true
+    }
+
+    fn discard(&self, offset: u64, length: u64) -> Result<(), DiskError> {
+        self.0.discard(offset, length).map_err(disk_error)
+    }
+
+    fn write_zeroes(&self, offset: u64, length: u64, may_unmap: bool) -> Result<(), DiskError> {
+        self.0.write_zeroes(offset, length, may_unmap).map_err(disk_error)
+    }
+
     fn id(&self) -> [u8; 20] {
         let mut id = [0; 20];
         let text = hex::encode(self.0.id().0);

@@ -3,7 +3,9 @@
 mod machine;
 
 use fealty_vmm::lease::LeaseGate;
-use fealty_vmm::machine::{InspectError, Machine, MachineError, MachineEvent, Shape, ThreadKind, open_kvm};
+use fealty_vmm::machine::{
+    DiskSettings, InspectError, Machine, MachineError, MachineEvent, Shape, ThreadKind, open_kvm,
+};
 use machine::{Plan, images};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
@@ -79,7 +81,8 @@ fn each_thread_begins_with_its_sandbox() {
     machine.load_kernel(&file).expect("loaded");
     machine.finish_load("fealty.do=poweroff").expect("finished");
     let disk = fealty_vmm::machine::RawDisk::new(tempfile::tempfile().expect("a file"), "d").expect("a disk");
-    let slot = fealty_vmm::machine::DiskSlot { id: "d".into(), disk: Arc::new(disk), read_only: true };
+    let settings = DiskSettings { read_only: true, ..DiskSettings::default() };
+    let slot = fealty_vmm::machine::DiskSlot { id: "d".into(), disk: Arc::new(disk), settings };
     machine.add_disk(slot).expect("a slot");
     let hook = move |kind| {
         noted.lock().expect("no panic").push(kind);

@@ -40,6 +40,30 @@ fn a_disk_keeps_what_the_guest_flushed() {
 }
 
 #[test]
+fn a_disk_is_served_by_rings_that_were_made_before_the_sandbox_closed() {
+    let folder = tempfile::tempdir().expect("folder");
+    std::fs::write(folder.path().join("root.img"), vec![0; 4 << 20]).expect("written");
+    let limits = serde_json::json!({"ops": {"size": 1_000_000, "refill_time": 100}});
+    let disks = serde_json::json!([{
+        "id": "root", "path": "root.img", "num_queues": 3, "queue_size": 128, "serial": "SN 7", "rate_limiter_config": limits,
+    }]);
+    let path = configuration(folder.path(), "queues,serial,storm:2000,discard:0:16,zeroes:16:16,spin", disks);
+    let mut vm = Program::start(&mut fealty(&["run", "--unprotected", path.to_str().expect("UTF-8")]));
+    vm.until("spinning");
+    let rings = std::fs::read_dir(format!("/proc/{}/fd", vm.pid())).expect("descriptors").flatten();
+    let rings = rings.filter(|e| std::fs::read_link(e.path()).is_ok_and(|l| l.ends_with("anon_inode:[io_uring]")));
+    assert_eq!(rings.count(), 3, "one for each queue");
+    vm.signal(Signal::TERM);
+    vm.until_step("power-button");
+    vm.signal(Signal::TERM);
+    let ended = vm.end().code(14);
+    for line in ["queues 3", "serial SN 7", "storm ok", "discard 0 ok", "zeroes 16 ok"] {
+        assert!(ended.out.contains(line), "{line}: {}", ended.out);
+    }
+    assert!(!ended.err.contains("disk-without-io-uring"), "{}", ended.err);
+}
+
+#[test]
 fn steps_come_as_json_one_object_a_line() {
     let (_folder, mut command) = run("hello,poweroff", &["--json"]);
     let ended = Program::start(&mut command).end().code(0);
@@ -178,6 +202,26 @@ fn bad_input_gets_one_clear_line_and_its_code() {
         (write("no-kernel", &config("missing", "")), 3),
         (write("no-elf", &config("empty", "")), 3),
         (write("no-disk", &config(&kernel, ",\"disks\":[{\"id\":\"a\",\"path\":\"missing\"}]")), 3),
+        (write("queues", &config(&kernel, ",\"disks\":[{\"id\":\"a\",\"path\":\"empty\",\"num_queues\":0}]")), 3),
+        (write("size", &config(&kernel, ",\"disks\":[{\"id\":\"a\",\"path\":\"empty\",\"queue_size\":77}]")), 3),
+        (write("serial", &config(&kernel, ",\"disks\":[{\"id\":\"a\",\"path\":\"empty\",\"serial\":\"\"}]")), 3),
+        (
+            write(
+                "twins",
+                &config(&kernel, ",\"disks\":[{\"id\":\"a\",\"path\":\"empty\"},{\"id\":\"a\",\"path\":\"empty\"}]"),
+            ),
+            3,
+        ),
+        (
+            write(
+                "rate",
+                &config(
+                    &kernel,
+                    ",\"disks\":[{\"id\":\"a\",\"path\":\"empty\",\"rate_limiter_config\":{\"ops\":{\"size\":0,\"refill_time\":1}}}]",
+                ),
+            ),
+            3,
+        ),
         (write("memory", &config(&kernel, "").replace("67108864", "5")), 3),
         (folder.path().join("nothing").display().to_string(), 3),
         (folder.path().display().to_string(), 3),

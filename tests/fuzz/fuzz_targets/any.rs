@@ -37,8 +37,10 @@ const TARGETS: &[(&str, Target)] = &[
     ("keyprovider/certificate", fealty_keyprovider::fuzz::fuzz_certificate),
     ("keyprovider/tool", fealty_keyprovider::fuzz::fuzz_tool),
     ("netcrypt/open", fealty_netcrypt::fuzz::fuzz_open),
+    ("vmm/block", fealty_vmm::machine::fuzz::fuzz_requests),
     ("vmm/http", fealty_vmm::fuzz::fuzz_http),
     ("vmm/keys", fealty_vmm::fuzz::fuzz_keys),
+    ("vmm/pci", fealty_vmm::machine::fuzz::fuzz_pci),
     ("vmm/plain", fealty_vmm::fuzz::fuzz_plain),
 ];
 

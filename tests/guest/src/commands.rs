@@ -11,6 +11,14 @@
 //! | `write:BLOCK:BYTE` | fills 4 KiB | `write 5 ok` |
 //! | `verify:BLOCK:BYTE` | reads and compares | `verify 5 ok`, `verify 5 wrong: byte 0 is 0x00, not 0xab` |
 //! | `flush` | | `flush ok` |
+//! | `discard:BLOCK:COUNT` | tells the disk that blocks are of no use | `discard 5 ok` |
+//! | `zeroes:BLOCK:COUNT`, `unmap:BLOCK:COUNT` | makes blocks zeroes; `unmap` allows a hole | `zeroes 5 ok` |
+//! | `serial` | asks the disk for its serial number | `serial root` |
+//! | `wait-resize` | waits until the disk has another size | `waiting for another size`, `disk 0 bytes=8388608` |
+//! | `simple-rings` | disks begun after this: one queue, no indirect descriptors, no event indices | |
+//! | `queues` | | `queues 4` |
+//! | `reads:DEPTH:COUNT`, `writes:DEPTH:COUNT` | so many random requests of 4 KiB, up to 32 of them at once | `reads started`, `reads done 100000` |
+//! | `storm:COUNT` | so many random writes, 32 at once, then a flush and a check of all | `storm ok 512` (blocks compared) |
 //! | `load:SECONDS` | random writes, flushes and checks for so long | `load started`, `load ok 9000` (blocks compared) |
 //! | `tick`, `tick:COUNT` | a line each second, for ever or so many | `tick 1` |
 //! | `spin` | computes for ever, without a pause | `spinning` |
@@ -23,6 +31,7 @@
 //! one follows. After the last word the guest prints `done` and sleeps.
 
 mod load;
+mod rate;
 
 use core::fmt;
 
@@ -36,7 +45,7 @@ use crate::memory::left_by_firmware;
 use crate::power::Power;
 use crate::serial::{self, line};
 use crate::tables::triple_fault;
-use crate::virtio::block::{BLOCK, Disk, DiskError};
+use crate::virtio::block::{BLOCK, Disk, DiskError, Rings};
 
 /// Longest line that `echo` repeats.
 const LONGEST_LINE: usize = 128;
@@ -48,7 +57,7 @@ pub fn run(boot: &BootInfo) {
     let Ok(list) = core::str::from_utf8(list.unwrap_or_default()) else {
         return line(format_args!("failed: the command line is not text"));
     };
-    let mut guest = Guest { boot, disks: [const { None }; DISKS], chosen: 0 };
+    let mut guest = Guest { boot, disks: [const { None }; DISKS], chosen: 0, rings: Rings::Full };
     for word in list.split(',').filter(|word| !word.is_empty()) {
         match guest.carry_out(word) {
             Ok(()) => {}
@@ -64,6 +73,8 @@ struct Guest<'a> {
     /// Those that were started.
     disks: [Option<Disk>; DISKS],
     chosen: usize,
+    /// How disks are begun.
+    rings: Rings,
 }
 
 enum CommandError {
@@ -93,6 +104,23 @@ impl Guest<'_> {
             ("write", [Some(block), Some(byte)]) => self.write(block, narrow(byte)?)?,
             ("verify", [Some(block), Some(byte)]) => self.verify(block, narrow(byte)?)?,
             ("flush", [None, _]) => self.flush()?,
+            ("discard", [Some(block), Some(count)]) => {
+                self.disk()?.discard(block, count)?;
+                line(format_args!("discard {block} ok"));
+            }
+            ("zeroes" | "unmap", [Some(block), Some(count)]) => {
+                self.disk()?.zero(block, count, name == "unmap")?;
+                line(format_args!("{name} {block} ok"));
+            }
+            ("serial", [None, _]) => self.serial()?,
+            ("wait-resize", [None, _]) => self.wait_for_resize()?,
+            ("simple-rings", [None, _]) => self.rings = Rings::Simple,
+            ("queues", [None, _]) => {
+                let queues = self.disk()?.queues();
+                line(format_args!("queues {queues}"));
+            }
+            ("reads" | "writes", [Some(depth), Some(count)]) => rate::run(self.disk()?, name, depth as usize, count)?,
+            ("storm", [Some(count), None]) => rate::storm(self.disk()?, count)?,
             ("load", [Some(seconds), None]) => load::run(self.disk()?, seconds)?,
             ("tick", [count, None]) => tick(count.unwrap_or(u64::MAX)),
             ("spin", [None, _]) => spin(),
@@ -171,6 +199,25 @@ impl Guest<'_> {
         Ok(())
     }
 
+    fn serial(&mut self) -> Result<(), CommandError> {
+        let serial = self.disk()?.serial()?;
+        let length = serial.iter().position(|byte| *byte == 0).unwrap_or(serial.len());
+        line(format_args!("serial {}", serial[..length].escape_ascii()));
+        Ok(())
+    }
+
+    fn wait_for_resize(&mut self) -> Result<(), CommandError> {
+        let number = self.chosen;
+        let before = self.disk()?.length;
+        line(format_args!("waiting for another size"));
+        let Some(Some(disk)) = self.disks.get_mut(number) else { return Ok(()) };
+        while disk.measure() == before {
+            disk.sleep();
+        }
+        line(format_args!("disk {number} bytes={}", disk.length));
+        Ok(())
+    }
+
     fn wait_for_button(&self) -> Result<(), CommandError> {
         let power = self.power()?;
         line(format_args!("waiting for the button"));
@@ -204,7 +251,7 @@ impl Guest<'_> {
             Some(disk) => Ok(disk),
             None => {
                 let ecam = Acpi::find(self.boot.rsdp)?.ecam()?;
-                Ok(place.insert(Disk::start(ecam, number)?))
+                Ok(place.insert(Disk::start(ecam, number, self.rings)?))
             }
         }
     }

@@ -4,8 +4,10 @@ mod attest;
 mod baseline;
 mod figure;
 mod first_byte;
+mod floor;
 mod machine;
 mod memory;
+mod queue;
 mod sample;
 mod start;
 
@@ -37,6 +39,8 @@ enum What {
     },
     /// The parts of an attestation.
     Attest,
+    /// A disk's requests a second on a plain file, and CPU for each.
+    Queue,
 }
 
 /// Why there is no figure.
@@ -60,6 +64,9 @@ pub enum BenchError {
     /// The key provider does not answer the plain request.
     #[error("a plain TLS request to the key provider fails: {0}")]
     Tls(String),
+    /// The guest did not say a line that it should.
+    #[error("the guest never said '{0}'")]
+    Quiet(String),
     /// `fealty run --json` told nothing that could be measured.
     #[error("fealty reported no timed steps")]
     NoSteps,
@@ -75,6 +82,7 @@ pub fn run(arguments: &Arguments) -> Result<(), BenchError> {
     let measured = match arguments.what {
         What::Start { unattested_only } => start::run(arguments.rounds, !unattested_only, &mut printer),
         What::Attest => attest::run(arguments.rounds, &mut printer),
+        What::Queue => queue::run(arguments.rounds, &mut printer),
     };
     printer.finish();
     measured

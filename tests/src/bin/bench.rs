@@ -1,4 +1,4 @@
-//! `bench start|attest [--json] [--rounds N]`: see `fealty_tests::bench`; `scripts/bench` builds and runs it.
+//! `bench start|attest|queue [--json] [--rounds N]`: see `fealty_tests::bench`; `scripts/bench` builds and runs it.
 
 use clap::Parser;
 use fealty_tests::bench::{Arguments, run};

@@ -19,6 +19,7 @@ pub mod layout;
 pub mod memory;
 pub mod pci;
 mod power;
+pub mod rate;
 mod running;
 mod serial;
 mod sync;
@@ -32,10 +33,11 @@ pub mod wires;
 pub mod fuzz {
     pub use super::block::fuzz::fuzz_requests;
     pub use super::boot::fuzz_kernel;
+    pub use super::pci::fuzz::fuzz_pci;
 }
 
 pub use acpi::AcpiError;
-pub use block::{BlockCounters, Disk, DiskError, RawDisk};
+pub use block::{BlockCounters, Disk, DiskError, DiskSettings, RawDisk, serial_number};
 pub use boot::{Boot, BootError, Image};
 pub use event::{Events, MachineEvent};
 pub use memory::MemoryError;
@@ -85,8 +87,8 @@ pub struct DiskSlot {
     pub id: String,
     /// What lies behind it.
     pub disk: Arc<dyn Disk>,
-    /// Whether the guest may not write.
-    pub read_only: bool,
+    /// How it is shown and served.
+    pub settings: DiskSettings,
 }
 
 /// A machine can't be made or started.
@@ -198,7 +200,7 @@ impl Machine {
 
     /// Adds a disk: the next PCI slot.
     pub fn add_disk(&mut self, slot: DiskSlot) -> Result<(), MachineError> {
-        let device = Arc::new(BlockDevice::new(&slot.id, slot.disk, slot.read_only)?);
+        let device = Arc::new(BlockDevice::new(&slot.id, slot.disk, &slot.settings)?);
         let number = self.pci.next_slot()?;
         let function = VirtioPci::new(device.clone(), number, self.memory.ram().clone(), self.wires.clone())?;
         self.pci.add(Arc::new(function))?;
@@ -229,7 +231,7 @@ impl Machine {
 
         let mut background: Vec<Arc<dyn Background>> = vec![];
         for disk in &self.disks {
-            background.push(disk.hire(&crew).map_err(MachineError::Thread)?);
+            background.extend(disk.hire(&crew).map_err(MachineError::Thread)?);
         }
         if let Some(input) = console.input {
             background.push(ConsoleInput::hire(serial.clone(), input, &crew)?);

@@ -115,6 +115,12 @@ impl Running {
         }
     }
 
+    /// Looks at the size of the disk called `name` again, and tells the guest where it changed. Gives the bytes that the guest
+    /// sees; `None` if there is no such disk.
+    pub fn look_again(&self, name: &str) -> Option<u64> {
+        self.0.disks.iter().find(|disk| disk.name() == name).map(|disk| disk.look_again())
+    }
+
     /// Looks at memory and registers of a paused machine, which can't be resumed meanwhile.
     pub fn inspect<R>(&self, look: impl FnOnce(&Frozen<'_>) -> R) -> Result<R, InspectError> {
         let _turn = lock(&self.0.turn);

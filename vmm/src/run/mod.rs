@@ -5,6 +5,7 @@
 //! unprotected  file, kernel, disks, machine                     ─ sandbox closes ─          StartPermit ─ load          ─ run
 //! ```
 
+mod disks;
 pub mod plain;
 mod protected;
 mod unprotected;

@@ -3,7 +3,9 @@
 //! Each function here is one stretch of the way; what it leaves behind the next one takes. After the release, whatever goes
 //! wrong is the instance's end, and the provider is told so before the process exits.
 
-use super::{Host, Settings, connect, folder_of, hook, machine_failure, outcome, read_file, serve_api, tell_start};
+use super::{
+    Host, Settings, connect, disks, folder_of, hook, machine_failure, outcome, read_file, serve_api, tell_start,
+};
 use crate::api::Api;
 use crate::console::Console;
 use crate::exit::{Exit, Failure, chain};
@@ -290,7 +292,7 @@ fn start(
         let disk_slot = DiskSlot {
             id: disk.id.to_string(),
             disk: Arc::new(VolumeDisk(volume.volume.clone())),
-            read_only: disk.readonly,
+            settings: disks::settings(&disk.shape()),
         };
         machine.add_disk(disk_slot).map_err(|e| machine_failure(&e))?;
     }

@@ -1,5 +1,6 @@
 //! A VM without a provider: a plain file, no keys, the same sandbox.
 
+use super::disks::settings as disk_settings;
 use super::plain::{CONFIG_LIMIT, parse};
 use super::{Settings, connect, folder_of, hook, machine_failure, outcome, read_file, serve_api, tell_start};
 use crate::console::Console;
@@ -12,8 +13,9 @@ use crate::permit::StartPermit;
 use crate::post::office;
 use crate::sandbox::{Filter, close_inherited, close_thread, harden, process};
 use crate::signals::Signals;
+use crate::steps::Steps;
 use crate::watch::Watch;
-use policy::config::PlainConfig;
+use policy::config::{PlainConfig, PlainDisk};
 use std::fs::File;
 use std::path::Path;
 use std::sync::Arc;
@@ -26,7 +28,7 @@ pub fn run(file: &Path, settings: &Settings) -> Result<Exit, Failure> {
     let bytes = read_file(file, CONFIG_LIMIT)?;
     let config = parse(&bytes)
         .map_err(|e| Failure::new(Exit::File, format!("{}: {}", file.display(), crate::exit::chain(&e))))?;
-    let files = Files::open(&config, &folder_of(file))?;
+    let files = Files::open(&config, &folder_of(file), steps)?;
     let kvm = open_kvm().map_err(|e| machine_failure(&e))?;
     let host = |what: &str, e: std::io::Error| Failure::new(Exit::Host, format!("cannot {what}: {e}"));
     let signals = Signals::take().map_err(|e| host("receive signals", e))?;
@@ -64,21 +66,32 @@ pub fn run(file: &Path, settings: &Settings) -> Result<Exit, Failure> {
 struct Files {
     kernel: File,
     initramfs: Option<File>,
-    disks: Vec<File>,
+    disks: Vec<RawDisk>,
 }
 
 impl Files {
-    fn open(config: &PlainConfig, folder: &Path) -> Result<Self, Failure> {
+    /// Opens them, and makes what no thread can make once the sandbox is closed.
+    fn open(config: &PlainConfig, folder: &Path, steps: Steps) -> Result<Self, Failure> {
         let open = |name: &str, write: bool| {
             let path = folder.join(name);
             let file = File::options().read(true).write(write).open(&path);
             file.map_err(|e| Failure::new(Exit::File, format!("cannot open {}: {e}", path.display())))
         };
+        let disk = |disk: &PlainDisk| {
+            let file = open(&disk.path, !disk.readonly)?;
+            let raw = RawDisk::new(file, disk.id.as_str())
+                .map_err(|e| Failure::new(Exit::File, format!("disk {} is no disk: {e}", disk.id)))?;
+            let (raw, rings) = raw.with_rings(disk.num_queues, disk.queue_size);
+            if let Err(why) = rings {
+                steps.step("disk-without-io-uring", &format!("{}: {why}", disk.id));
+            }
+            Ok(raw)
+        };
         let payload = &config.payload;
         Ok(Self {
             kernel: open(&payload.kernel, false)?,
             initramfs: payload.initramfs.as_deref().map(|name| open(name, false)).transpose()?,
-            disks: config.disks.iter().map(|d| open(&d.path, !d.readonly)).collect::<Result<_, _>>()?,
+            disks: config.disks.iter().map(disk).collect::<Result<_, _>>()?,
         })
     }
 
@@ -92,12 +105,10 @@ impl Files {
         };
         machine.load(&boot).map_err(|e| machine_failure(&e))?;
         let mut disks = Vec::new();
-        for (file, disk) in self.disks.into_iter().zip(&config.disks) {
+        for (raw, disk) in self.disks.into_iter().zip(&config.disks) {
             let name = disk.id.to_string();
-            let raw = RawDisk::new(file, &name)
-                .map_err(|e| Failure::new(Exit::File, format!("disk {name} is no disk: {e}")))?;
             disks.push((name.clone(), crate::machine::Disk::size(&raw), disk.readonly));
-            let slot = DiskSlot { id: name, disk: Arc::new(raw), read_only: disk.readonly };
+            let slot = DiskSlot { id: name, disk: Arc::new(raw), settings: disk_settings(&disk.shape()) };
             machine.add_disk(slot).map_err(|e| machine_failure(&e))?;
         }
         Ok(Facts { name: None, vcpus: config.cpus.boot_vcpus, memory: config.memory.size, disks })

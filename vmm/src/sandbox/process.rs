@@ -5,8 +5,8 @@ use super::SandboxError;
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use std::io;
 
-/// The most descriptors a VM process has: 16 disks with their events, the vCPUs, sockets.
-const DESCRIPTORS: u64 = 512;
+/// The most descriptors a VM process has: 16 disks of 16 queues with three each, the vCPUs, other devices, sockets.
+const DESCRIPTORS: u64 = 2048;
 
 /// Closes every descriptor above standard error: to be called first, while none of them is this program's own.
 pub fn close_inherited() -> Result<(), SandboxError> {

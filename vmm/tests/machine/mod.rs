@@ -3,7 +3,7 @@
 
 use fealty_vmm::lease::LeaseGate;
 use fealty_vmm::machine::{
-    Boot, ConsoleBackend, Disk, DiskSlot, Image, Machine, MachineEvent, Running, Shape, open_kvm,
+    Boot, ConsoleBackend, Disk, DiskSettings, DiskSlot, Image, Machine, MachineEvent, Running, Shape, open_kvm,
 };
 use fealty_vmm::permit::StartPermit;
 use policy::config::PlainConfig;
@@ -61,9 +61,14 @@ impl Plan {
     }
 
     /// Another disk.
-    pub(crate) fn disk(mut self, disk: Arc<dyn Disk>, read_only: bool) -> Self {
+    pub(crate) fn disk(self, disk: Arc<dyn Disk>, read_only: bool) -> Self {
+        self.disk_with(disk, DiskSettings { read_only, ..DiskSettings::default() })
+    }
+
+    /// With a disk that is shown and served as `settings` say.
+    pub(crate) fn disk_with(mut self, disk: Arc<dyn Disk>, settings: DiskSettings) -> Self {
         let id = format!("disk{}", self.disks.len());
-        self.disks.push(DiskSlot { id, disk, read_only });
+        self.disks.push(DiskSlot { id, disk, settings });
         self
     }
 

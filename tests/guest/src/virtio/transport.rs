@@ -21,6 +21,7 @@ const DEVICE_FEATURE: u64 = 0x04;
 const DRIVER_FEATURE_SELECT: u64 = 0x08;
 const DRIVER_FEATURE: u64 = 0x0c;
 const CONFIG_VECTOR: u64 = 0x10;
+const QUEUES_OFFERED: u64 = 0x12;
 const STATUS: u64 = 0x14;
 const QUEUE_SELECT: u64 = 0x16;
 const QUEUE_SIZE: u64 = 0x18;
@@ -35,17 +36,21 @@ const ACKNOWLEDGE: u8 = 1;
 const DRIVER: u8 = 2;
 const DRIVER_OK: u8 = 4;
 const FEATURES_OK: u8 = 8;
-const NO_VECTOR: u16 = 0xffff;
 /// VIRTIO_F_VERSION_1: without it the device speaks another language.
 const VERSION_1: u64 = 1 << 32;
 
-/// A device that runs, with one queue.
+/// Queues that a driver here may use of one device.
+const QUEUES: usize = 4;
+
+/// A device that runs.
 pub struct Transport {
     /// Device-specific configuration.
     pub configuration: Registers,
     /// What was agreed on.
     pub features: u64,
-    notify: Registers,
+    /// Queues that run.
+    pub queues: usize,
+    notify: [Registers; QUEUES],
 }
 
 /// Why a device can't be used.
@@ -60,13 +65,14 @@ pub enum TransportError {
 }
 
 impl Transport {
-    /// Resets the device, agrees on `wanted` as far as offered, installs `queue` as queue 0, and starts it. Its MSI-X entry 0 calls
-    /// `source`.
-    pub fn start(device: Device, wanted: u64, source: Source, queue: &Queue) -> Result<Self, TransportError> {
+    /// Resets the device, agrees on `wanted` as far as offered, installs `queues` from queue 0 on, as many as it has, and starts
+    /// it. Its MSI-X entry 0 calls `source` for all of them, and when its configuration changes.
+    pub fn start(device: Device, wanted: u64, source: Source, queues: &[&Queue]) -> Result<Self, TransportError> {
         device.enable();
         let common = structure(device, COMMON).ok_or(TransportError::NoStructure("common configuration"))?.0;
         let (notify, multiplier) = structure(device, NOTIFY).ok_or(TransportError::NoStructure("notifications"))?;
-        let configuration = structure(device, DEVICE).ok_or(TransportError::NoStructure("device configuration"))?.0;
+        // A device without configuration need not have the structure (4.1.4.6).
+        let configuration = structure(device, DEVICE).map_or(common, |found| found.0);
 
         common.write8(STATUS, 0);
         while common.read8(STATUS) != 0 {
@@ -87,29 +93,21 @@ impl Transport {
         if !device.enable_msix(MSI_ADDRESS, u32::from(source.vector())) {
             return Err(TransportError::NoStructure("MSI-X"));
         }
-        common.write16(CONFIG_VECTOR, NO_VECTOR);
-        common.write16(QUEUE_SELECT, 0);
-        let most = common.read16(QUEUE_SIZE);
-        if most < Queue::SIZE {
-            return Err(TransportError::Queue(most));
+        common.write16(CONFIG_VECTOR, 0);
+        let queues = &queues[..queues.len().min(usize::from(common.read16(QUEUES_OFFERED)).max(1))];
+        let mut doorbells = [notify; QUEUES];
+        for ((number, queue), doorbell) in (0..).zip(queues).zip(&mut doorbells) {
+            queue.begin(features);
+            let offset = install(common, number, queue)?;
+            *doorbell = notify.from(u64::from(offset) * u64::from(multiplier));
         }
-        common.write16(QUEUE_SIZE, Queue::SIZE);
-        common.write16(QUEUE_VECTOR, 0);
-        if common.read16(QUEUE_VECTOR) != 0 {
-            return Err(TransportError::NoStructure("MSI-X vector for queue 0"));
-        }
-        common.write64(QUEUE_DESCRIPTORS, queue.descriptors());
-        common.write64(QUEUE_DRIVER, queue.available());
-        common.write64(QUEUE_DEVICE, queue.used());
-        common.write16(QUEUE_ENABLE, 1);
-        let offset = u64::from(common.read16(QUEUE_NOTIFY_OFFSET)) * u64::from(multiplier);
         common.write8(STATUS, ACKNOWLEDGE | DRIVER | FEATURES_OK | DRIVER_OK);
-        Ok(Self { configuration, features, notify: notify.from(offset) })
+        Ok(Self { configuration, features, queues: queues.len(), notify: doorbells })
     }
 
-    /// Tells the device that queue 0 has news.
-    pub fn notify(&self) {
-        self.notify.write16(0, 0);
+    /// Tells the device that `queue` has news.
+    pub fn notify(&self, queue: u16) {
+        self.notify[usize::from(queue)].write16(0, queue);
     }
 }
 
@@ -121,6 +119,25 @@ impl fmt::Display for TransportError {
             Self::Queue(size) => write!(f, "the device's queue has only {size} entries"),
         }
     }
+}
+
+/// Sets queue `number` up; gives where its doorbell is.
+fn install(common: Registers, number: u16, queue: &Queue) -> Result<u16, TransportError> {
+    common.write16(QUEUE_SELECT, number);
+    let most = common.read16(QUEUE_SIZE);
+    if most < Queue::SIZE {
+        return Err(TransportError::Queue(most));
+    }
+    common.write16(QUEUE_SIZE, Queue::SIZE);
+    common.write16(QUEUE_VECTOR, 0);
+    if common.read16(QUEUE_VECTOR) != 0 {
+        return Err(TransportError::NoStructure("MSI-X vector for its queues"));
+    }
+    common.write64(QUEUE_DESCRIPTORS, queue.descriptors());
+    common.write64(QUEUE_DRIVER, queue.available());
+    common.write64(QUEUE_DEVICE, queue.used());
+    common.write16(QUEUE_ENABLE, 1);
+    Ok(common.read16(QUEUE_NOTIFY_OFFSET))
 }
 
 fn offered(common: Registers) -> u64 {

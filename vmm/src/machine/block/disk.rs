@@ -1,11 +1,10 @@
 //! What lies behind a block device.
 
-use std::fs::File;
-use std::io::{Seek, SeekFrom};
-use std::os::unix::fs::FileExt;
+use super::uring::DiskRing;
+use vmm_sys_util::eventfd::EventFd;
 
-/// Storage of one disk. Offsets and lengths are bytes, multiples of 512 and inside the disk. Calls come from the disk's own
-/// thread, one at a time.
+/// Storage of one disk. Offsets and lengths are bytes, multiples of 512 and inside the disk. Each of the device's queues calls
+/// from a thread of its own, so calls may overlap; two that overlap in time and place have no order.
 pub trait Disk: Send + Sync {
     /// Its size in bytes; the guest sees whole sectors of 512.
     fn size(&self) -> u64;
@@ -13,10 +12,29 @@ pub trait Disk: Send + Sync {
     fn read(&self, offset: u64, data: &mut [u8]) -> Result<(), DiskError>;
     /// Writes all of `data` at `offset`. It need not be durable before the next [`flush`](Self::flush) returns.
     fn write(&self, offset: u64, data: &[u8]) -> Result<(), DiskError>;
-    /// Makes durable what was written.
+    /// Makes durable what was written, discarded and zeroed by calls that have returned, on any thread.
     fn flush(&self) -> Result<(), DiskError>;
-    /// What the guest reads as the disk's serial number: ASCII, padded with NUL.
+    /// What the guest reads as the disk's serial number where none is configured: ASCII, padded with NUL.
     fn id(&self) -> [u8; 20];
+    /// Whether it knows [`discard`](Self::discard) and [`write_zeroes`](Self::write_zeroes).
+    fn can_discard(&self) -> bool {
+        false
+    }
+    /// The guest has no use for these bytes any more; what is read there afterwards is not promised.
+    fn discard(&self, _offset: u64, _length: u64) -> Result<(), DiskError> {
+        Err(DiskError::Unsupported)
+    }
+    /// These bytes read as zeroes afterwards. Only with `may_unmap` may the room for them be given back.
+    fn write_zeroes(&self, _offset: u64, _length: u64, _may_unmap: bool) -> Result<(), DiskError> {
+        Err(DiskError::Unsupported)
+    }
+    /// Looks at its size again: somebody may have resized what lies behind it.
+    fn look_again(&self) {}
+    /// Rings in which the device's queues submit without a thread for each request, with what wakes them; asked once. Where there
+    /// are none, or fewer than queues, the other calls are made.
+    fn rings(&self) -> Vec<(DiskRing, EventFd)> {
+        vec![]
+    }
 }
 
 /// Why a disk did not do what it was asked.
@@ -25,47 +43,10 @@ pub enum DiskError {
     /// This request fails; the guest gets an I/O error.
     #[error("the disk could not do it")]
     Io(#[source] Box<dyn std::error::Error + Send + Sync>),
+    /// The disk does not know such requests.
+    #[error("the disk does not know how")]
+    Unsupported,
     /// The keys are gone: the request stays in the queue until the machine is resumed with keys.
     #[error("the disk has no keys at the moment")]
     NoKeys,
-}
-
-/// A raw image or a block device, for unprotected machines.
-pub struct RawDisk {
-    file: File,
-    size: u64,
-    id: [u8; 20],
-}
-
-impl RawDisk {
-    /// The disk in `file`; `name`, cut to 20 bytes, is its serial number.
-    pub fn new(mut file: File, name: &str) -> std::io::Result<Self> {
-        // Not the metadata: a block device's says 0.
-        let size = file.seek(SeekFrom::End(0))?;
-        let mut id = [0; 20];
-        id.iter_mut().zip(name.bytes().filter(u8::is_ascii)).for_each(|(to, from)| *to = from);
-        Ok(Self { file, size, id })
-    }
-}
-
-impl Disk for RawDisk {
-    fn size(&self) -> u64 {
-        self.size
-    }
-
-    fn read(&self, offset: u64, data: &mut [u8]) -> Result<(), DiskError> {
-        self.file.read_exact_at(data, offset).map_err(|e| DiskError::Io(Box::new(e)))
-    }
-
-    fn write(&self, offset: u64, data: &[u8]) -> Result<(), DiskError> {
-        self.file.write_all_at(data, offset).map_err(|e| DiskError::Io(Box::new(e)))
-    }
-
-    fn flush(&self) -> Result<(), DiskError> {
-        self.file.sync_data().map_err(|e| DiskError::Io(Box::new(e)))
-    }
-
-    fn id(&self) -> [u8; 20] {
-        self.id
-    }
 }

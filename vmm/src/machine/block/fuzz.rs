@@ -2,10 +2,10 @@
 
 use super::counters::Tally;
 use super::disk::{Disk, DiskError};
-use super::request::{Outcome, Server};
+use super::request::{Facts, Outcome, Request, Server};
 use crate::machine::memory::GuestRam;
 use crate::machine::sync::lock;
-use crate::machine::virtio::{Chain, Ring};
+use crate::machine::virtio::{Chain, Ring, feature};
 use std::sync::Mutex;
 use vm_memory::{Bytes, GuestAddress};
 
@@ -16,7 +16,15 @@ const QUEUE: (u16, [u64; 3]) = (16, [0, 0x100, 0x200]);
 /// A queue holds no more at once, and nobody adds any.
 const REQUESTS_MAX: usize = 16;
 
-struct Scratch(Mutex<Vec<u8>>);
+/// A disk in memory, without threads.
+pub(in crate::machine) struct Scratch(Mutex<Vec<u8>>);
+
+/// 16 KiB.
+impl Default for Scratch {
+    fn default() -> Self {
+        Self(Mutex::new(vec![0; DISK]))
+    }
+}
 
 impl Disk for Scratch {
     fn size(&self) -> u64 {
@@ -36,6 +44,16 @@ impl Disk for Scratch {
     fn id(&self) -> [u8; 20] {
         [b'x'; 20]
     }
+    fn can_discard(&self) -> bool {
+        true
+    }
+    fn discard(&self, offset: u64, length: u64) -> Result<(), DiskError> {
+        self.write_zeroes(offset, length, true)
+    }
+    fn write_zeroes(&self, offset: u64, length: u64, _may_unmap: bool) -> Result<(), DiskError> {
+        lock(&self.0)[offset as usize..][..length as usize].fill(0);
+        Ok(())
+    }
 }
 
 /// Serves the queue in a guest of 64 KiB whose memory begins with `data`. The disk panics if it is asked for what it does not
@@ -50,14 +68,18 @@ fn serve(data: &[u8]) -> usize {
     if memory.write_slice(&data[..data.len().min(MEMORY)], GuestAddress(0)).is_err() {
         return 0;
     }
-    let (disk, tally) = (Scratch(Mutex::new(vec![0; DISK])), Tally::default());
-    let server = Server { disk: &disk, read_only: false, tally: &tally, may_submit: &|| true };
-    let Ok(mut ring) = Ring::new(QUEUE.0, QUEUE.0, QUEUE.1, 0, 64) else { return 0 };
+    let (disk, tally) = (Scratch::default(), Tally::default());
+    let server = Server { disk: &disk, tally: &tally, may_submit: &|| true };
+    let facts = Facts::of(&disk, false, disk.id());
+    let Ok(mut ring) = Ring::new(QUEUE.0, QUEUE.0, QUEUE.1, feature::ALL, 64) else { return 0 };
     let (mut chain, mut buffer) = (Chain::default(), vec![]);
     let mut served = 0;
     while let Ok(true) = ring.next(&memory, &mut chain) {
-        match server.serve(&chain, &memory, &mut buffer) {
-            Outcome::Done(written) if ring.complete(&memory, &chain, written).is_ok() => served += 1,
+        let Some(request) = Request::parse(&facts, &chain, &memory) else { break };
+        match server.serve(&request, &facts, &chain, &memory, &mut buffer) {
+            Outcome::Done(written) if ring.complete(&memory, &chain, written).is_ok() && ring.show(&memory).is_ok() => {
+                served += 1;
+            }
             _ => break,
         }
         // A request may write into the ring itself and so make more requests; a driver could do that for ever, too.
@@ -73,16 +95,17 @@ fn serve(data: &[u8]) -> usize {
 mod tests {
     use super::*;
 
-    /// A guest with a read, a write, a flush and a question for the name.
+    /// A guest with a read, a write, a flush, a question for the name, a discard, and zeroes by an indirect table.
     fn seed() -> Vec<u8> {
         let mut memory = vec![0; 0x2000];
         let mut put = |at: usize, bytes: &[u8]| memory[at..at + bytes.len()].copy_from_slice(bytes);
-        for (slot, kind) in [0_u32, 1, 4, 8].into_iter().enumerate() {
+        for (slot, kind) in [0_u32, 1, 4, 8, 11].into_iter().enumerate() {
             let (first, header) = (3 * slot as u16, 0x400 + 64 * slot as u64);
             put(header as usize, &kind.to_le_bytes());
             put(header as usize + 8, &(slot as u64).to_le_bytes());
-            let data = if kind == 1 { 1_u16 } else { 3 };
-            let chain = [(header, 16_u32, 1_u16, first + 1), (0x1000, 512, data, first + 2), (header + 32, 1, 2, 0)];
+            let data = if matches!(kind, 1 | 11) { 1_u16 } else { 3 };
+            let length = if kind == 11 { 16 } else { 512 };
+            let chain = [(header, 16_u32, 1_u16, first + 1), (0x1000, length, data, first + 2), (header + 32, 1, 2, 0)];
             for (index, (address, length, flags, next)) in chain.into_iter().enumerate() {
                 let at = 16 * (usize::from(first) + index);
                 put(at, &address.to_le_bytes());
@@ -92,14 +115,26 @@ mod tests {
             }
             put(0x104 + 2 * slot, &first.to_le_bytes());
         }
-        put(0x102, &4_u16.to_le_bytes());
+        put(0x400 + 5 * 64, &13_u32.to_le_bytes());
+        let table = [(0x400 + 5 * 64, 16_u32, 1_u16, 1_u16), (0x1000, 16, 1, 2), (0x5f0, 1, 2, 0)];
+        for (index, (address, length, flags, next)) in table.into_iter().enumerate() {
+            put(0x580 + 16 * index, &u64::to_le_bytes(address));
+            put(0x588 + 16 * index, &length.to_le_bytes());
+            put(0x58c + 16 * index, &flags.to_le_bytes());
+            put(0x58e + 16 * index, &next.to_le_bytes());
+        }
+        put(16 * 15, &0x580_u64.to_le_bytes());
+        put(16 * 15 + 8, &48_u32.to_le_bytes());
+        put(16 * 15 + 12, &4_u16.to_le_bytes());
+        put(0x104 + 2 * 5, &15_u16.to_le_bytes());
+        put(0x102, &6_u16.to_le_bytes());
         memory
     }
 
     #[test]
     fn requests_and_their_mutations_are_survived() {
         let seed = seed();
-        assert_eq!(serve(&seed), 4);
+        assert_eq!(serve(&seed), 6);
         let mut random = 0x9e37_79b9_7f4a_7c15_u64;
         let mut next = move || {
             random ^= random << 13;
@@ -111,7 +146,7 @@ mod tests {
             let mut memory = seed.clone();
             for _ in 0..1 + next() % 12 {
                 // Rings, tables and headers are where it matters.
-                let at = next() % 0x500;
+                let at = next() % 0x600;
                 memory[at] = if next() % 3 == 0 { 0xff } else { next() as u8 };
             }
             fuzz_requests(&memory);

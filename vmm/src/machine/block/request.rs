@@ -1,4 +1,5 @@
-//! One request of the guest, from its buffers to its status (virtio 1.3, 5.2.6).
+//! One request of the guest, from its buffers to its status (virtio 1.3, 5.2.6): what is asked, the same for every engine, and
+//! the answer. [`Server`] is the engine that does one thing after the other.
 
 use super::counters::Tally;
 use super::disk::{Disk, DiskError};
@@ -7,27 +8,177 @@ use crate::machine::virtio::Chain;
 
 /// The guest's sectors.
 pub(super) const SECTOR: u64 = 512;
-/// Requests are served in pieces of this many bytes, so that no guest can make the buffer larger.
+/// Requests are copied in pieces of this many bytes, so that no guest can make the buffer larger.
 pub(super) const PIECE: usize = 256 << 10;
+/// Ranges in one request to discard or to zero.
+pub(super) const EXTENTS_MAX: u32 = 32;
+/// Sectors in each of them: 1 GiB.
+pub(super) const EXTENT_SECTORS_MAX: u32 = 1 << 21;
 
 const HEADER: u64 = 16;
+const EXTENT: u64 = 16;
 const TYPE_IN: u32 = 0;
 const TYPE_OUT: u32 = 1;
 const TYPE_FLUSH: u32 = 4;
 const TYPE_GET_ID: u32 = 8;
-const STATUS_OK: u8 = 0;
-const STATUS_IOERR: u8 = 1;
-const STATUS_UNSUPPORTED: u8 = 2;
+const TYPE_DISCARD: u32 = 11;
+const TYPE_WRITE_ZEROES: u32 = 13;
+const FLAG_UNMAP: u32 = 1;
+pub(super) const STATUS_OK: u8 = 0;
+pub(super) const STATUS_IOERR: u8 = 1;
+pub(super) const STATUS_UNSUPPORTED: u8 = 2;
+
+/// What requests are judged by.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Facts {
+    /// Bytes that the guest sees: whole sectors.
+    pub(super) size: u64,
+    pub(super) read_only: bool,
+    /// Whether DISCARD and WRITE_ZEROES were offered.
+    pub(super) can_discard: bool,
+    pub(super) id: [u8; 20],
+}
+
+/// A request, inside the disk's bounds.
+#[derive(PartialEq, Eq, Debug)]
+pub(super) struct Request {
+    pub(super) command: Command,
+    /// Where the status goes: the last byte of what the device may write.
+    status_at: u64,
+}
 
 /// What the guest wants.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-enum Command {
-    Read { offset: u64, length: u64 },
-    Write { offset: u64, length: u64 },
+#[derive(PartialEq, Eq, Debug)]
+pub(super) enum Command {
+    Read {
+        offset: u64,
+        length: u64,
+    },
+    Write {
+        offset: u64,
+        length: u64,
+    },
     Flush,
-    GetId { length: u64 },
-    Unsupported,
-    Senseless,
+    /// The content is of no use any more.
+    Discard(Vec<Extent>),
+    /// From now on this reads as zeroes.
+    WriteZeroes(Vec<Extent>),
+    GetId,
+    /// Nothing that is done: its status.
+    Refuse(u8),
+}
+
+/// A range of bytes, whole sectors inside the disk.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) struct Extent {
+    pub(super) offset: u64,
+    pub(super) length: u64,
+    /// Whether zeroes may become a hole.
+    pub(super) unmap: bool,
+}
+
+impl Request {
+    /// What `chain` asks for. None where there is no header, or no room for a status: that driver is broken.
+    pub(super) fn parse(facts: &Facts, chain: &Chain, memory: &GuestRam) -> Option<Self> {
+        let mut header = [0; HEADER as usize];
+        let status_at = chain.writable_length().checked_sub(1)?;
+        if !chain.copy_in(memory, 0, &mut header) {
+            return None;
+        }
+        let [t0, t1, t2, t3, _, _, _, _, sector @ ..] = header;
+        let (sector, out) = (u64::from_le_bytes(sector), chain.readable_length() - HEADER);
+        let kind = u32::from_le_bytes([t0, t1, t2, t3]);
+        let command = match kind {
+            TYPE_IN => facts.locate(sector, status_at).map(|offset| Command::Read { offset, length: status_at }),
+            TYPE_OUT if facts.read_only => Err(STATUS_IOERR),
+            TYPE_OUT => facts.locate(sector, out).map(|offset| Command::Write { offset, length: out }),
+            TYPE_FLUSH => Ok(Command::Flush),
+            TYPE_GET_ID => Ok(Command::GetId),
+            TYPE_DISCARD | TYPE_WRITE_ZEROES if !facts.can_discard => Err(STATUS_UNSUPPORTED),
+            TYPE_DISCARD => facts.extents(chain, memory, out, 0).map(Command::Discard),
+            TYPE_WRITE_ZEROES => facts.extents(chain, memory, out, FLAG_UNMAP).map(Command::WriteZeroes),
+            _ => Err(STATUS_UNSUPPORTED),
+        };
+        Some(Self { command: command.unwrap_or_else(Command::Refuse), status_at })
+    }
+
+    /// Bytes that count for a rate limit.
+    pub(super) fn bytes(&self) -> u64 {
+        match &self.command {
+            Command::Read { length, .. } | Command::Write { length, .. } => *length,
+            // Nothing is moved, as far as the host knows how.
+            _ => 0,
+        }
+    }
+
+    /// Answers what needs no disk: its status.
+    pub(super) fn answer_at_once(&self, facts: &Facts, chain: &Chain, memory: &GuestRam) -> Option<u8> {
+        match self.command {
+            Command::GetId => {
+                let length = usize::try_from(self.status_at).unwrap_or(usize::MAX).min(facts.id.len());
+                Some(if chain.copy_out(memory, 0, &facts.id[..length]) { STATUS_OK } else { STATUS_IOERR })
+            }
+            Command::Refuse(status) => Some(status),
+            Command::Read { length: 0, .. } | Command::Write { length: 0, .. } => Some(STATUS_OK),
+            _ => None,
+        }
+    }
+
+    /// Writes the status and counts; gives the bytes that were written in all. None where the status can't be written.
+    pub(super) fn finish(&self, status: u8, chain: &Chain, memory: &GuestRam, tally: &Tally) -> Option<u32> {
+        if status == STATUS_OK {
+            tally.done(&self.command);
+        } else {
+            Tally::add(&tally.errors, 1);
+        }
+        let written = chain.copy_out(memory, self.status_at, &[status]);
+        written.then(|| u32::try_from(self.status_at + 1).unwrap_or(u32::MAX))
+    }
+}
+
+impl Facts {
+    /// What requests to `disk` are judged by now.
+    pub(super) fn of(disk: &dyn Disk, read_only: bool, id: [u8; 20]) -> Self {
+        let size = disk.size() / SECTOR * SECTOR;
+        Self { size, read_only, can_discard: !read_only && disk.can_discard(), id }
+    }
+
+    /// The byte offset of whole sectors inside the disk.
+    fn locate(&self, sector: u64, length: u64) -> Result<u64, u8> {
+        let offset = sector.checked_mul(SECTOR).ok_or(STATUS_IOERR)?;
+        let inside = offset.checked_add(length).is_some_and(|to| to <= self.size);
+        if inside && length.is_multiple_of(SECTOR) { Ok(offset) } else { Err(STATUS_IOERR) }
+    }
+
+    /// The ranges of a discard or a write of zeroes, with no flags but `flags` (5.2.6.1).
+    fn extents(&self, chain: &Chain, memory: &GuestRam, bytes: u64, flags: u32) -> Result<Vec<Extent>, u8> {
+        let count = bytes / EXTENT;
+        if !bytes.is_multiple_of(EXTENT) || !(1..=u64::from(EXTENTS_MAX)).contains(&count) {
+            return Err(STATUS_IOERR);
+        }
+        let extent = |index| {
+            let mut data = [0; EXTENT as usize];
+            if !chain.copy_in(memory, HEADER + EXTENT * index, &mut data) {
+                return Err(STATUS_IOERR);
+            }
+            self.extent(&data, flags)
+        };
+        (0..count).map(extent).collect()
+    }
+
+    fn extent(&self, data: &[u8; EXTENT as usize], allowed: u32) -> Result<Extent, u8> {
+        let [s0, s1, s2, s3, s4, s5, s6, s7, n0, n1, n2, n3, f0, f1, f2, f3] = *data;
+        let sector = u64::from_le_bytes([s0, s1, s2, s3, s4, s5, s6, s7]);
+        let (count, flags) = (u32::from_le_bytes([n0, n1, n2, n3]), u32::from_le_bytes([f0, f1, f2, f3]));
+        if flags & !allowed != 0 {
+            return Err(STATUS_UNSUPPORTED);
+        }
+        if count > EXTENT_SECTORS_MAX {
+            return Err(STATUS_IOERR);
+        }
+        let length = u64::from(count) * SECTOR;
+        Ok(Extent { offset: self.locate(sector, length)?, length, unmap: flags & FLAG_UNMAP != 0 })
+    }
 }
 
 /// How a request ended.
@@ -37,14 +188,13 @@ pub(super) enum Outcome {
     Done(u32),
     /// Nothing is written, because there are no keys: it must stay in the queue.
     Parked,
-    /// There is no header, or no room for a status: the driver is broken.
+    /// The driver is broken.
     Malformed,
 }
 
-/// Serves requests of one disk with one buffer.
+/// Serves requests of one disk with one buffer, one after the other.
 pub(super) struct Server<'a> {
     pub(super) disk: &'a dyn Disk,
-    pub(super) read_only: bool,
     pub(super) tally: &'a Tally,
     /// Asked before each piece.
     pub(super) may_submit: &'a dyn Fn() -> bool,
@@ -52,88 +202,67 @@ pub(super) struct Server<'a> {
 
 impl Server<'_> {
     /// Serves the request in `chain`.
-    pub(super) fn serve(&self, chain: &Chain, memory: &GuestRam, buffer: &mut Vec<u8>) -> Outcome {
-        let mut header = [0; HEADER as usize];
-        let Some(status_at) = chain.writable_length().checked_sub(1) else { return Outcome::Malformed };
-        if !chain.copy_in(memory, 0, &mut header) {
-            return Outcome::Malformed;
-        }
-        let command = self.parse(&header, chain.readable_length() - HEADER, status_at);
-        let status = match self.execute(command, chain, memory, buffer) {
-            Ok(()) => STATUS_OK,
-            Err(Failure::NoKeys) => return Outcome::Parked,
-            Err(Failure::Unsupported) => STATUS_UNSUPPORTED,
-            Err(Failure::Io) => STATUS_IOERR,
+    pub(super) fn serve(
+        &self,
+        request: &Request,
+        facts: &Facts,
+        chain: &Chain,
+        memory: &GuestRam,
+        buffer: &mut Vec<u8>,
+    ) -> Outcome {
+        let status = match request.answer_at_once(facts, chain, memory) {
+            Some(status) => status,
+            None => match self.execute(&request.command, chain, memory, buffer) {
+                Ok(()) => STATUS_OK,
+                Err(Failure::NoKeys) => return Outcome::Parked,
+                Err(Failure::Unsupported) => STATUS_UNSUPPORTED,
+                Err(Failure::Io) => STATUS_IOERR,
+            },
         };
-        if status != STATUS_OK {
-            Tally::add(&self.tally.errors, 1);
-        }
-        if !chain.copy_out(memory, status_at, &[status]) {
-            return Outcome::Malformed;
-        }
-        Outcome::Done(u32::try_from(status_at + 1).unwrap_or(u32::MAX))
+        request.finish(status, chain, memory, self.tally).map_or(Outcome::Malformed, Outcome::Done)
     }
 
-    /// `out` bytes came with the header, `room` bytes can be returned before the status.
-    fn parse(&self, header: &[u8; HEADER as usize], out: u64, room: u64) -> Command {
-        let [t0, t1, t2, t3, _, _, _, _, sector @ ..] = *header;
-        let sector = u64::from_le_bytes(sector);
-        match u32::from_le_bytes([t0, t1, t2, t3]) {
-            TYPE_IN => {
-                self.locate(sector, room).map_or(Command::Senseless, |offset| Command::Read { offset, length: room })
-            }
-            TYPE_OUT if self.read_only => Command::Senseless,
-            TYPE_OUT => {
-                self.locate(sector, out).map_or(Command::Senseless, |offset| Command::Write { offset, length: out })
-            }
-            TYPE_FLUSH => Command::Flush,
-            TYPE_GET_ID => Command::GetId { length: room },
-            _ => Command::Unsupported,
-        }
-    }
-
-    /// The byte offset of whole sectors inside the disk.
-    fn locate(&self, sector: u64, length: u64) -> Option<u64> {
-        let end = self.disk.size() / SECTOR * SECTOR;
-        let offset = sector.checked_mul(SECTOR)?;
-        let inside = offset.checked_add(length).is_some_and(|to| to <= end);
-        (inside && length.is_multiple_of(SECTOR)).then_some(offset)
-    }
-
-    fn execute(&self, command: Command, chain: &Chain, memory: &GuestRam, buffer: &mut Vec<u8>) -> Result<(), Failure> {
+    fn execute(
+        &self,
+        command: &Command,
+        chain: &Chain,
+        memory: &GuestRam,
+        buffer: &mut Vec<u8>,
+    ) -> Result<(), Failure> {
         match command {
             Command::Read { offset, length } => {
-                for (at, size) in pieces(length) {
+                for (at, size) in pieces(*length) {
                     let piece = room(buffer, size);
                     self.gate()?;
                     self.disk.read(offset + at, piece)?;
                     chain.copy_out(memory, at, piece).then_some(()).ok_or(Failure::Io)?;
                 }
-                Tally::add(&self.tally.reads, 1);
-                Tally::add(&self.tally.read_bytes, length);
             }
             Command::Write { offset, length } => {
-                for (at, size) in pieces(length) {
+                for (at, size) in pieces(*length) {
                     let piece = room(buffer, size);
                     chain.copy_in(memory, HEADER + at, piece).then_some(()).ok_or(Failure::Io)?;
                     self.gate()?;
                     self.disk.write(offset + at, piece)?;
                 }
-                Tally::add(&self.tally.writes, 1);
-                Tally::add(&self.tally.written_bytes, length);
             }
             Command::Flush => {
                 self.gate()?;
                 self.disk.flush()?;
-                Tally::add(&self.tally.flushes, 1);
             }
-            Command::GetId { length } => {
-                let id = self.disk.id();
-                let length = usize::try_from(length).unwrap_or(usize::MAX).min(id.len());
-                chain.copy_out(memory, 0, &id[..length]).then_some(()).ok_or(Failure::Io)?;
+            Command::Discard(extents) => {
+                for extent in extents {
+                    self.gate()?;
+                    self.disk.discard(extent.offset, extent.length)?;
+                }
             }
-            Command::Unsupported => return Err(Failure::Unsupported),
-            Command::Senseless => return Err(Failure::Io),
+            Command::WriteZeroes(extents) => {
+                for extent in extents {
+                    self.gate()?;
+                    self.disk.write_zeroes(extent.offset, extent.length, extent.unmap)?;
+                }
+            }
+            Command::GetId | Command::Refuse(_) => {}
         }
         Ok(())
     }
@@ -153,6 +282,7 @@ impl From<DiskError> for Failure {
     fn from(error: DiskError) -> Self {
         match error {
             DiskError::NoKeys => Self::NoKeys,
+            DiskError::Unsupported => Self::Unsupported,
             DiskError::Io(_) => Self::Io,
         }
     }
@@ -170,6 +300,9 @@ fn room(buffer: &mut Vec<u8>, size: usize) -> &mut [u8] {
     }
     &mut buffer[..size]
 }
+
+/// Bytes of the header, before what a write brings.
+pub(super) const DATA_AT: u64 = HEADER;
 
 #[cfg(test)]
 #[path = "request_tests.rs"]

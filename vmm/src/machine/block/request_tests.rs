@@ -49,6 +49,17 @@ impl Disk for MemoryDisk {
     fn id(&self) -> [u8; 20] {
         *b"0123456789abcdefghij"
     }
+    fn can_discard(&self) -> bool {
+        true
+    }
+    fn discard(&self, offset: u64, length: u64) -> Result<(), DiskError> {
+        self.write_zeroes(offset, length, true)
+    }
+    fn write_zeroes(&self, offset: u64, length: u64, _may_unmap: bool) -> Result<(), DiskError> {
+        self.check()?;
+        lock(&self.data)[offset as usize..][..length as usize].fill(0);
+        Ok(())
+    }
 }
 
 struct Bench {
@@ -78,14 +89,33 @@ impl Bench {
     }
 
     fn serve(&self, descriptors: &[Descriptor]) -> Outcome {
+        // Each request has a ring of its own.
+        self.driver.set_available(0);
         self.driver.offer(descriptors);
         let mut ring = Ring::new(64, MockDriver::SIZE, MockDriver::RING, feature::VERSION_1, 16).expect("a good ring");
         let mut chain = Chain::default();
         assert_eq!(ring.next(&self.driver.memory, &mut chain), Ok(true));
         let may_submit = || self.open;
-        let server =
-            Server { disk: &self.disk, read_only: self.read_only, tally: &self.tally, may_submit: &may_submit };
-        server.serve(&chain, &self.driver.memory, &mut Vec::new())
+        let server = Server { disk: &self.disk, tally: &self.tally, may_submit: &may_submit };
+        let facts = Facts::of(&self.disk, self.read_only, self.disk.id());
+        let memory = &self.driver.memory;
+        match Request::parse(&facts, &chain, memory) {
+            Some(request) => server.serve(&request, &facts, &chain, memory, &mut Vec::new()),
+            None => Outcome::Malformed,
+        }
+    }
+
+    /// A discard or a write of zeroes with one range: its status.
+    fn unmap(&self, kind: u32, extents: &[(u64, u32, u32)], more: u32) -> u8 {
+        self.header(kind, 0);
+        for (at, (sector, count, flags)) in (DATA_AT..).step_by(16).zip(extents) {
+            self.driver.put(at, *sector);
+            self.driver.put(at + 8, *count);
+            self.driver.put(at + 12, *flags);
+        }
+        let length = 16 * extents.len() as u32 + more;
+        self.serve(&[(HEADER_AT, 16, NEXT, 1), (DATA_AT, length, NEXT, 2), (STATUS_AT, 1, WRITE, 0)]);
+        self.driver.get(STATUS_AT)
     }
 
     fn read(&self, sector: u64, bytes: u32) -> (Outcome, u8) {
@@ -157,8 +187,53 @@ fn flush_identity_and_unknown_requests() {
     assert_eq!(ask(TYPE_GET_ID, 20), STATUS_OK);
     assert_eq!(bench.driver.get::<[u8; 20]>(DATA_AT), *b"0123456789abcdefghij");
     assert_eq!(ask(TYPE_GET_ID, 3), STATUS_OK);
-    assert_eq!(ask(13, 0), STATUS_UNSUPPORTED);
+    assert_eq!(ask(14, 0), STATUS_UNSUPPORTED);
     assert_eq!(bench.tally.snapshot().flushes, 1);
+}
+
+#[test]
+fn ranges_are_discarded_and_zeroed() {
+    let bench = Bench::new();
+    assert_eq!(bench.unmap(TYPE_DISCARD, &[(1, 1, 0), (3, 2, 0), (5, 0, 0)], 0), STATUS_OK);
+    assert_eq!(bench.unmap(TYPE_WRITE_ZEROES, &[(6, 1, 1)], 0), STATUS_OK);
+    let sectors: Vec<u8> = lock(&bench.disk.data).chunks_exact(512).map(|sector| sector[0]).collect();
+    assert_eq!(sectors, [0, 0, 2, 0, 0, 5, 0, 7]);
+    let tally = bench.tally.snapshot();
+    assert_eq!((tally.discards, tally.write_zeroes, tally.errors), (1, 1, 0));
+}
+
+#[test]
+fn ranges_that_make_no_sense_change_nothing() {
+    let bench = Bench::new();
+    for kind in [TYPE_DISCARD, TYPE_WRITE_ZEROES] {
+        assert_eq!(bench.unmap(kind, &[], 0), STATUS_IOERR, "none");
+        assert_eq!(bench.unmap(kind, &[(0, 1, 0)], 1), STATUS_IOERR, "half a range");
+        assert_eq!(bench.unmap(kind, &[(0, 1, 0); 33], 0), STATUS_IOERR, "too many");
+        for (sector, count) in [(8, 1), (7, 2), (0, u32::MAX), (u64::MAX, 1), (u64::MAX / 512, 1), (0, 9)] {
+            assert_eq!(bench.unmap(kind, &[(sector, count, 0)], 0), STATUS_IOERR, "{sector} {count}");
+        }
+        assert_eq!(bench.unmap(kind, &[(0, 1, 2)], 0), STATUS_UNSUPPORTED, "a flag that nobody knows");
+    }
+    assert_eq!(bench.unmap(TYPE_DISCARD, &[(0, 1, 1)], 0), STATUS_UNSUPPORTED, "unmap is for zeroes");
+    assert_eq!(*lock(&bench.disk.data), *lock(&MemoryDisk::new().data));
+    let read_only = Bench { read_only: true, ..Bench::new() };
+    assert_eq!(read_only.unmap(TYPE_WRITE_ZEROES, &[(0, 1, 0)], 0), STATUS_UNSUPPORTED);
+}
+
+/// Sectors and lengths around every edge: inside is exactly what lies inside.
+#[test]
+fn bounds_are_judged_right_at_every_edge() {
+    for size in [0, 512, 8 * 512] {
+        let facts = Facts { size, read_only: false, can_discard: true, id: [0; 20] };
+        let edges = (0..20).chain(u64::MAX / 512 - 3..u64::MAX / 512 + 3).chain(u64::MAX - 3..=u64::MAX);
+        for sector in edges {
+            for length in (0..12 * 512).step_by(256).chain(u64::MAX - 1024..=u64::MAX) {
+                let (start, end) = (u128::from(sector) * 512, u128::from(sector) * 512 + u128::from(length));
+                let inside = end <= u128::from(size) && start <= u128::from(size) && length % 512 == 0;
+                assert_eq!(facts.locate(sector, length).is_ok(), inside, "{size} {sector} {length}");
+            }
+        }
+    }
 }
 
 #[test]

@@ -2,14 +2,16 @@
 
 use super::*;
 use crate::lease::{LeaseGate, boottime_ms};
-use crate::machine::block::{BlockDevice, DiskError};
+use crate::machine::block::{BlockDevice, DiskError, DiskSettings};
 use crate::machine::control::Control;
 use crate::machine::event::Events;
 use crate::machine::pci::PciFunction;
+use crate::machine::rate::{Rate, RateLimits};
+use crate::machine::thread::{Background, Crew};
 use crate::machine::virtio::mock::{MockDriver, NEXT, WRITE};
 use crate::machine::virtio::{VirtioPci, feature};
 use crate::machine::wires::mock::MockWires;
-use std::sync::atomic::AtomicU64;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 const HOUR_MS: u64 = 3_600_000;
@@ -20,11 +22,12 @@ struct SlowDisk {
     flushes: AtomicU64,
     held: AtomicBool,
     inside: AtomicBool,
+    size: AtomicU64,
 }
 
 impl Disk for SlowDisk {
     fn size(&self) -> u64 {
-        4096
+        self.size.load(Ordering::SeqCst)
     }
     fn read(&self, _offset: u64, _data: &mut [u8]) -> Result<(), DiskError> {
         Ok(())
@@ -52,14 +55,18 @@ struct Bench {
     device: Arc<BlockDevice>,
     pci: VirtioPci,
     gate: Arc<LeaseGate>,
-    worker: Arc<dyn Background>,
+    worker: Vec<Arc<dyn Background>>,
 }
 
 impl Bench {
     fn new() -> Self {
+        Self::with(DiskSettings::default())
+    }
+
+    fn with(settings: DiskSettings) -> Self {
         let driver = MockDriver::new();
-        let disk = Arc::new(SlowDisk::default());
-        let device = Arc::new(BlockDevice::new("d", disk.clone(), false).expect("eventfd"));
+        let disk = Arc::new(SlowDisk { size: AtomicU64::new(4096), ..SlowDisk::default() });
+        let device = Arc::new(BlockDevice::new("d", disk.clone(), &settings).expect("eventfd"));
         let wires = Arc::new(MockWires::default());
         let pci = VirtioPci::new(device.clone(), 1, driver.memory.clone(), wires).expect("eventfds");
         let gate = Arc::new(LeaseGate::unlimited());
@@ -101,6 +108,14 @@ impl Bench {
         self.pci.bar_write(0x3000, &[0, 0]);
     }
 
+    fn pause(&self) {
+        self.worker.iter().for_each(|worker| worker.pause());
+    }
+
+    fn resume(&self) {
+        self.worker.iter().for_each(|worker| worker.resume());
+    }
+
     fn flushes(&self) -> u64 {
         self.disk.flushes.load(Ordering::SeqCst)
     }
@@ -109,7 +124,7 @@ impl Bench {
 impl Drop for Bench {
     fn drop(&mut self) {
         self.disk.held.store(false, Ordering::SeqCst);
-        self.worker.stop();
+        self.worker.iter().for_each(|worker| worker.stop());
     }
 }
 
@@ -141,7 +156,8 @@ fn a_paused_disk_is_quiet_and_forgets_nothing() {
     bench.flush();
     eventually("in hand", || bench.disk.inside.load(Ordering::SeqCst));
     std::thread::scope(|scope| {
-        let pause = scope.spawn(|| bench.worker.pause());
+        let worker = bench.worker[0].clone();
+        let pause = scope.spawn(move || worker.pause());
         bench.disk.held.store(false, Ordering::SeqCst);
         pause.join().expect("pause returns");
     });
@@ -149,7 +165,7 @@ fn a_paused_disk_is_quiet_and_forgets_nothing() {
     bench.flush();
     std::thread::sleep(Duration::from_millis(50));
     assert_eq!(bench.driver.used(), 1, "and no other begun");
-    bench.worker.resume();
+    bench.resume();
     eventually("served after the pause", || bench.driver.used() == 2);
 }
 
@@ -163,7 +179,7 @@ fn without_a_lease_requests_stay_queued() {
     bench.knock();
     assert_eq!((bench.driver.used(), bench.flushes()), (0, 0));
     bench.gate.open_until(boottime_ms() + HOUR_MS, boottime_ms() + HOUR_MS);
-    bench.worker.resume();
+    bench.resume();
     eventually("served once the keys are back", || bench.driver.used() == 1);
     assert_eq!((bench.flushes(), bench.device.counters().errors), (1, 0));
 }
@@ -201,4 +217,53 @@ fn a_broken_driver_breaks_its_own_device_only() {
     bench.bring_up();
     bench.flush();
     eventually("served again", || bench.driver.used() > 0 && bench.flushes() == 1);
+}
+
+#[test]
+fn a_limited_disk_is_slow_and_can_be_paused_meanwhile() {
+    let hour = Rate { size: 1, one_time_burst: 2, refill: Duration::from_secs(3600) };
+    let limits = RateLimits { bandwidth: None, operations: Some(hour) };
+    let bench = Bench::with(DiskSettings { limits, ..DiskSettings::default() });
+    bench.bring_up();
+    for _ in 0..3 {
+        bench.flush();
+    }
+    eventually("the burst and a full bucket", || bench.flushes() == 3);
+    bench.flush();
+    eventually("held", || bench.device.counters().held > 0);
+    bench.pause();
+    bench.resume();
+    assert_eq!((bench.flushes(), bench.driver.used()), (3, 3));
+    bench.pci.bar_write(0x14, &[0]);
+    eventually("reset", || bench.status() == 0);
+    let quick = Rate { size: 1, one_time_burst: 0, refill: Duration::from_millis(20) };
+    let limits = RateLimits { bandwidth: None, operations: Some(quick) };
+    let bench = Bench::with(DiskSettings { limits, ..DiskSettings::default() });
+    bench.bring_up();
+    for _ in 0..5 {
+        bench.flush();
+    }
+    eventually("all, one after the other", || bench.flushes() == 5);
+}
+
+#[test]
+fn a_disk_that_is_resized_tells_the_driver() {
+    let bench = Bench::new();
+    bench.bring_up();
+    let capacity = || {
+        let mut data = [0; 8];
+        bench.pci.bar_read(0x2000, &mut data);
+        u64::from_le_bytes(data)
+    };
+    let generation = || {
+        let mut data = [0];
+        bench.pci.bar_read(0x15, &mut data);
+        data[0]
+    };
+    assert_eq!((capacity(), generation(), bench.device.look_again(), generation()), (8, 0, 4096, 0));
+    bench.disk.size.store(8192 + 511, Ordering::SeqCst);
+    assert_eq!((bench.device.look_again(), capacity(), generation()), (8192, 16, 1));
+    let mut isr = [0];
+    bench.pci.bar_read(0x1000, &mut isr);
+    assert_eq!(isr, [2], "a configuration change");
 }

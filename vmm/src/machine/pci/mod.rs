@@ -3,6 +3,10 @@
 
 mod bridge;
 mod config;
+#[cfg(test)]
+mod exhaustive;
+#[doc(hidden)]
+pub mod fuzz;
 mod msix;
 
 pub use bridge::HostBridge;

@@ -83,7 +83,7 @@ impl MsixTable {
         for word in data.chunks_mut(4) {
             let value = state.word(at).unwrap_or(0).to_le_bytes();
             word.copy_from_slice(&value[..word.len()]);
-            at += 4;
+            at = at.saturating_add(4);
         }
     }
 
@@ -98,7 +98,7 @@ impl MsixTable {
                 state.entries[vector].0[field] = if field == 3 { value & ENTRY_MASKED } else { value };
                 self.settle(&mut state, vector as u16);
             }
-            at += 4;
+            at = at.saturating_add(4);
         }
     }
 

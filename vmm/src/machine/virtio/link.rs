@@ -39,12 +39,17 @@ impl Link {
         }
     }
 
+    /// The device's configuration is another one (2.5.1).
+    pub fn config_changed(&self) {
+        self.isr.fetch_or(ISR_CONFIG, Ordering::SeqCst);
+        self.msix.signal(self.config_vector.load(Ordering::SeqCst));
+    }
+
     /// The driver broke the rules: the device does nothing more until it is reset (DEVICE_NEEDS_RESET, 2.1.2).
     pub fn give_up(&self) {
         if !self.broken.swap(true, Ordering::SeqCst) {
             self.breaks.fetch_add(1, Ordering::Relaxed);
-            self.isr.fetch_or(ISR_CONFIG, Ordering::SeqCst);
-            self.msix.signal(self.config_vector.load(Ordering::SeqCst));
+            self.config_changed();
         }
     }
 

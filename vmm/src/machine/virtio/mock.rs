@@ -11,6 +11,8 @@ pub(crate) type Descriptor = (u64, u32, u16, u16);
 pub(crate) const NEXT: u16 = 1;
 /// VIRTQ_DESC_F_WRITE.
 pub(crate) const WRITE: u16 = 2;
+/// VIRTQ_DESC_F_INDIRECT.
+pub(crate) const INDIRECT: u16 = 4;
 
 /// A guest of 64 KiB with one queue.
 pub(crate) struct MockDriver {
@@ -34,6 +36,14 @@ impl MockDriver {
         self.table(Self::RING[0], descriptors);
         let at = Self::RING[1] + 4 + 2 * u64::from(self.available.get() % Self::SIZE);
         self.put(at, 0_u16);
+        self.set_available(self.available.get().wrapping_add(1));
+    }
+
+    /// Writes descriptor `slot` and makes it available.
+    pub(crate) fn offer_at(&self, slot: u16, descriptor: Descriptor) {
+        self.table(Self::RING[0] + 16 * u64::from(slot), &[descriptor]);
+        let at = Self::RING[1] + 4 + 2 * u64::from(self.available.get() % Self::SIZE);
+        self.put(at, slot);
         self.set_available(self.available.get().wrapping_add(1));
     }
 

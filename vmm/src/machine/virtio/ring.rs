@@ -1,36 +1,51 @@
 //! One split virtqueue of a guest that may be hostile (virtio 1.3, 2.7).
 //!
-//! `virtio-queue` keeps the indices. Here a chain is taken apart completely before a device sees it, so that a device gets
-//! either a whole chain of buffers that lie in RAM, readable ones before writable ones, or an error that ends the session.
+//! ```text
+//! descriptor table: {address u64, length u32, flags u16, next u16} × size
+//! available ring:   flags u16, index u16, head u16 × size, used_event u16          written by the driver
+//! used ring:        flags u16, index u16, {head u32, length u32} × size, available_event u16     written by the device
+//! ```
+//!
+//! The guest may change any of it at any time, so each word is read once. A chain is taken apart completely before a device
+//! sees it: the device gets either a whole chain of buffers that lie in RAM, readable ones before writable ones, or an error
+//! that ends the session. A head that the driver makes available twice is such an error too, so that no more requests are
+//! in the device's hands than the queue is long.
 
+use super::chain::{Chain, Segment};
 use super::feature;
 use crate::machine::memory::GuestRam;
-use virtio_queue::{Queue, QueueOwnedT, QueueT};
-use vm_memory::{Bytes, GuestAddress, GuestMemory, Permissions};
+use std::sync::atomic::{Ordering, fence};
+use vm_memory::{ByteValued, Bytes, GuestAddress, GuestMemory, Le16, Le32, Le64, Permissions};
 
-/// A queue that the driver set up, and which one it is.
+/// The longest queue (2.7).
+const SIZE_MAX: u16 = 1 << 15;
+const DESCRIPTOR: u64 = 16;
+const DESC_NEXT: u16 = 1;
+const DESC_WRITE: u16 = 2;
+const DESC_INDIRECT: u16 = 4;
+const AVAILABLE_NO_INTERRUPT: u16 = 1;
+const USED_NO_NOTIFY: u16 = 1;
+
+/// A queue that the driver set up.
+#[derive(PartialEq, Eq, Debug)]
 pub struct Ring {
-    queue: Queue,
+    size: u16,
+    table: u64,
+    available: u64,
+    used: u64,
+    event_index: bool,
+    indirect: bool,
     limit: usize,
-}
-
-/// One buffer of a chain, inside RAM.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub struct Segment {
-    /// Where.
-    pub address: GuestAddress,
-    /// Bytes.
-    pub length: usize,
-}
-
-/// One request's buffers, in order. Kept by the device and filled anew for each request, so that none allocates.
-#[derive(Default, Debug)]
-pub struct Chain {
-    head: u16,
-    /// What the driver wrote for the device.
-    pub readable: Vec<Segment>,
-    /// Where the device writes.
-    pub writable: Vec<Segment>,
+    /// The next entry of the available ring.
+    next: u16,
+    /// The next entry of the used ring: what was completed, shown to the driver or not.
+    completed: u16,
+    /// The used index that the driver sees.
+    shown: u16,
+    /// The used index at the last decision about an interrupt.
+    signalled: u16,
+    /// Heads that the device has in hand, one bit each.
+    taken: Vec<u64>,
 }
 
 /// How a driver broke the rules of its queue. There is no way on but a reset.
@@ -39,13 +54,13 @@ pub enum RingError {
     /// Size, alignment or place of the queue.
     #[error("the queue does not lie in RAM")]
     Place,
-    /// The available index ran further ahead than the queue is long, or lies outside of RAM.
+    /// The available index ran further ahead than the queue is long.
     #[error("the available ring is no ring")]
     Available,
-    /// A chain without end, with a bad link, or with a bad indirect table.
+    /// A chain without end, with a bad link, or with a bad or unexpected indirect table.
     #[error("a descriptor chain has no proper end")]
     Chain,
-    /// More buffers than the device takes.
+    /// More buffers than the device takes, or more than 4 GiB.
     #[error("a descriptor chain is longer than the device allows")]
     Long,
     /// A buffer outside of RAM.
@@ -54,286 +69,231 @@ pub enum RingError {
     /// Something to read behind something to write.
     #[error("a readable buffer follows a writable one")]
     Order,
+    /// A request that the device still has in hand.
+    #[error("a descriptor chain was made available twice")]
+    Twice,
     /// The used ring could not be written.
     #[error("the used ring is no ring")]
     Used,
+    /// A device's own rule: a request that no driver sends.
+    #[error("a request makes no sense")]
+    Request,
 }
+
+#[repr(C)]
+#[derive(Clone, Copy, Default)]
+struct Descriptor {
+    address: Le64,
+    length: Le32,
+    flags: Le16,
+    next: Le16,
+}
+
+#[repr(C)]
+#[derive(Clone, Copy, Default)]
+struct Used {
+    head: Le32,
+    length: Le32,
+}
+
+// SAFETY: `repr(C)` without padding (8 + 4 + 2 + 2 bytes), and any bytes are valid in each field.
+#[allow(unsafe_code)]
+unsafe impl ByteValued for Descriptor {}
+// SAFETY: `repr(C)` without padding, and any bytes are valid in each field.
+#[allow(unsafe_code)]
+unsafe impl ByteValued for Used {}
 
 impl Ring {
     /// A queue of `size` entries (a power of two up to `max`) at three guest addresses: descriptor table, available ring,
-    /// used ring. No chain may have more than `limit` buffers.
+    /// used ring, by the rules that were negotiated. No chain may have more than `limit` descriptors.
     pub fn new(max: u16, size: u16, at: [u64; 3], features: u64, limit: usize) -> Result<Self, RingError> {
-        let mut queue = Queue::new(max).map_err(|_| RingError::Place)?;
-        queue.try_set_size(size).map_err(|_| RingError::Place)?;
-        queue.try_set_desc_table_address(GuestAddress(at[0])).map_err(|_| RingError::Place)?;
-        queue.try_set_avail_ring_address(GuestAddress(at[1])).map_err(|_| RingError::Place)?;
-        queue.try_set_used_ring_address(GuestAddress(at[2])).map_err(|_| RingError::Place)?;
-        queue.set_event_idx(features & feature::EVENT_INDEX != 0);
-        queue.set_ready(true);
-        Ok(Self { queue, limit })
+        let [table, available, used] = at;
+        let sized = size.is_power_of_two() && size <= max.min(SIZE_MAX);
+        let aligned = table.is_multiple_of(16) && available.is_multiple_of(2) && used.is_multiple_of(4);
+        // A driver that enables a queue without saying where it is leaves zeros.
+        if !sized || !aligned || available == 0 || used == 0 {
+            return Err(RingError::Place);
+        }
+        Ok(Self {
+            size,
+            table,
+            available,
+            used,
+            event_index: features & feature::EVENT_INDEX != 0,
+            indirect: features & feature::INDIRECT_DESCRIPTORS != 0,
+            limit,
+            next: 0,
+            completed: 0,
+            shown: 0,
+            signalled: 0,
+            taken: vec![0; usize::from(size).div_ceil(64)],
+        })
+    }
+
+    /// Entries.
+    pub fn size(&self) -> u16 {
+        self.size
     }
 
     /// Whether all three parts lie in RAM.
     pub fn check(&self, memory: &GuestRam) -> Result<(), RingError> {
-        // The queue takes address 0 for "not set".
-        let placed = self.queue.avail_ring() != 0 && self.queue.is_valid(memory);
+        let inside = |at: u64, length: u64, access| {
+            at.checked_add(length).is_some()
+                && GuestMemory::check_range(memory, GuestAddress(at), length as usize, access)
+        };
+        let size = u64::from(self.size);
+        let placed = inside(self.table, DESCRIPTOR * size, Permissions::Read)
+            && inside(self.available, 6 + 2 * size, Permissions::Read)
+            && inside(self.used, 6 + 8 * size, Permissions::Write);
         placed.then_some(()).ok_or(RingError::Place)
     }
 
     /// Takes the next request apart into `chain`; false if there is none.
     pub fn next(&mut self, memory: &GuestRam, chain: &mut Chain) -> Result<bool, RingError> {
-        let pending = self.pending(memory)?;
-        let next = self.queue.iter(memory).map_err(|_| RingError::Available)?.next();
-        let Some(descriptors) = next else {
-            return if pending { Err(RingError::Available) } else { Ok(false) };
-        };
-        chain.head = descriptors.head_index();
-        chain.readable.clear();
-        chain.writable.clear();
-        let mut complete = false;
-        for descriptor in descriptors {
-            if chain.readable.len() + chain.writable.len() == self.limit {
-                return Err(RingError::Long);
-            }
-            complete = !descriptor.has_next();
-            let segment = Segment { address: descriptor.addr(), length: descriptor.len() as usize };
-            chain.push(segment, descriptor.is_write_only(), memory)?;
+        let index = load(memory, self.available + 2, Ordering::Acquire).ok_or(RingError::Available)?;
+        match index.wrapping_sub(self.next) {
+            0 => return Ok(false),
+            pending if pending > self.size => return Err(RingError::Available),
+            _ => {}
         }
-        // The iterator ends silently at a bad link, a loop, a bad indirect table or 4 GiB.
-        complete.then_some(true).ok_or(RingError::Chain)
+        let at = self.available + 4 + 2 * self.slot(self.next);
+        let head = load(memory, at, Ordering::Relaxed).ok_or(RingError::Available)?;
+        if head >= self.size {
+            return Err(RingError::Chain);
+        }
+        if self.is_taken(head) {
+            return Err(RingError::Twice);
+        }
+        self.walk(memory, head, chain)?;
+        self.set_taken(head, true);
+        self.next = self.next.wrapping_add(1);
+        Ok(true)
     }
 
-    /// Puts the request that `next` gave back to the front: it will be the next one again.
-    pub fn put_back(&mut self) {
-        self.queue.go_to_previous_position();
+    /// Puts the request that the last `next` gave back to the front: it will be the next one again.
+    pub fn put_back(&mut self, chain: &Chain) {
+        self.set_taken(chain.head, false);
+        self.next = self.next.wrapping_sub(1);
     }
 
-    /// Returns `chain` to the driver with `written` bytes written; true if the driver wants an interrupt.
-    pub fn complete(&mut self, memory: &GuestRam, chain: &Chain, written: u32) -> Result<bool, RingError> {
-        self.queue.add_used(memory, chain.head, written).map_err(|_| RingError::Used)?;
-        self.queue.needs_notification(memory).map_err(|_| RingError::Used)
+    /// Returns `chain` to the driver with `written` bytes written. The driver sees it at the next [`show`](Self::show).
+    pub fn complete(&mut self, memory: &GuestRam, chain: &Chain, written: u32) -> Result<(), RingError> {
+        let element = Used { head: u32::from(chain.head).into(), length: written.into() };
+        let at = self.used + 4 + 8 * self.slot(self.completed);
+        memory.write_obj(element, GuestAddress(at)).map_err(|_| RingError::Used)?;
+        self.set_taken(chain.head, false);
+        self.completed = self.completed.wrapping_add(1);
+        Ok(())
     }
 
-    /// Asks the driver for no doorbells while the queue is being served.
+    /// Shows the driver all that was completed, at once; true if it wants an interrupt for it (2.7.7).
+    pub fn show(&mut self, memory: &GuestRam) -> Result<bool, RingError> {
+        if self.shown == self.completed {
+            return Ok(false);
+        }
+        self.shown = self.completed;
+        store(memory, self.used + 2, self.shown, Ordering::Release).ok_or(RingError::Used)?;
+        // The driver says what it wants and looks at the index then; here it is the other way round. One of the two notices.
+        fence(Ordering::SeqCst);
+        let before = std::mem::replace(&mut self.signalled, self.shown);
+        if !self.event_index {
+            let flags = load(memory, self.available, Ordering::Relaxed).ok_or(RingError::Available)?;
+            return Ok(flags & AVAILABLE_NO_INTERRUPT == 0);
+        }
+        let at = self.available + 4 + 2 * u64::from(self.size);
+        let event = load(memory, at, Ordering::Relaxed).ok_or(RingError::Available)?;
+        Ok(passed(event, before, self.shown))
+    }
+
+    /// Asks the driver for no doorbells while the queue is being served. With event indices there is nothing to say: the
+    /// driver rings once for each index that [`listen`](Self::listen) names.
     pub fn hush(&mut self, memory: &GuestRam) -> Result<(), RingError> {
-        self.queue.disable_notification(memory).map_err(|_| RingError::Used)
+        if self.event_index {
+            return Ok(());
+        }
+        store(memory, self.used, USED_NO_NOTIFY, Ordering::Relaxed).ok_or(RingError::Used)
     }
 
     /// Asks the driver for a doorbell at the next request; true if one came in the meantime.
     pub fn listen(&mut self, memory: &GuestRam) -> Result<bool, RingError> {
-        self.queue.enable_notification(memory).map_err(|_| RingError::Used)
+        let (at, value) = match self.event_index {
+            true => (self.used + 4 + 8 * u64::from(self.size), self.next),
+            false => (self.used, 0),
+        };
+        store(memory, at, value, Ordering::Relaxed).ok_or(RingError::Used)?;
+        // As in `show`, with the roles changed.
+        fence(Ordering::SeqCst);
+        let index = load(memory, self.available + 2, Ordering::Relaxed).ok_or(RingError::Available)?;
+        Ok(index != self.next)
     }
 
-    fn pending(&self, memory: &GuestRam) -> Result<bool, RingError> {
-        let index = self.queue.avail_idx(memory, std::sync::atomic::Ordering::Acquire);
-        index.map(|index| index.0 != self.queue.next_avail()).map_err(|_| RingError::Available)
+    /// Requests that the device has in hand.
+    pub fn in_hand(&self) -> u32 {
+        self.taken.iter().map(|word| word.count_ones()).sum()
+    }
+
+    /// Follows a chain from `head` to its end, through at most one indirect table, which must be its last part (2.7.5.3).
+    fn walk(&self, memory: &GuestRam, head: u16, chain: &mut Chain) -> Result<(), RingError> {
+        chain.clear(head);
+        let (mut table, mut entries, mut at) = (self.table, u32::from(self.size), head);
+        let (mut indirect, mut bytes) = (false, 0_u64);
+        let mut steps = 0;
+        loop {
+            if u32::from(at) >= entries {
+                return Err(RingError::Chain);
+            }
+            let place = table.checked_add(DESCRIPTOR * u64::from(at)).ok_or(RingError::Chain)?;
+            let descriptor: Descriptor = memory.read_obj(GuestAddress(place)).map_err(|_| RingError::Chain)?;
+            let (flags, length) = (u16::from(descriptor.flags), u32::from(descriptor.length));
+            if flags & DESC_INDIRECT != 0 {
+                let good = self.indirect && !indirect && flags & DESC_NEXT == 0;
+                if !good || length == 0 || !length.is_multiple_of(DESCRIPTOR as u32) {
+                    return Err(RingError::Chain);
+                }
+                (table, entries, at, indirect) = (descriptor.address.into(), length / DESCRIPTOR as u32, 0, true);
+                continue;
+            }
+            steps += 1;
+            bytes += u64::from(length);
+            if steps > self.limit || bytes > u64::from(u32::MAX) {
+                return Err(RingError::Long);
+            }
+            let segment = Segment { address: GuestAddress(descriptor.address.into()), length: length as usize };
+            chain.push(segment, flags & DESC_WRITE != 0, memory)?;
+            if flags & DESC_NEXT == 0 {
+                return Ok(());
+            }
+            at = descriptor.next.into();
+        }
+    }
+
+    fn slot(&self, index: u16) -> u64 {
+        u64::from(index % self.size)
+    }
+
+    fn is_taken(&self, head: u16) -> bool {
+        self.taken[usize::from(head / 64)] & 1 << (head % 64) != 0
+    }
+
+    fn set_taken(&mut self, head: u16, taken: bool) {
+        let (word, bit) = (&mut self.taken[usize::from(head / 64)], 1 << (head % 64));
+        *word = if taken { *word | bit } else { *word & !bit };
     }
 }
 
-impl Chain {
-    fn push(&mut self, segment: Segment, writable: bool, memory: &GuestRam) -> Result<(), RingError> {
-        let access = if writable { Permissions::Write } else { Permissions::Read };
-        if segment.length == 0 {
-            return Ok(());
-        }
-        if !GuestMemory::check_range(memory, segment.address, segment.length, access) {
-            return Err(RingError::Buffer);
-        }
-        match (writable, self.writable.is_empty()) {
-            (true, _) => self.writable.push(segment),
-            (false, true) => self.readable.push(segment),
-            (false, false) => return Err(RingError::Order),
-        }
-        Ok(())
-    }
-
-    /// Bytes that the driver wrote.
-    pub fn readable_length(&self) -> u64 {
-        length(&self.readable)
-    }
-
-    /// Bytes that the device may write.
-    pub fn writable_length(&self) -> u64 {
-        length(&self.writable)
-    }
-
-    /// Copies what the driver wrote, from byte `from` on, into all of `data`; false if there is less.
-    #[must_use]
-    pub fn copy_in(&self, memory: &GuestRam, from: u64, data: &mut [u8]) -> bool {
-        pieces(&self.readable, from, data.len()).all(|(address, at, length)| match data.get_mut(at..at + length) {
-            Some(part) => memory.read_slice(part, address).is_ok(),
-            None => false,
-        }) && from + data.len() as u64 <= self.readable_length()
-    }
-
-    /// Copies all of `data` to where the device may write, from byte `from` on; false if there is less room.
-    #[must_use]
-    pub fn copy_out(&self, memory: &GuestRam, from: u64, data: &[u8]) -> bool {
-        pieces(&self.writable, from, data.len()).all(|(address, at, length)| match data.get(at..at + length) {
-            Some(part) => memory.write_slice(part, address).is_ok(),
-            None => false,
-        }) && from + data.len() as u64 <= self.writable_length()
-    }
+/// Whether an index that went from `before` to `now` passed `event` (2.7.7.2): the arithmetic wraps.
+fn passed(event: u16, before: u16, now: u16) -> bool {
+    now.wrapping_sub(event).wrapping_sub(1) < now.wrapping_sub(before)
 }
 
-fn length(segments: &[Segment]) -> u64 {
-    segments.iter().map(|s| s.length as u64).sum()
+fn load(memory: &GuestRam, at: u64, order: Ordering) -> Option<u16> {
+    memory.load(GuestAddress(at), order).map(u16::from_le).ok()
 }
 
-/// The parts of `segments` that bytes `from` to `from + count` fall into: (address, offset from `from`, length).
-fn pieces(segments: &[Segment], from: u64, count: usize) -> impl Iterator<Item = (GuestAddress, usize, usize)> {
-    let (mut skip, mut done) = (from, 0);
-    segments.iter().filter_map(move |segment| {
-        let inside = usize::try_from(skip).unwrap_or(usize::MAX).min(segment.length);
-        skip -= inside as u64;
-        let length = (segment.length - inside).min(count - done);
-        let piece = (GuestAddress(segment.address.0 + inside as u64), done, length);
-        done += length;
-        (length > 0).then_some(piece)
-    })
+fn store(memory: &GuestRam, at: u64, value: u16, order: Ordering) -> Option<()> {
+    memory.store(value.to_le(), GuestAddress(at), order).ok()
 }
 
 #[cfg(test)]
-mod tests {
-    use super::super::mock::{Descriptor, MockDriver, NEXT, WRITE};
-    use super::*;
-    use proptest::prelude::*;
-
-    fn ring(driver: &MockDriver) -> Ring {
-        let ring = Ring::new(64, MockDriver::SIZE, MockDriver::RING, feature::ALL, 16).expect("a good ring");
-        ring.check(&driver.memory).expect("in RAM");
-        ring
-    }
-
-    fn take(driver: &MockDriver, descriptors: &[Descriptor]) -> Result<Chain, RingError> {
-        driver.offer(descriptors);
-        let mut chain = Chain::default();
-        ring(driver).next(&driver.memory, &mut chain).map(|_| chain)
-    }
-
-    #[test]
-    fn a_chain_is_taken_apart_in_order() {
-        let driver = MockDriver::new();
-        let chain = take(
-            &driver,
-            &[(0x4000, 16, NEXT, 1), (0x5000, 0, NEXT, 2), (0x6000, 512, NEXT | WRITE, 3), (0x7000, 1, WRITE, 0)],
-        );
-        let chain = chain.expect("a good chain");
-        assert_eq!((chain.readable.len(), chain.readable_length(), chain.writable_length()), (1, 16, 513));
-        assert!(chain.copy_out(&driver.memory, 510, &[1, 2, 3]));
-        assert_eq!(driver.memory.read_obj::<u16>(GuestAddress(0x61fe)).ok(), Some(0x0201));
-        assert_eq!(driver.memory.read_obj::<u8>(GuestAddress(0x7000)).ok(), Some(3));
-        assert!(!chain.copy_out(&driver.memory, 511, &[1, 2, 3]));
-        assert!(!chain.copy_in(&driver.memory, 1, &mut [0; 16]));
-    }
-
-    #[test]
-    fn an_indirect_table_is_followed_once() {
-        let driver = MockDriver::new();
-        driver.table(0x8000, &[(0x4000, 16, NEXT, 1), (0x6000, 1, WRITE, 0)]);
-        let chain = take(&driver, &[(0x8000, 32, 4, 0)]).expect("a good table");
-        assert_eq!((chain.readable.len(), chain.writable.len()), (1, 1));
-        driver.table(0x8000, &[(0x9000, 32, 4, 0)]);
-        assert_eq!(take(&driver, &[(0x8000, 16, 4, 0)]).err(), Some(RingError::Chain), "a table in a table");
-        assert_eq!(take(&driver, &[(0x8000, 17, 4, 0)]).err(), Some(RingError::Chain), "half a descriptor");
-        assert_eq!(take(&driver, &[(0x8000, 0, 4, 0)]).err(), Some(RingError::Chain), "an empty table");
-    }
-
-    #[test]
-    fn a_driver_that_breaks_the_rules_is_told_which() {
-        let end = MockDriver::BYTES;
-        let cases: [(&[Descriptor], RingError); 8] = [
-            (&[(0x4000, 16, NEXT, 0)], RingError::Chain),
-            (&[(0x4000, 16, NEXT, 1), (0x5000, 16, NEXT, 0)], RingError::Chain),
-            (&[(0x4000, 16, NEXT, MockDriver::SIZE)], RingError::Chain),
-            (&[(end, 1, 0, 0)], RingError::Buffer),
-            (&[(end - 1, 2, 0, 0)], RingError::Buffer),
-            (&[(u64::MAX, 2, 0, 0)], RingError::Buffer),
-            (&[(0x4000, u32::MAX, 0, 0)], RingError::Buffer),
-            (&[(0x4000, 16, NEXT | WRITE, 1), (0x5000, 16, 0, 0)], RingError::Order),
-        ];
-        for (descriptors, error) in cases {
-            let answer = take(&MockDriver::new(), descriptors).err();
-            assert!(
-                answer == Some(error) || answer == Some(RingError::Long) && error == RingError::Chain,
-                "{answer:?}"
-            );
-        }
-    }
-
-    #[test]
-    fn an_index_that_runs_ahead_is_refused() {
-        let driver = MockDriver::new();
-        driver.set_available(MockDriver::SIZE + 1);
-        assert_eq!(ring(&driver).next(&driver.memory, &mut Chain::default()), Err(RingError::Available));
-    }
-
-    #[test]
-    fn a_request_that_was_put_back_comes_again() {
-        let driver = MockDriver::new();
-        driver.offer(&[(0x4000, 16, 0, 0)]);
-        let (mut ring, mut chain) = (ring(&driver), Chain::default());
-        assert_eq!(ring.next(&driver.memory, &mut chain), Ok(true));
-        ring.put_back();
-        assert_eq!(ring.next(&driver.memory, &mut chain), Ok(true));
-        assert_eq!(ring.complete(&driver.memory, &chain, 0), Ok(true));
-        assert_eq!(ring.next(&driver.memory, &mut chain), Ok(false));
-        assert_eq!(driver.used(), 1);
-    }
-
-    #[test]
-    fn indices_wrap() {
-        let driver = MockDriver::new();
-        let (mut ring, mut chain) = (ring(&driver), Chain::default());
-        for round in 0..0x1_0010_u32 {
-            driver.offer(&[(0x4000, 16, 0, 0)]);
-            assert_eq!(ring.next(&driver.memory, &mut chain), Ok(true), "{round}");
-            ring.complete(&driver.memory, &chain, round).expect("used");
-        }
-        assert_eq!(driver.used(), 0x10);
-    }
-
-    #[test]
-    fn a_queue_outside_of_ram_is_refused() {
-        let driver = MockDriver::new();
-        for part in 0..3 {
-            for address in [MockDriver::BYTES, MockDriver::BYTES - 16, !0xf, 1] {
-                let mut at = MockDriver::RING;
-                at[part] = address;
-                let ring = Ring::new(64, 16, at, 0, 16).and_then(|ring| ring.check(&driver.memory));
-                assert_eq!(ring, Err(RingError::Place), "{part} {address:#x}");
-            }
-        }
-        assert!(Ring::new(64, 3, MockDriver::RING, 0, 16).is_err());
-        assert!(Ring::new(64, 128, MockDriver::RING, 0, 16).is_err());
-        assert!(Ring::new(64, 0, MockDriver::RING, 0, 16).is_err());
-    }
-
-    proptest! {
-        /// Whatever stands in the rings and tables: no panic, no endless loop, and a chain that is taken lies in RAM.
-        #[test]
-        fn any_memory_is_survived(
-            descriptors in prop::collection::vec((0_u64..0x1_1000, 0_u32..0x2000, 0_u16..8, 0_u16..20), 16),
-            heads in prop::collection::vec(0_u16..20, 16),
-            index in 0_u16..20,
-        ) {
-            let driver = MockDriver::new();
-            driver.table(MockDriver::RING[0], &descriptors);
-            driver.set_heads(&heads);
-            driver.set_available(index);
-            let (mut ring, mut chain) = (ring(&driver), Chain::default());
-            for _ in 0..64 {
-                match ring.next(&driver.memory, &mut chain) {
-                    Err(_) | Ok(false) => break,
-                    Ok(true) => {
-                        for s in chain.readable.iter().chain(&chain.writable) {
-                            prop_assert!(s.address.0 + s.length as u64 <= MockDriver::BYTES);
-                        }
-                        prop_assert!(chain.readable.len() + chain.writable.len() <= 16);
-                        let _ = ring.complete(&driver.memory, &chain, 0);
-                    }
-                }
-            }
-        }
-    }
-}
+#[path = "ring_tests.rs"]
+mod tests;

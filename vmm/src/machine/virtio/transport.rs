@@ -7,7 +7,7 @@
 //! 0x1000 ISR status              0x3000 notifications, 4 bytes each 0x5000 MSI-X pending bits
 //! ```
 
-use super::{Link, Ring, Session, VirtioDevice, feature};
+use super::{Link, Ring, RingError, Session, VirtioDevice, Virtqueue, feature};
 use crate::machine::layout::{PCI_BAR_STRIDE, PCI_WINDOW};
 use crate::machine::memory::GuestRam;
 use crate::machine::pci::{ConfigSpace, Identity, MSIX_PBA_SIZE, MsixTable, PciFunction, VECTORS_MAX, command};
@@ -43,7 +43,7 @@ const STATUS_NEEDS_RESET: u8 = 64;
 /// What a driver may set: ACKNOWLEDGE, DRIVER, DRIVER_OK, FEATURES_OK, FAILED.
 const STATUS_DRIVER: u8 = 1 | 2 | STATUS_DRIVER_OK | STATUS_FEATURES_OK | 128;
 
-/// The most buffers in one chain, whatever a device says: keeps chains bounded for every device.
+/// The most descriptors in one chain, whatever a device says: keeps chains bounded for every device.
 const CHAIN_LIMIT: usize = 256;
 
 /// A virtio device on the PCI bus.
@@ -95,6 +95,7 @@ impl VirtioPci {
         let vectors = u16::try_from(queues + 1).unwrap_or(VECTORS_MAX).min(VECTORS_MAX);
         let msix = Arc::new(MsixTable::new(vectors, wires.clone())?);
         let link = Arc::new(Link::new(msix.clone(), queues));
+        device.config().attach(link.clone());
         let identity = Identity {
             vendor: VENDOR,
             device: MODERN_DEVICE + device.device_type(),
@@ -209,11 +210,14 @@ impl VirtioPci {
 
     /// The driver is ready: hands its queues to the device, or gives up at once if one of them lies outside of RAM.
     fn start(&self, state: &State) {
+        let memory = Arc::new(self.memory.clone());
+        let queue = |(index, ring): (u16, Option<Ring>)| {
+            ring.map(|ring| Virtqueue::new(ring, memory.clone(), self.link.clone(), index))
+        };
         match state.rings(&self.memory) {
             Err(_) => self.link.give_up(),
             Ok(rings) => self.device.start(Session {
-                memory: self.memory.clone(),
-                rings,
+                queues: (0..).zip(rings).map(queue).collect(),
                 features: state.driver_features,
                 link: self.link.clone(),
             }),
@@ -275,10 +279,7 @@ impl PciFunction for VirtioPci {
             0x14 if data.len() == 1 => data[0] = self.status(),
             COMMON..ISR => self.common_read(offset, data),
             ISR => data.iter_mut().take(1).for_each(|isr| *isr = self.link.take_isr()),
-            DEVICE..NOTIFY => {
-                let from = self.device.config().iter().skip((offset - DEVICE) as usize);
-                data.iter_mut().zip(from).for_each(|(to, from)| *to = *from);
-            }
+            DEVICE..NOTIFY => self.device.config().read(offset - DEVICE, data),
             MSIX_TABLE..MSIX_PENDING => self.msix.table_read(offset - MSIX_TABLE, data),
             MSIX_PENDING.. => self.msix.pending_read(offset - MSIX_PENDING, data),
             _ => {}
@@ -288,6 +289,7 @@ impl PciFunction for VirtioPci {
     fn bar_write(&self, offset: u64, data: &[u8]) {
         match offset {
             COMMON..ISR => self.common_write(offset, data),
+            DEVICE..NOTIFY => self.device.config_written(offset - DEVICE, data),
             NOTIFY..MSIX_TABLE => {
                 let queue = u16::try_from((offset - NOTIFY) / u64::from(NOTIFY_STRIDE)).ok();
                 if let Some(event) = queue.and_then(|queue| self.device.doorbell(queue)) {
@@ -327,7 +329,7 @@ impl State {
         put(0x0c, &half(self.driver_features, self.driver_feature_select).to_le_bytes());
         put(0x10, &link.config_vector().to_le_bytes());
         put(0x12, &(self.queues.len() as u16).to_le_bytes());
-        put(0x14, &[self.status_shown(link)]);
+        put(0x14, &[self.status_shown(link), device.config().generation()]);
         put(0x16, &self.queue_select.to_le_bytes());
         put(0x18, &queue.map_or(0, |q| q.size).to_le_bytes());
         put(0x1a, &link.queue_vector(usize::from(self.queue_select)).to_le_bytes());
@@ -363,7 +365,7 @@ impl State {
         self.driver_features & !offered(device) == 0 && self.driver_features & feature::VERSION_1 != 0
     }
 
-    fn rings(&self, memory: &GuestRam) -> Result<Vec<Option<Ring>>, super::RingError> {
+    fn rings(&self, memory: &GuestRam) -> Result<Vec<Option<Ring>>, RingError> {
         let ring = |queue: &QueueSetup| {
             let ring = Ring::new(queue.max, queue.size, queue.at, self.driver_features, CHAIN_LIMIT)?;
             ring.check(memory).map(|()| ring)
@@ -396,7 +398,7 @@ fn add_capabilities(config: &mut ConfigSpace, device: &dyn VirtioDevice, vectors
     let structures = [
         (CONFIG_COMMON, COMMON, COMMON_SIZE),
         (CONFIG_ISR, ISR, 1),
-        (CONFIG_DEVICE, DEVICE, device.config().len() as u32),
+        (CONFIG_DEVICE, DEVICE, device.config().length() as u32),
     ];
     for (kind, at, size) in structures {
         let body = structure(kind, at, size, &[]);

@@ -1,6 +1,7 @@
 //! The transport with a mock driver and a mock device.
 
 use super::*;
+use crate::machine::virtio::DeviceConfig;
 use crate::machine::virtio::mock::MockDriver;
 use crate::machine::wires::mock::MockWires;
 use crate::machine::wires::new_event;
@@ -10,6 +11,7 @@ use vmm_sys_util::eventfd::EventFd;
 
 /// A device with one queue that notes what it is given, and that is slow to stop if told so.
 struct MockDevice {
+    config: DeviceConfig,
     doorbell: EventFd,
     session: Mutex<Option<Session>>,
     slow: AtomicBool,
@@ -28,8 +30,11 @@ impl VirtioDevice for MockDevice {
     fn queues(&self) -> &[u16] {
         &[64]
     }
-    fn config(&self) -> &[u8] {
-        &[1, 2, 3, 4, 5, 6, 7, 8]
+    fn config(&self) -> &DeviceConfig {
+        &self.config
+    }
+    fn config_written(&self, offset: u64, data: &[u8]) {
+        self.config.accept(offset, data, 6..7);
     }
     fn doorbell(&self, queue: u16) -> Option<&EventFd> {
         (queue == 0).then_some(&self.doorbell)
@@ -58,6 +63,7 @@ impl Bench {
         let driver = MockDriver::new();
         let wires = Arc::new(MockWires::default());
         let device = Arc::new(MockDevice {
+            config: DeviceConfig::new(vec![1, 2, 3, 4, 5, 6, 7, 8]),
             doorbell: new_event().expect("eventfd"),
             session: Mutex::new(None),
             slow: AtomicBool::new(false),
@@ -100,7 +106,7 @@ impl Bench {
     }
 
     fn running(&self) -> bool {
-        lock(&self.device.session).as_ref().is_some_and(|s| s.rings.iter().flatten().count() == 1)
+        lock(&self.device.session).as_ref().is_some_and(|s| s.queues.iter().flatten().count() == 1)
     }
 }
 
@@ -192,6 +198,17 @@ fn the_bar_can_be_reached_through_configuration_space() {
         bench.pci.config_write(at + offset, &u32::to_le_bytes(value));
     }
     assert_eq!(bench.read(0x14, 1), 3);
+}
+
+#[test]
+fn a_configuration_that_changes_interrupts_the_driver() {
+    let bench = Bench::new();
+    bench.set_up(MockDriver::RING);
+    bench.write(DEVICE + 4, 0xffff_ffff, 4);
+    assert_eq!((bench.read(DEVICE, 8), bench.read(0x15, 1)), (0x08ff_0605_0403_0201, 0), "the driver's own write");
+    bench.device.config.change(|bytes| bytes[0] = 9);
+    assert_eq!((bench.read(DEVICE, 1), bench.read(0x15, 1), bench.read(ISR, 1)), (9, 1, 2));
+    assert_eq!((bench.read(0x14, 1), bench.read(ISR, 1)), (15, 0), "and needs no reset");
 }
 
 proptest! {
