@@ -13,6 +13,7 @@ use policy::report::ReportEvent;
 use policy::{VolumeAnchor, VolumeId};
 use secretmem::Secret;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 /// All volumes of one VM, in the order of its disks.
 #[derive(Default)]
@@ -123,7 +124,13 @@ fn open(
     let file = opener.open_disk(disk, access).map_err(|e| bad(chain(&e)))?;
     let store = if disk.readonly { FileStore::shared(file) } else { FileStore::exclusive(file) };
     let store = store.map_err(|e| bad(chain(&e)))?;
-    let keeper = Arc::new(Keeper { volume: disk.volume, name: disk.id.to_string(), link: link.clone(), steps });
+    let keeper = Arc::new(Keeper {
+        volume: disk.volume,
+        name: disk.id.to_string(),
+        link: link.clone(),
+        steps,
+        untold: AtomicU64::new(0),
+    });
     let options = OpenOptions { read_only: disk.readonly, ..OpenOptions::default() };
     let volume = Volume::open(store, &grant, &kek, options, keeper.clone(), keeper).map_err(|e| bad(chain(&e)))?;
     Ok(Opened { name: disk.id.to_string(), readonly: disk.readonly, volume: Arc::new(volume) })
@@ -143,6 +150,8 @@ struct Keeper {
     name: String,
     link: Link,
     steps: Steps,
+    /// Events that found no room among the reports.
+    untold: AtomicU64,
 }
 
 impl Anchors for Keeper {
@@ -159,15 +168,17 @@ impl Events for Keeper {
     fn integrity(&self, lba: Option<u64>, physical: Option<u64>, reason: &str) {
         let block = lba.map(|lba| format!(" block {lba}")).unwrap_or_default();
         self.steps.step("disk-integrity", &format!("{}{block}: {reason}", self.name));
-        // A store that is wrong everywhere must not use up the room of what else there is to report.
-        if self.link.room().is_ok() {
-            self.link.report(ReportEvent::DiskIntegrity {
-                volume: self.volume,
-                lba,
-                physical,
-                reason: reason.to_owned(),
-            });
+        // A store that is wrong everywhere must not use up the room of what else there is to report: what finds none is
+        // counted, and told with the next that does.
+        if self.link.room().is_err() {
+            self.untold.fetch_add(1, Ordering::SeqCst);
+            return;
         }
+        let reason = match self.untold.swap(0, Ordering::SeqCst) {
+            0 => reason.to_owned(),
+            untold => format!("{reason} ({untold} before it found no room to be reported)"),
+        };
+        self.link.report(ReportEvent::DiskIntegrity { volume: self.volume, lba, physical, reason });
     }
 
     fn note(&self, text: &str) {
