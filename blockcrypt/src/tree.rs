@@ -9,16 +9,24 @@ use crate::format::page::{CHILDREN, Child, Header, Tree, child, set_child};
 use crate::format::{Block, zero_block};
 use policy::KeyId;
 use std::collections::{BTreeSet, HashMap};
+use std::hash::{Hash, Hasher};
 
 /// Fewest clean pages kept, whatever the bound: what one operation needs at once.
 const FEWEST: usize = 512;
 
 /// Which page.
-#[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Debug)]
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
 pub(crate) struct PageId {
     pub(crate) tree: Tree,
     pub(crate) level: u8,
     pub(crate) index: u64,
+}
+
+/// All in one word: pages are looked up several times for each block that is written.
+impl Hash for PageId {
+    fn hash<H: Hasher>(&self, state: &mut H) {
+        state.write_u64(self.index << 8 | u64::from(self.level) << 1 | u64::from(self.tree == Tree::Map));
+    }
 }
 
 impl PageId {

@@ -15,6 +15,7 @@ use crate::format::{BLOCK, Block, MAC, zero_block};
 use crate::keys::{Open, Seal};
 use crate::space::bitmap;
 use crate::tree::Halt;
+use std::cell::Cell;
 use std::ops::Range;
 use std::time::Duration;
 
@@ -22,6 +23,11 @@ use std::time::Duration;
 const CHUNK: u64 = 64;
 /// Log blocks that must be free for a chunk and the FLUSH behind it.
 pub(super) const LOG_ROOM: u64 = 4;
+
+thread_local! {
+    /// Where a chunk's ciphertext is made: fresh memory for each request would cost a tenth of its time.
+    static CIPHERTEXT: Cell<Vec<u8>> = const { Cell::new(Vec::new()) };
+}
 
 /// How often a write that is short of room only because of others tries again: for ten seconds.
 const PATIENCE: u32 = 10_000;
@@ -185,7 +191,7 @@ impl Shared {
 
     pub(super) fn write(&self, offset: u64, data: &[u8]) -> Result<(), VolumeError> {
         self.check_writable(offset, data.len() as u64)?;
-        let mut scratch = Vec::new();
+        let mut scratch = CIPHERTEXT.take();
         for chunk in chunks(offset, data.len()) {
             self.make_room()?;
             let _among_others = self.among_others();
@@ -196,6 +202,7 @@ impl Shared {
             let plain = self.fill_edges(&chunk, blocks, &data[chunk.buffer.clone()])?;
             self.write_blocks(chunk.first(), blocks, plain)?;
         }
+        CIPHERTEXT.set(scratch);
         Ok(())
     }
 
