@@ -63,4 +63,6 @@ pub use error::{AnchorRefused, VolumeError};
 pub use hooks::{Anchors, Events, Nobody};
 pub use keys::Kek;
 pub use store::{FileStore, MemoryStore, Store};
-pub use volume::{CheckReport, CheckStep, OpenOptions, PlainInfo, Volume, VolumeInfo, inspect};
+pub use volume::{
+    CheckReport, CheckStep, CloneOf, OpenOptions, PlainInfo, SnapshotInfo, Volume, VolumeInfo, erase, inspect,
+};

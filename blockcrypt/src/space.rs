@@ -37,6 +37,8 @@ pub(crate) struct Space {
     to_punch: Vec<u64>,
     /// Where the last run ended.
     cursor: u64,
+    /// Blocks of the pool that the bitmap calls used.
+    used: u64,
 }
 
 /// A block of superseded data.
@@ -49,7 +51,7 @@ struct Waiting {
 }
 
 impl Space {
-    pub(crate) fn new(geometry: &Geometry) -> Self {
+    pub(crate) fn new(geometry: &Geometry, used: u64) -> Self {
         let pages = usize::try_from(geometry.bitmaps()).unwrap_or(usize::MAX);
         Self {
             pool: geometry.pool(),
@@ -61,7 +63,19 @@ impl Space {
             waiting: VecDeque::new(),
             to_punch: Vec::new(),
             cursor: geometry.zone().end,
+            used,
         }
+    }
+
+    /// Blocks of the pool in use, as far as the bitmap knows.
+    pub(crate) fn used(&self) -> u64 {
+        self.used
+    }
+
+    /// Blocks that data and pages may still take.
+    pub(crate) fn free(&self) -> u64 {
+        let spoken_for = self.used + (self.held.len() + self.reserved.len()) as u64;
+        (self.pool.end - self.pool.start).saturating_sub(spoken_for)
     }
 
     /// Reserves up to `want` neighbouring blocks outside the zone, near `near` if that is free.
@@ -129,11 +143,6 @@ impl Space {
         Ok(free)
     }
 
-    /// Blocks reserved for data.
-    pub(crate) fn reserved(&self) -> u64 {
-        (self.reserved.len() - self.spare.len()) as u64
-    }
-
     /// Whether `block` is one that data and pages may lie in.
     pub(crate) fn has(&self, block: u64) -> bool {
         self.pool.contains(&block)
@@ -194,6 +203,8 @@ impl Space {
                 changed += u16::from(is_clear(bytes, i) == used);
                 set_bit(bytes, i, used);
             }
+            let all = u64::from(changed);
+            self.used = if used { self.used + all } else { self.used.saturating_sub(all) };
             if let Some(clear) = self.clear.get_mut(page as usize).filter(|clear| **clear != UNKNOWN) {
                 *clear = if used { clear.saturating_sub(changed) } else { *clear + changed };
             }
@@ -216,8 +227,32 @@ impl Space {
 
     /// Marks blocks beyond the volume's end and outside its pool as used: what a new volume begins with.
     pub(crate) fn fence(&mut self, forest: &mut Forest) -> Result<(), Halt> {
+        let used = self.used;
         self.mark(0..self.pool.start, true, forest)?;
-        self.mark(self.pool.end..self.clear.len() as u64 * BITS as u64, true, forest)
+        self.mark(self.pool.end..self.clear.len() as u64 * BITS as u64, true, forest)?;
+        self.used = used;
+        Ok(())
+    }
+
+    /// The volume is longer from now on.
+    pub(crate) fn lengthen(&mut self, geometry: &Geometry) {
+        self.pool = geometry.pool();
+        self.zone = geometry.zone();
+        self.clear.resize(usize::try_from(geometry.bitmaps()).unwrap_or(usize::MAX), UNKNOWN);
+    }
+
+    /// Blocks that lay behind the end are free, others are not any more: neither counts as used.
+    pub(crate) fn move_fence(
+        &mut self,
+        freed: Range<u64>,
+        fenced: Range<u64>,
+        forest: &mut Forest,
+    ) -> Result<(), Halt> {
+        let used = self.used;
+        self.mark(freed, false, forest)?;
+        self.mark(fenced, true, forest)?;
+        self.used = used;
+        Ok(())
     }
 
     /// Frees a block of data that record number `record` supersedes: reusable once that is durable, and, with `punch`, once its
@@ -283,6 +318,11 @@ impl Space {
         for block in blocks {
             self.held.remove(*block);
         }
+    }
+
+    /// Blocks that were freed and held may be reused, once their room was given back.
+    pub(crate) fn freed(&mut self, blocks: &[u64]) {
+        self.to_punch.extend(blocks);
     }
 
     /// Superseded blocks of data that still wait.
