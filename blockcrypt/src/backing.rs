@@ -36,6 +36,11 @@ impl Backing {
         *self.geometry.read().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// The volume has another size from now on.
+    pub(crate) fn set_geometry(&self, geometry: Geometry) {
+        *self.geometry.write().unwrap_or_else(PoisonError::into_inner) = geometry;
+    }
+
     /// Computes something with the keys; not to be held over I/O.
     pub(crate) fn with_keys<R>(
         &self,

@@ -96,6 +96,21 @@ pub enum VolumeError {
     /// No room for data, or for the metadata that would make it durable.
     #[error("the volume's store is full; make room, then write again (nothing acknowledged is lost)")]
     Full(#[source] Option<io::Error>),
+    /// No snapshot with that number.
+    #[error("the volume has no snapshot {0}")]
+    NoSnapshot(u64),
+    /// Something newer would be lost.
+    #[error("snapshot {0} is newer; delete it first")]
+    NewerSnapshot(u64),
+    /// Opened for reading only, with a log.
+    #[error("the volume was not closed in order; open it for writing once, and close it")]
+    NotClosed,
+    /// A name that no snapshot has.
+    #[error("a snapshot's name has 1 to 64 bytes, without control characters")]
+    SnapshotName,
+    /// As many as there is room for.
+    #[error("the volume has {0} snapshots, and room for no more; delete one first")]
+    TooManySnapshots(usize),
     /// The keys were wiped.
     #[error("the volume's keys are wiped; it goes on when they are put back")]
     NoKeys,

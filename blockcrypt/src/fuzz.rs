@@ -4,6 +4,7 @@
 use crate::format::log::LogBlock;
 use crate::format::page::{CHILDREN, Child, ENTRIES, Entry, Header, child, entry};
 use crate::format::slot::SlotPage;
+use crate::format::snapshot::SnapshotPage;
 use crate::format::superblock::Superblock;
 use crate::format::{BLOCK, Block};
 use crate::{MemoryStore, inspect};
@@ -25,7 +26,7 @@ pub fn fuzz_superblock(data: &[u8]) {
     }
 }
 
-/// A page of a tree, or of key slots.
+/// A page of a tree, of key slots, or of snapshots.
 pub fn fuzz_page(data: &[u8]) {
     let bytes = block(data);
     if let Ok(header) = Header::parse(&bytes) {
@@ -38,6 +39,9 @@ pub fn fuzz_page(data: &[u8]) {
     }
     for i in 0..CHILDREN {
         assert!(Child::parse(&child(&bytes, i).to_bytes()) == child(&bytes, i));
+    }
+    if let Ok(page) = SnapshotPage::parse(&bytes) {
+        assert!(page.to_block()[Header::SIZE..] == bytes[Header::SIZE..]);
     }
     if let Ok(page) = SlotPage::parse(&bytes) {
         assert!(page.to_block()[Header::SIZE..] == bytes[Header::SIZE..]);

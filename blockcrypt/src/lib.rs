@@ -40,12 +40,13 @@
 //! | `keys` | from the key-encryption key to what seals blocks |
 //! | `crypto` | their ciphers, on the fastest path that the processor has |
 //! | `store`, `hooks` | what a volume stands on: bytes at offsets, anchors, events |
-//! | `backing`, `tree`, `space` | verified blocks, cached pages, free blocks |
+//! | `backing`, `tree`, `space`, `blockset` | verified blocks, cached pages, free blocks |
 //! | `volume` | the engine |
 
 mod backing;
 #[doc(hidden)]
 pub mod bench;
+mod blockset;
 mod crypto;
 mod error;
 pub mod format;
@@ -62,4 +63,6 @@ pub use error::{AnchorRefused, VolumeError};
 pub use hooks::{Anchors, Events, Nobody};
 pub use keys::Kek;
 pub use store::{FileStore, MemoryStore, Store};
-pub use volume::{CheckReport, CheckStep, OpenOptions, PlainInfo, Volume, VolumeInfo, inspect};
+pub use volume::{
+    CheckReport, CheckStep, CloneOf, OpenOptions, PlainInfo, SnapshotInfo, Volume, VolumeInfo, erase, inspect,
+};

@@ -9,11 +9,12 @@
 //!   still takes checkpoints.
 
 use crate::VolumeError;
+use crate::blockset::{BlockSet, WORDS};
 use crate::format::Block;
 use crate::format::geometry::Geometry;
 use crate::format::page::{BITS, Header, Tree, set_bit};
 use crate::tree::{Forest, Halt, PageId};
-use std::collections::{HashSet, VecDeque};
+use std::collections::VecDeque;
 use std::ops::Range;
 
 /// Free blocks in a bitmap page that was not loaded yet.
@@ -26,8 +27,8 @@ pub(crate) struct Space {
     zone: Range<u64>,
     /// Clear bits of each bitmap page, held and reserved ones included.
     clear: Vec<u16>,
-    held: HashSet<u64>,
-    reserved: HashSet<u64>,
+    held: BlockSet,
+    reserved: BlockSet,
     /// Reserved blocks outside the zone that pages may take.
     spare: Vec<u64>,
     /// Superseded data that waits for a record to be durable.
@@ -36,6 +37,8 @@ pub(crate) struct Space {
     to_punch: Vec<u64>,
     /// Where the last run ended.
     cursor: u64,
+    /// Blocks of the pool that the bitmap calls used.
+    used: u64,
 }
 
 /// A block of superseded data.
@@ -48,19 +51,31 @@ struct Waiting {
 }
 
 impl Space {
-    pub(crate) fn new(geometry: &Geometry) -> Self {
+    pub(crate) fn new(geometry: &Geometry, used: u64) -> Self {
         let pages = usize::try_from(geometry.bitmaps()).unwrap_or(usize::MAX);
         Self {
             pool: geometry.pool(),
             zone: geometry.zone(),
             clear: vec![UNKNOWN; pages],
-            held: HashSet::new(),
-            reserved: HashSet::new(),
+            held: BlockSet::new(pages),
+            reserved: BlockSet::new(pages),
             spare: Vec::new(),
             waiting: VecDeque::new(),
             to_punch: Vec::new(),
             cursor: geometry.zone().end,
+            used,
         }
+    }
+
+    /// Blocks of the pool in use, as far as the bitmap knows.
+    pub(crate) fn used(&self) -> u64 {
+        self.used
+    }
+
+    /// Blocks that data and pages may still take.
+    pub(crate) fn free(&self) -> u64 {
+        let spoken_for = self.used + (self.held.len() + self.reserved.len()) as u64;
+        (self.pool.end - self.pool.start).saturating_sub(spoken_for)
     }
 
     /// Reserves up to `want` neighbouring blocks outside the zone, near `near` if that is free.
@@ -70,7 +85,7 @@ impl Space {
             Some(found) => found,
             None => self.search(want, &all, forest)?.ok_or(VolumeError::Full(None))?,
         };
-        self.reserved.extend(found.clone());
+        found.clone().for_each(|block| self.reserved.insert(block));
         self.cursor = found.end;
         Ok(found)
     }
@@ -93,7 +108,7 @@ impl Space {
     /// Reserved blocks that were not used after all.
     pub(crate) fn unreserve(&mut self, blocks: impl IntoIterator<Item = u64>) {
         for block in blocks {
-            self.reserved.remove(&block);
+            self.reserved.remove(block);
         }
     }
 
@@ -101,7 +116,7 @@ impl Space {
     pub(crate) fn give_back(&mut self, blocks: &[u64]) {
         for block in blocks {
             if self.zone.contains(block) {
-                self.reserved.remove(block);
+                self.reserved.remove(*block);
             } else {
                 self.spare.push(*block);
             }
@@ -128,18 +143,13 @@ impl Space {
         Ok(free)
     }
 
-    /// Blocks reserved for data.
-    pub(crate) fn reserved(&self) -> u64 {
-        (self.reserved.len() - self.spare.len()) as u64
-    }
-
     /// Whether `block` is one that data and pages may lie in.
     pub(crate) fn has(&self, block: u64) -> bool {
         self.pool.contains(&block)
     }
 
     fn is_idle(&self, block: u64) -> bool {
-        !self.held.contains(&block) && !self.reserved.contains(&block)
+        !self.held.contains(block) && !self.reserved.contains(block)
     }
 
     /// From the cursor once round.
@@ -175,17 +185,10 @@ impl Space {
             *clear = count_clear(bits);
         }
         let end = ((within.end - base) as usize).min(BITS);
-        let mut at = (start - base) as usize;
-        while let Some(i) = next_clear(bits, at).filter(|i| *i < end) {
-            let run = (i..end).take_while(|i| is_clear(bits, *i) && self.is_idle(base + *i as u64));
-            let length = run.take(want as usize).count() as u64;
-            if length > 0 {
-                let first = base + i as u64;
-                return Ok(Some(first..first + length));
-            }
-            at = i + 1;
-        }
-        Ok(None)
+        let bits = words(bits);
+        let idle = |i| !(u64::from_le_bytes(bits[i]) | self.held.word(page, i) | self.reserved.word(page, i));
+        let run = first_run(idle, (start - base) as usize..end, usize::try_from(want).unwrap_or(usize::MAX));
+        Ok(run.map(|run| base + run.start as u64..base + run.end as u64))
     }
 
     /// Blocks in use become free, or the other way round. The bitmap page must be in memory before anything is changed.
@@ -200,6 +203,8 @@ impl Space {
                 changed += u16::from(is_clear(bytes, i) == used);
                 set_bit(bytes, i, used);
             }
+            let all = u64::from(changed);
+            self.used = if used { self.used + all } else { self.used.saturating_sub(all) };
             if let Some(clear) = self.clear.get_mut(page as usize).filter(|clear| **clear != UNKNOWN) {
                 *clear = if used { clear.saturating_sub(changed) } else { *clear + changed };
             }
@@ -211,7 +216,7 @@ impl Space {
     /// A reserved block is in use.
     pub(crate) fn take(&mut self, block: u64, forest: &mut Forest) -> Result<(), Halt> {
         self.mark(block..block + 1, true, forest)?;
-        self.reserved.remove(&block);
+        self.reserved.remove(block);
         Ok(())
     }
 
@@ -222,8 +227,32 @@ impl Space {
 
     /// Marks blocks beyond the volume's end and outside its pool as used: what a new volume begins with.
     pub(crate) fn fence(&mut self, forest: &mut Forest) -> Result<(), Halt> {
+        let used = self.used;
         self.mark(0..self.pool.start, true, forest)?;
-        self.mark(self.pool.end..self.clear.len() as u64 * BITS as u64, true, forest)
+        self.mark(self.pool.end..self.clear.len() as u64 * BITS as u64, true, forest)?;
+        self.used = used;
+        Ok(())
+    }
+
+    /// The volume is longer from now on.
+    pub(crate) fn lengthen(&mut self, geometry: &Geometry) {
+        self.pool = geometry.pool();
+        self.zone = geometry.zone();
+        self.clear.resize(usize::try_from(geometry.bitmaps()).unwrap_or(usize::MAX), UNKNOWN);
+    }
+
+    /// Blocks that lay behind the end are free, others are not any more: neither counts as used.
+    pub(crate) fn move_fence(
+        &mut self,
+        freed: Range<u64>,
+        fenced: Range<u64>,
+        forest: &mut Forest,
+    ) -> Result<(), Halt> {
+        let used = self.used;
+        self.mark(freed, false, forest)?;
+        self.mark(fenced, true, forest)?;
+        self.used = used;
+        Ok(())
     }
 
     /// Frees a block of data that record number `record` supersedes: reusable once that is durable, and, with `punch`, once its
@@ -244,7 +273,7 @@ impl Space {
     /// Takes back a [`free_held`](Self::free_held).
     pub(crate) fn keep(&mut self, block: u64, forest: &mut Forest) -> Result<(), Halt> {
         self.mark(block..block + 1, true, forest)?;
-        self.held.remove(&block);
+        self.held.remove(block);
         Ok(())
     }
 
@@ -256,7 +285,7 @@ impl Space {
             if waiting.punch {
                 self.to_punch.push(waiting.block);
             } else {
-                self.held.remove(&waiting.block);
+                self.held.remove(waiting.block);
             }
         }
     }
@@ -264,7 +293,7 @@ impl Space {
     /// Pages that a durable superblock replaced may be reused: by pages, as long as fewer than `spares` are spare, for the store
     /// has room for them.
     pub(crate) fn release(&mut self, pages: &[u64], spares: usize) {
-        for block in pages.iter().filter(|block| self.held.remove(block)) {
+        for block in pages.iter().filter(|block| self.held.remove(**block)) {
             if self.spare.len() < spares && !self.zone.contains(block) {
                 self.reserved.insert(*block);
                 self.spare.push(*block);
@@ -276,7 +305,7 @@ impl Space {
     pub(crate) fn release_all(&mut self) {
         self.durable(u64::MAX);
         self.held.clear();
-        self.held.extend(&self.to_punch);
+        self.to_punch.iter().for_each(|block| self.held.insert(*block));
     }
 
     /// Blocks whose room may be given back now. They stay held until [`punched`](Self::punched).
@@ -287,8 +316,13 @@ impl Space {
     /// The room of these blocks was given back, or can't be.
     pub(crate) fn punched(&mut self, blocks: &[u64]) {
         for block in blocks {
-            self.held.remove(block);
+            self.held.remove(*block);
         }
+    }
+
+    /// Blocks that were freed and held may be reused, once their room was given back.
+    pub(crate) fn freed(&mut self, blocks: &[u64]) {
+        self.to_punch.extend(blocks);
     }
 
     /// Superseded blocks of data that still wait.
@@ -314,39 +348,54 @@ fn is_clear(page: &Block, i: usize) -> bool {
     !crate::format::page::bit(page, i)
 }
 
-/// The first clear bit from `start` on.
-fn next_clear(page: &Block, start: usize) -> Option<usize> {
-    let words = words(page);
-    let mut mask = u64::MAX << (start % 64);
-    for (i, word) in words.iter().enumerate().skip(start / 64) {
-        let clear = !u64::from_le_bytes(*word) & mask;
-        if clear != 0 {
-            return Some(i * 64 + clear.trailing_zeros() as usize);
+/// The first set bit of `within`, and those that follow it, `want` at most. `word` gives the bits, 64 at a time.
+fn first_run(word: impl Fn(usize) -> u64, within: Range<usize>, want: usize) -> Option<Range<usize>> {
+    let mut mask = u64::MAX << (within.start % 64);
+    let start = (within.start / 64..WORDS).find_map(|i| {
+        let set = word(i) & std::mem::replace(&mut mask, u64::MAX);
+        (set != 0).then(|| i * 64 + set.trailing_zeros() as usize)
+    })?;
+    let most = within.end.min(start.saturating_add(want));
+    let mut end = start;
+    while end < most {
+        let ones = (word(end / 64) >> (end % 64)).trailing_ones() as usize;
+        end += ones;
+        if ones == 0 || end % 64 != 0 {
+            break;
         }
-        mask = u64::MAX;
     }
-    None
+    (start < most).then(|| start..end.min(most))
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::format::BLOCK;
+    use proptest::prelude::*;
 
     #[test]
-    fn clear_bits_are_found_in_order() {
+    fn clear_bits_are_counted() {
         let mut page = [0xff; BLOCK];
-        assert_eq!(next_clear(&page, 0), None);
         for i in [0, 63, 64, 1000, BITS - 1] {
             set_bit(&mut page, i, false);
         }
-        let mut found = Vec::new();
-        let mut at = 0;
-        while let Some(i) = next_clear(&page, at) {
-            found.push(i);
-            at = i + 1;
-        }
-        assert_eq!(found, [0, 63, 64, 1000, BITS - 1]);
         assert_eq!(count_clear(&page), 5);
+        assert_eq!(words(&page)[1], [0xfe, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff]);
+    }
+
+    proptest! {
+        #[test]
+        fn the_first_run_is_the_one_that_a_bit_by_bit_search_finds(
+            edges in prop::collection::vec(0..BITS, 0..40), start in 0..BITS, end in 0..BITS, want in 1_usize..300
+        ) {
+            // Every edge turns what follows around, so that runs are long and cross words.
+            let set = |i: usize| edges.iter().filter(|edge| **edge <= i).count() % 2 == 1;
+            let all: Vec<bool> = (0..BITS).map(set).collect();
+            let word = |w: usize| (0..64).fold(0, |bits, i| bits | u64::from(all[w * 64 + i]) << i);
+            let expected = (start..end).find(|i| all[*i]).map(|first| {
+                first..first + (first..end).take(want).take_while(|i| all[*i]).count()
+            });
+            prop_assert_eq!(first_run(word, start..end, want), expected);
+        }
     }
 }

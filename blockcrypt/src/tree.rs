@@ -9,16 +9,24 @@ use crate::format::page::{CHILDREN, Child, Header, Tree, child, set_child};
 use crate::format::{Block, zero_block};
 use policy::KeyId;
 use std::collections::{BTreeSet, HashMap};
+use std::hash::{Hash, Hasher};
 
 /// Fewest clean pages kept, whatever the bound: what one operation needs at once.
 const FEWEST: usize = 512;
 
 /// Which page.
-#[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Debug)]
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
 pub(crate) struct PageId {
     pub(crate) tree: Tree,
     pub(crate) level: u8,
     pub(crate) index: u64,
+}
+
+/// All in one word: pages are looked up several times for each block that is written.
+impl Hash for PageId {
+    fn hash<H: Hasher>(&self, state: &mut H) {
+        state.write_u64(self.index << 8 | u64::from(self.level) << 1 | u64::from(self.tree == Tree::Map));
+    }
 }
 
 impl PageId {
@@ -97,6 +105,11 @@ impl Forest {
         Self { pages, map, free, dirty: BTreeSet::new(), pinned: BTreeSet::new(), clock: 0, bound: bound.max(FEWEST) }
     }
 
+    /// Clean pages kept at most.
+    pub(crate) fn bound(&self) -> usize {
+        self.bound
+    }
+
     pub(crate) fn root(&self, tree: Tree) -> Root {
         if tree == Tree::Map { self.map } else { self.free }
     }
@@ -118,6 +131,23 @@ impl Forest {
     /// The page, to be read.
     pub(crate) fn page(&mut self, id: PageId) -> Result<&Page, Halt> {
         self.load(id).map(|p| &*p)
+    }
+
+    /// The page, to be read, if there is one: nothing is made of what is empty.
+    pub(crate) fn peek(&mut self, id: PageId) -> Result<Option<&Page>, Halt> {
+        if !self.pages.contains_key(&id) {
+            let root = self.root(id.tree);
+            let pointer = if id.level + 1 == root.levels {
+                root.child
+            } else {
+                self.peek(id.parent())?.map_or(Child::EMPTY, |above| child(&above.bytes, id.place()))
+            };
+            if pointer.is_empty() {
+                return Ok(None);
+            }
+            return Err(Halt::Missing(Missing { id, pointer }));
+        }
+        self.load(id).map(|page| Some(&*page))
     }
 
     /// The page, to be written: it is dirty from now on.
@@ -171,7 +201,7 @@ impl Forest {
 
     /// Lets go of the clean pages that were not used for longest, a quarter at a time so that the cost is spread.
     pub(crate) fn make_room(&mut self) {
-        if self.pages.len() < self.bound + self.dirty.len() {
+        if self.pages.len() < self.bound + self.dirty.len() + self.pinned.len() {
             return;
         }
         let mut times: Vec<u64> = self.pages.values().filter(|p| p.can_go()).map(|p| p.used).collect();
@@ -210,6 +240,36 @@ impl Forest {
             }
         }
         Ok(None)
+    }
+
+    /// The map is another one from now on, with the same number of levels or fewer, which nodes above its root make up for. All pages
+    /// of the map so far must be clean.
+    pub(crate) fn replace_map(&mut self, root: Child, levels: u8) -> Result<(), Halt> {
+        self.pages.retain(|id, _| id.tree != Tree::Map);
+        let wanted = self.map.levels;
+        self.map = Root { child: root, levels };
+        self.deepen(Tree::Map, wanted)
+    }
+
+    /// A tree has so many levels from now on: nodes above its root, until then the leftmost.
+    pub(crate) fn deepen(&mut self, tree: Tree, levels: u8) -> Result<(), Halt> {
+        let Root { child: root, levels: before } = self.root(tree);
+        if levels <= before {
+            return Ok(());
+        }
+        let lower = self.dirty.iter().any(|id| id.tree == tree);
+        self.root_mut(tree).levels = levels;
+        if root.is_empty() && !lower {
+            return Ok(());
+        }
+        self.root_mut(tree).child = Child::EMPTY;
+        for level in (before..levels).rev() {
+            let page = self.page_mut(PageId { tree, level, index: 0 })?;
+            if level == before {
+                set_child(&mut page.bytes, 0, root);
+            }
+        }
+        Ok(())
     }
 
     /// What a checkpoint is to write of a page. From now on changes to it are the next one's.

@@ -46,6 +46,17 @@ pub(crate) enum Command {
     /// Read and verify all of a volume, and name every bad block
     #[command(after_help = CHECK_HELP)]
     Check(Check),
+    /// Snapshots of a volume: take, list, go back to, delete
+    Snapshot(Snapshot),
+    /// Make a volume larger; what is new reads as zeroes
+    #[command(after_help = RESIZE_HELP)]
+    Resize(Resize),
+    /// Seal everything anew under the key that new writes have, and forget older ones
+    #[command(after_help = REKEY_HELP)]
+    Rekey(Rekey),
+    /// Destroy a volume's key slots: nobody can ever read it again
+    #[command(after_help = ERASE_HELP)]
+    Erase(Erase),
 }
 
 #[derive(Args, Debug)]
@@ -81,6 +92,9 @@ pub(crate) struct Export {
     pub(crate) volume: PathBuf,
     /// The raw image to make: a file, a block device (with --force), or - for standard output
     pub(crate) image: PathBuf,
+    /// Export this snapshot instead of the volume
+    #[arg(long, value_name = "N")]
+    pub(crate) snapshot: Option<u64>,
     /// Replace what stands there
     #[arg(long)]
     pub(crate) force: bool,
@@ -96,6 +110,71 @@ pub(crate) struct Info {
 pub(crate) struct Check {
     /// The volume
     pub(crate) volume: PathBuf,
+}
+
+#[derive(Args, Debug)]
+pub(crate) struct Snapshot {
+    #[command(subcommand)]
+    pub(crate) command: SnapshotCommand,
+}
+
+#[derive(Subcommand, Debug)]
+pub(crate) enum SnapshotCommand {
+    /// Take a snapshot; it costs nothing until the volume changes
+    Take(TakeSnapshot),
+    /// Show a volume's snapshots, oldest first; times are Unix seconds
+    List(ListSnapshots),
+    /// Make the volume hold again what its newest snapshot holds; what was written since is gone
+    Revert(OneSnapshot),
+    /// Delete a snapshot and free what only it holds
+    Delete(OneSnapshot),
+}
+
+#[derive(Args, Debug)]
+pub(crate) struct TakeSnapshot {
+    /// The volume
+    pub(crate) volume: PathBuf,
+    /// What to call it: 1 to 64 bytes
+    #[arg(long)]
+    pub(crate) name: String,
+}
+
+#[derive(Args, Debug)]
+pub(crate) struct ListSnapshots {
+    /// The volume
+    pub(crate) volume: PathBuf,
+}
+
+#[derive(Args, Debug)]
+pub(crate) struct OneSnapshot {
+    /// The volume
+    pub(crate) volume: PathBuf,
+    /// The snapshot's number
+    pub(crate) snapshot: u64,
+}
+
+#[derive(Args, Debug)]
+pub(crate) struct Resize {
+    /// The volume
+    pub(crate) volume: PathBuf,
+    /// Its new size: not smaller than now; a number, or one with K, M, G or T (powers of 1024); a multiple of 512
+    #[arg(long, value_name = "N[K|M|G|T]")]
+    pub(crate) size: Size,
+}
+
+#[derive(Args, Debug)]
+pub(crate) struct Rekey {
+    /// The volume
+    pub(crate) volume: PathBuf,
+}
+
+#[derive(Args, Debug)]
+pub(crate) struct Erase {
+    /// The volume
+    pub(crate) volume: PathBuf,
+    /// It is meant
+    #[arg(long)]
+    pub(crate) force: bool,
 }
 
 const EXIT_CODES: &str = "\
@@ -161,6 +240,22 @@ also goes to the customer's audit log.
 
 Example: fealty-keys volume exec acme root -- fealty-disk check /store/root.vol";
 
+const RESIZE_HELP: &str = "\
+The VM must not run meanwhile. Snapshots keep their size. A volume does not become smaller.
+
+Example: fealty-keys volume exec acme data -- fealty-disk resize /store/data.vol --size 40G";
+
+const REKEY_HELP: &str = "\
+After the provider has issued a new key id for the volume. Where this is interrupted, the next run goes on. Older keys stay as long as
+snapshots need them.
+
+Example: fealty-keys volume exec acme data -- fealty-disk rekey /store/data.vol";
+
+const ERASE_HELP: &str = "\
+Needs no key, and --force. Copies of the file that were made before are not touched: have the provider retire the volume's keys too.
+
+Example: fealty-disk erase /store/data.vol --force";
+
 /// The command line, or the exit code if there is nothing to do: help was asked for, or it makes no sense.
 pub(crate) fn parse() -> Result<Cli, ExitCode> {
     Cli::try_parse().map_err(|error| match error.kind() {
@@ -169,7 +264,7 @@ pub(crate) fn parse() -> Result<Cli, ExitCode> {
             ExitCode::SUCCESS
         }
         ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand => {
-            report::line("a command is missing: create, import, export, info or check (see fealty-disk --help)");
+            report::line("a command is missing: create, import, export, info, check, snapshot, resize, rekey or erase (see fealty-disk --help)");
             ExitCode::from(2)
         }
         _ => {

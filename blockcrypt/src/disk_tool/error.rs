@@ -36,6 +36,8 @@ pub(crate) enum ToolError {
     Bad { path: PathBuf, bad: u64, problems: u64 },
     #[error("{0} was overwritten in part")]
     Overwritten(PathBuf, #[source] Box<ToolError>),
+    #[error("{0} would be unreadable for ever; say --force if that is meant")]
+    Unforced(PathBuf),
     #[error("the process can't be protected")]
     Harden(#[from] secretmem::SecretError),
     #[error("signals can't be watched for")]
@@ -48,7 +50,7 @@ impl ToolError {
     /// What `--help` promises.
     pub(crate) fn code(&self) -> u8 {
         match self {
-            Self::NoKeys(_) | Self::Inherit(_) => USAGE,
+            Self::NoKeys(_) | Self::Inherit(_) | Self::Unforced(_) => USAGE,
             Self::Holder(_) | Self::Make(MakeError::Anchor(_)) => REFUSED,
             Self::Volume(_, error) => of_volume(error),
             Self::Bad { .. } => BAD,
@@ -73,7 +75,7 @@ fn of_volume(error: &VolumeError) -> u8 {
         | VolumeError::KeyExhausted(_)
         | VolumeError::Grant(_)
         | VolumeError::Anchor(_) => REFUSED,
-        VolumeError::Size { .. } => USAGE,
+        VolumeError::Size { .. } | VolumeError::SnapshotName => USAGE,
         _ => FAILED,
     }
 }

@@ -8,7 +8,7 @@ use super::image::ImageError;
 use super::place::{Content, Place, same_file};
 use super::progress::{Progress, rate};
 use super::size::Bytes;
-use super::{Context, open_file, open_volume};
+use super::{Context, open_file, open_snapshot};
 use fealty_blockcrypt::Volume;
 use policy::VolumeId;
 use serde::Serialize;
@@ -41,7 +41,7 @@ pub(super) fn export(context: &Context, words: &Export) -> Result<(), ToolError>
     }
     let sink = Sink::begin(context, words)?;
     let handover = context.handover("export")?;
-    let volume = open_volume(&words.volume, file, &handover)?;
+    let volume = open_snapshot(&words.volume, file, &handover, words.snapshot)?;
     let Handover { holder, .. } = handover;
     sink.prepare(&words.image, volume.size())?;
     let mut progress = Progress::of("export", volume.size(), context.report.json);

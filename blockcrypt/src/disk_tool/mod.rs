@@ -6,6 +6,7 @@
 //! | `cli`, `size` | the command line |
 //! | `holder`, `inherit` | the conversation with whoever holds the volume's session |
 //! | `make` | `create` and `import`: a volume that appears whole or not at all |
+//! | `change`, `snapshot` | commands that change a volume in its place |
 //! | `export`, `info`, `check` | the other commands |
 //! | `image`, `blocks` | raw images, and which of their blocks hold something |
 //! | `place` | files that get their name when they are complete |
@@ -14,6 +15,7 @@
 //! | `error` | why it failed, and the exit codes |
 
 mod blocks;
+mod change;
 mod check;
 mod cli;
 mod error;
@@ -28,6 +30,7 @@ mod progress;
 mod report;
 mod signals;
 mod size;
+mod snapshot;
 
 use cli::{Cli, Command};
 use error::ToolError;
@@ -72,6 +75,10 @@ fn perform(cli: Cli) -> Result<(), ToolError> {
         Command::Export(words) => export::export(&context, &words),
         Command::Info(words) => info::info(&context, &words),
         Command::Check(words) => check::check(&context, &words),
+        Command::Snapshot(words) => snapshot::snapshot(&context, &words),
+        Command::Resize(words) => change::resize(&context, &words),
+        Command::Rekey(words) => change::rekey(&context, &words),
+        Command::Erase(words) => change::erase(&context, &words),
     }
 }
 
@@ -91,9 +98,14 @@ fn open_file(path: &Path) -> Result<File, ToolError> {
 
 /// The volume in `file`, for reading: nothing is written, no anchor moves, others may read it too.
 fn open_volume(path: &Path, file: File, handover: &Handover) -> Result<Volume, ToolError> {
+    open_snapshot(path, file, handover, None)
+}
+
+/// The same, or a snapshot of it.
+fn open_snapshot(path: &Path, file: File, handover: &Handover, snapshot: Option<u64>) -> Result<Volume, ToolError> {
     let failed = |e| ToolError::Volume(path.to_owned(), e);
     let store = FileStore::shared(file).map_err(failed)?;
     let Handover { grant, kek, holder } = handover;
-    let options = OpenOptions { read_only: true, ..Default::default() };
+    let options = OpenOptions { read_only: true, snapshot, ..Default::default() };
     Volume::open(store, grant, kek, options, holder.clone(), holder.clone()).map_err(failed)
 }

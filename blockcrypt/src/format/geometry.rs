@@ -40,8 +40,23 @@ impl Geometry {
         if !(MIN_SIZE..=MAX_SIZE).contains(&size) || !size.is_multiple_of(512) {
             return Err(VolumeError::Size { size, min: MIN_SIZE, max: MAX_SIZE });
         }
+        let log_blocks = (size.div_ceil(BLOCK as u64) / 64).clamp(2 * MIN_LOG, MAX_LOG);
+        Ok(Self::with_log(size, store, log_blocks))
+    }
+
+    /// The plan of this volume, in a store of `store` bytes, when it has `size` bytes: its log stays.
+    pub(crate) fn grown(&self, size: u64, store: u64) -> Result<Self, VolumeError> {
+        if !(self.size..=MAX_SIZE).contains(&size) || !size.is_multiple_of(512) {
+            return Err(VolumeError::Size { size, min: self.size, max: MAX_SIZE });
+        }
+        if size == self.size {
+            return Ok(*self);
+        }
+        Ok(Self::with_log(size, store.max(self.total * BLOCK as u64), self.log_blocks))
+    }
+
+    fn with_log(size: u64, store: u64, log_blocks: u64) -> Self {
         let blocks = size.div_ceil(BLOCK as u64);
-        let log_blocks = (blocks / 64).clamp(2 * MIN_LOG, MAX_LOG);
         let map_pages = tree_pages(blocks.div_ceil(ENTRIES as u64));
         let slack = (blocks / 128).max(256);
         let mut total = 2 * ENDS + log_blocks + blocks + slack + 2 * map_pages + SLOT_PAGES;
@@ -54,7 +69,7 @@ impl Geometry {
         total = with_bitmap.max(store / BLOCK as u64);
         let map_levels = levels(blocks.div_ceil(ENTRIES as u64));
         let free_levels = levels(total.div_ceil(BITS as u64));
-        Ok(Self { size, total, log_blocks, map_levels, free_levels })
+        Self { size, total, log_blocks, map_levels, free_levels }
     }
 
     /// Checks fields that came from a disk against each other.
@@ -99,10 +114,9 @@ impl Geometry {
         start..start + zone(self.pages())
     }
 
-    /// How many blocks data may take, so that a checkpoint that rewrites every page still finds room.
-    pub(crate) fn data_capacity(&self) -> u64 {
-        let pool = self.pool();
-        (pool.end - pool.start) - zone(self.pages()) - 2 * self.pages() - SLOT_PAGES
+    /// How many blocks of the pool data leaves alone, so that a checkpoint that rewrites every page still finds room.
+    pub(crate) fn kept_for_pages(&self) -> u64 {
+        zone(self.pages()) + self.pages() + SLOT_PAGES
     }
 
     /// Bitmap pages.
@@ -165,7 +179,8 @@ mod tests {
         for size in [512, 4096, 4608, 1 << 20, 16 << 20, (1 << 30) + 512, 1 << 40, 1 << 50] {
             let plan = Geometry::plan(size, 0).expect("a size");
             assert_eq!(plan.check(), Ok(plan));
-            assert!(plan.data_capacity() >= plan.blocks() + 256, "{plan:?}");
+            let pool = plan.pool().end - plan.pool().start;
+            assert!(pool >= plan.blocks() + plan.pages() + plan.kept_for_pages() + 256, "{plan:?}");
             assert!(plan.total * BLOCK as u64 <= size + size / 20 + (12 << 20), "{plan:?}");
         }
         let device = Geometry::plan(1 << 20, 1 << 30).expect("a size");

@@ -32,7 +32,7 @@ const SLOT_AT: usize = 384;
 /// 256   blocks that hold data, u64        264  current key id, u64
 /// 272   first page of older key slots, child of 48 bytes
 /// 320   first page of snapshots, child of 48 bytes
-/// 368   blocks that only snapshots use, u64
+/// 368   blocks of the pool in use, u64
 /// 376   number of snapshots ever taken, u64
 /// 384   the current key's slot, 128 bytes
 /// 512   zero
@@ -57,8 +57,8 @@ pub(crate) struct Superblock {
     pub(crate) older: Child,
     /// First page of snapshots.
     pub(crate) snapshots: Child,
-    /// Blocks that only snapshots use.
-    pub(crate) retained: u64,
+    /// Blocks of the pool in use.
+    pub(crate) used: u64,
     /// Snapshots ever taken.
     pub(crate) taken: u64,
     /// The current key's slot; its key id is the current key id.
@@ -112,7 +112,7 @@ impl Superblock {
             mapped: u64_at(block, 256),
             older: Child::parse(&array_at(block, 272)),
             snapshots: Child::parse(&array_at(block, 320)),
-            retained: u64_at(block, 368),
+            used: u64_at(block, 368),
             taken: u64_at(block, 376),
             slot,
             mac: array_at(block, MAC_AT),
@@ -149,7 +149,7 @@ impl Superblock {
         put(b, 264, &self.slot.key.0.to_le_bytes());
         put(b, 272, &self.older.to_bytes());
         put(b, 320, &self.snapshots.to_bytes());
-        put(b, 368, &self.retained.to_le_bytes());
+        put(b, 368, &self.used.to_le_bytes());
         put(b, 376, &self.taken.to_le_bytes());
         put(b, SLOT_AT, &self.slot.to_bytes());
         out

@@ -90,6 +90,18 @@ impl Kek {
         Ok(master)
     }
 
+    /// A customer's slot with its master wrapped under `new` instead, for the same customer or another.
+    pub(crate) fn rewrap(
+        &self,
+        slot: &Slot,
+        customer: &CustomerId,
+        new: &Kek,
+        new_customer: &CustomerId,
+    ) -> Result<Slot, VolumeError> {
+        let wrapped = new.wrap(&self.unwrap(slot, customer)?, slot.key, slot.origin, new_customer)?;
+        Ok(Slot { written: slot.written, ..wrapped })
+    }
+
     /// The expanded keys of `slot`.
     pub(crate) fn open(&self, slot: &Slot, customer: &CustomerId) -> Result<VolumeKey, VolumeError> {
         VolumeKey::expand(slot.key, slot.origin, &self.unwrap(slot, customer)?)
@@ -209,6 +221,11 @@ impl KeyRing {
     /// Makes `key` the current one.
     pub(crate) fn renew(&mut self, key: VolumeKey) {
         self.0.insert(0, key);
+    }
+
+    /// Forgets all others.
+    pub(crate) fn keep_current(&mut self) {
+        self.0.truncate(1);
     }
 
     /// The key for new writes.

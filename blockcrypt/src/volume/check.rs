@@ -65,6 +65,8 @@ struct Check<'a> {
     report: CheckReport,
     /// Pages that only memory has, and their ancestors: a replayed log's.
     fresh: HashSet<PageId>,
+    /// Where their durable versions lie: snapshots may hold those.
+    former: HashSet<u64>,
     /// One bit for each block of the store that something points to.
     used: Vec<u64>,
 }
@@ -78,7 +80,21 @@ pub(super) fn check(shared: &Shared, heard: &mut dyn FnMut(CheckStep)) -> Result
     let from = &shared.backing;
     let words = usize::try_from(from.geometry().total.div_ceil(64)).map_err(|_| VolumeError::System("memory"))?;
     let fresh = fresh_pages(&core);
-    let mut check = Check { core: &mut core, from, heard, report: CheckReport::default(), fresh, used: vec![0; words] };
+    let mut check = Check {
+        core: &mut core,
+        from,
+        heard,
+        report: CheckReport::default(),
+        fresh,
+        former: HashSet::new(),
+        used: vec![0; words],
+    };
+    if check.core.is_snapshot {
+        // What else there is belongs to the volume.
+        let top = check.core.forest.root(Tree::Map).levels - 1;
+        check.walk(PageId { tree: Tree::Map, level: top, index: 0 })?;
+        return Ok(check.report);
+    }
     for tree in [Tree::Map, Tree::Free] {
         let top = check.core.forest.root(tree).levels - 1;
         check.walk(PageId { tree, level: top, index: 0 })?;
@@ -139,6 +155,9 @@ impl Check<'_> {
         self.report.pages += u64::from(home.is_some());
         if let Some(home) = home {
             self.claim(home, "a page");
+            if self.fresh.contains(&id) {
+                self.former.insert(home);
+            }
         }
         if id.level > 0 {
             for i in 0..CHILDREN {
@@ -177,15 +196,14 @@ impl Check<'_> {
 
     /// What snapshots hold beside the volume.
     fn walk_snapshots(&mut self) -> Result<(), VolumeError> {
-        let before: u64 = self.used.iter().map(|word| u64::from(word.count_ones())).sum();
         for snapshot in self.core.snapshots.clone() {
             let top = PageId { tree: Tree::Map, level: snapshot.levels - 1, index: 0 };
             self.walk_snapshot(&snapshot, top, snapshot.root)?;
         }
-        let after: u64 = self.used.iter().map(|word| u64::from(word.count_ones())).sum();
-        if after - before != self.core.retained {
-            let counted = self.core.retained;
-            self.problem(format!("snapshots alone use {} blocks, but {counted} are counted", after - before));
+        let used: u64 = self.used.iter().map(|word| u64::from(word.count_ones())).sum();
+        let counted = self.core.space.used();
+        if self.report.good() && used != counted {
+            self.problem(format!("{used} blocks are in use, but {counted} are counted"));
         }
         Ok(())
     }
@@ -193,11 +211,14 @@ impl Check<'_> {
     /// A page of a snapshot. One that was seen already is shared, and with it all that hangs from it.
     fn walk_snapshot(&mut self, snapshot: &Snapshot, id: PageId, pointer: Child) -> Result<(), VolumeError> {
         let gone = snapshot.dying.unwrap_or(0);
-        if pointer.is_empty() || self.is_used(pointer.physical) || super::end_of(id) <= gone {
+        let former = self.former.remove(&pointer.physical);
+        if pointer.is_empty() || super::end_of(id) <= gone || (self.is_used(pointer.physical) && !former) {
             return Ok(());
         }
-        self.claim(pointer.physical, "a page of a snapshot");
-        self.report.pages += 1;
+        if !former {
+            self.claim(pointer.physical, "a page of a snapshot");
+            self.report.pages += 1;
+        }
         let expected = |h: &Header| h.tree == id.tree && h.level == id.level && h.index == id.index;
         let bytes = match self.from.read_page(&pointer, expected) {
             Ok(bytes) => bytes,

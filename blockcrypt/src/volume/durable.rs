@@ -140,6 +140,18 @@ impl Shared {
         }
     }
 
+    /// The housekeeping thread's: a step of a deletion that nobody else goes on with.
+    pub(super) fn timed_deletion(&self) {
+        let due = self.core().is_ok_and(|core| core.is_deleting() && core.writable().is_ok());
+        if due
+            && self.ready().is_ok()
+            && let Err(error) = self.finish_deletion(&mut |_, _| {})
+            && !matches!(error, VolumeError::NoKeys)
+        {
+            self.backing.events.note(&format!("a snapshot is not deleted yet: {error}"));
+        }
+    }
+
     pub(super) fn close(&self) -> Result<VolumeAnchor, VolumeError> {
         if self.open().is_err() {
             return self.anchoring.kept().ok_or(VolumeError::Closed);
@@ -186,7 +198,23 @@ impl Shared {
             core.settle(plan, from, occasion)?;
             self.anchoring.durable(core.anchor(from));
         }
+        if occasion == Occasion::Opening {
+            return Ok(());
+        }
+        self.wipe_stale_slots()?;
         if occasion == Occasion::Running { self.top_up(group) } else { Ok(()) }
+    }
+
+    /// Overwrites what held key slots, and only then frees it.
+    pub(super) fn wipe_stale_slots(&self) -> Result<(), VolumeError> {
+        let stale = self.core()?.stale_slots.clone();
+        for block in &stale {
+            self.backing.write_blocks(*block, &crate::format::zero_block()[..])?;
+        }
+        let mut core = self.core()?;
+        core.stale_slots.clear();
+        core.space.punched(&stale);
+        Ok(())
     }
 
     /// Sees to it that pages find room in a store that runs full.
@@ -255,10 +283,13 @@ impl Core {
         }
         self.log.cut_here(plan.records);
         self.chains_settled(&plan);
+        let plan_freed = plan.freed;
         self.superblock = plan.next;
         if occasion != Occasion::Opening {
             self.space.durable(plan.records);
-            self.space.release(&plan.freed, spares(from));
+            let stale = &self.stale_slots;
+            let freed: Vec<u64> = plan_freed.into_iter().filter(|block| !stale.contains(block)).collect();
+            self.space.release(&freed, spares(from));
         }
         self.last_checkpoint = Instant::now();
         Ok(())

@@ -7,9 +7,13 @@
 //! | `recovery` | replays the log |
 //! | `io` | reads and writes blocks |
 //! | `discard` | TRIM and write-zeroes |
+//! | `rekey` | other keys: rewrap, rotation, erasure |
+//! | `resize` | a volume that grows |
+//! | `snapshots` | snapshots: taken, gone back to, deleted |
 //! | `durable`, `plan` | FLUSH and checkpoint |
 //! | `log` | the ring of records |
 //! | `anchoring` | anchors, kept at the provider |
+//! | `clone` | the same data under another UUID |
 //! | `check` | verifies all of it |
 //!
 //! Locks, in the order in which they are taken: `gate` (held by each request that changes something, shared; and alone by what
@@ -22,6 +26,7 @@
 
 mod anchoring;
 mod check;
+mod clone;
 mod discard;
 mod durable;
 mod io;
@@ -29,7 +34,10 @@ mod log;
 mod open;
 mod plan;
 mod recovery;
+mod rekey;
+mod resize;
 mod shared;
+mod snapshots;
 
 use crate::backing::Backing;
 use crate::format::anchor::AnchorFields;
@@ -50,7 +58,10 @@ use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
 
 pub use check::{CheckReport, CheckStep};
+pub use clone::CloneOf;
 pub use open::{OpenOptions, PlainInfo, inspect};
+pub use rekey::erase;
+pub use snapshots::SnapshotInfo;
 
 /// Dirty pages at which a checkpoint is due: 4 MiB of them.
 const DIRTY_PAGES: usize = 1024;
@@ -80,12 +91,12 @@ pub(crate) struct Core {
     pub(crate) epoch: u64,
     /// Blocks that hold data.
     pub(crate) mapped: u64,
-    /// Blocks that only snapshots use.
-    retained: u64,
     /// Older key slots, newest first; whether they changed; the blocks that hold them.
     pub(crate) older: Vec<Slot>,
     slots_changed: bool,
     slot_pages: Vec<u64>,
+    /// Blocks that held slots and are held until they are overwritten.
+    stale_slots: Vec<u64>,
     /// Snapshots, oldest first; whether they changed; the blocks that hold them.
     snapshots: Vec<Snapshot>,
     snapshots_changed: bool,
@@ -100,6 +111,8 @@ pub(crate) struct Core {
     tight: bool,
     /// A checkpoint is under way.
     checkpointing: bool,
+    /// The map is a snapshot's.
+    is_snapshot: bool,
     state: Condition,
     last_checkpoint: Instant,
 }
@@ -121,8 +134,8 @@ pub struct VolumeInfo {
     pub store_size: u64,
     /// Bytes of it that hold data.
     pub mapped: u64,
-    /// Bytes of it that only snapshots use.
-    pub retained: u64,
+    /// Bytes of it in use: data, map, snapshots.
+    pub used: u64,
     /// Snapshots.
     pub snapshots: usize,
     /// The newest superblock's epoch.
@@ -215,6 +228,52 @@ impl Volume {
         Ok(anchor)
     }
 
+    /// Takes a snapshot of what every write that returned before left, and returns its number. It is durable, and anchored as the mode
+    /// asks; requests that change something wait meanwhile. `name` has 1 to 64 bytes without control characters.
+    pub fn take_snapshot(&self, name: &str) -> Result<u64, VolumeError> {
+        self.shared.take_snapshot(name)
+    }
+
+    /// The volume's snapshots, oldest first.
+    pub fn snapshots(&self) -> Result<Vec<SnapshotInfo>, VolumeError> {
+        self.shared.snapshots()
+    }
+
+    /// Deletes a snapshot and frees what only it has; says on the way how many blocks of how many were looked at. Requests go on
+    /// between its steps. What a crash interrupts, the next call of this or of [`revert`](Self::revert), or the volume's own
+    /// thread, takes up again.
+    pub fn delete_snapshot(&self, id: u64, heard: &mut dyn FnMut(u64, u64)) -> Result<(), VolumeError> {
+        self.shared.delete_snapshot(id, heard)
+    }
+
+    /// The volume holds what its newest snapshot held; what was written since is gone. Its size stays. The snapshot stays too. Moves
+    /// the anchor forward: the volume can't be brought back to before.
+    pub fn revert(&self, id: u64) -> Result<(), VolumeError> {
+        self.shared.revert(id)
+    }
+
+    /// The volume has `size` bytes from now on, at least as many as now; what is new reads as zeroes. Requests that change something
+    /// wait meanwhile. Durable, and anchored as the mode asks. Snapshots keep their size.
+    pub fn grow(&self, size: u64) -> Result<(), VolumeError> {
+        self.shared.grow(size)
+    }
+
+    /// Wraps the volume's masters under `new` instead of `old`, its key-encryption key so far. From its return on, `new` opens the volume
+    /// and `old` does not; where a crash interrupts it, one of the two does ([`inspect`] says which), so that the provider must keep
+    /// both until then.
+    pub fn rewrap(&self, old: &Kek, new: &Kek) -> Result<(), VolumeError> {
+        self.shared.rewrap(old, new)
+    }
+
+    /// Seals all data and pages under the current key that are under an older one, while requests are served, and then forgets the older
+    /// keys, unless snapshots need them. `heard` is told of how many blocks of how many were looked at, and ends it by
+    /// returning `false`; then, and after a crash, the next call goes on. Returns whether it came to its end.
+    ///
+    /// A new key comes with a grant that names its id: open the volume with it, then call this.
+    pub fn rotate(&self, heard: &mut dyn FnMut(u64, u64) -> bool) -> Result<bool, VolumeError> {
+        self.shared.rotate(heard)
+    }
+
     /// The lease is over: wipes the keys at once, whatever store and provider do. Later requests, and those that are under way
     /// and still need a key, get [`VolumeError::NoKeys`] and change nothing.
     pub fn wipe_keys(&self) {
@@ -289,10 +348,10 @@ impl Core {
         let mut done = 0;
         while done < out.len() {
             let (id, start) = leaf(first + done as u64);
-            let page = self.forest.page(id)?;
+            let page = self.forest.peek(id)?;
             let count = (crate::format::page::ENTRIES - start).min(out.len() - done);
             for (i, slot) in out[done..done + count].iter_mut().enumerate() {
-                *slot = entry(&page.bytes, start + i);
+                *slot = page.map_or(Entry::UNMAPPED, |page| entry(&page.bytes, start + i));
             }
             done += count;
         }
@@ -301,8 +360,8 @@ impl Core {
 
     /// Blocks that data may still take.
     fn free_for_data(&self, from: &Backing) -> u64 {
-        let used = self.mapped + self.retained + self.space.waiting() + self.space.reserved();
-        from.geometry().data_capacity().saturating_sub(used)
+        // What is spare belongs to the pages already.
+        (self.space.free() + self.space.spare() as u64).saturating_sub(from.geometry().kept_for_pages())
     }
 
     /// Whether a snapshot reaches the block of data that `entry` names for `lba`.
@@ -312,7 +371,9 @@ impl Core {
 
     /// Whether a snapshot reaches a page of the map that was born at epoch `birth`.
     fn page_is_retained(&self, id: PageId, birth: u64) -> bool {
-        self.snapshots.iter().any(|s| birth <= s.epoch && s.dying.is_none_or(|position| end_of(id) > position))
+        // One that is being taken by this very checkpoint reaches what the checkpoint writes, not what that replaces.
+        let taken = self.snapshots.iter().filter(|s| s.epoch <= self.epoch);
+        taken.into_iter().any(|s| birth <= s.epoch && s.dying.is_none_or(|position| end_of(id) > position))
     }
 
     /// Whether data was written before the snapshot was taken. What another volume wrote is older than any.
@@ -341,5 +402,6 @@ fn housekeeping(anchoring: &Anchoring, volume: &Weak<Shared>) {
         anchoring.tick();
         let Some(shared) = volume.upgrade() else { return };
         shared.timed_checkpoint();
+        shared.timed_deletion();
     }
 }

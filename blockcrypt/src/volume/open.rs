@@ -9,7 +9,7 @@ use super::{Condition, Core, Volume};
 use crate::backing::Backing;
 use crate::format::anchor::AnchorFields;
 use crate::format::geometry::Geometry;
-use crate::format::page::{Child, Tree};
+use crate::format::page::{Child, Header, Tree};
 use crate::format::slot::{MAX_PAGES, Slot, SlotPage};
 use crate::format::snapshot::{MAX_PAGES as SNAPSHOT_PAGES, Snapshot, SnapshotPage};
 use crate::format::superblock::{Cut, Superblock, claimed_total, has_magic};
@@ -35,11 +35,19 @@ pub struct OpenOptions {
     /// miss costs one read of 4 KiB for each level that is not there, mostly the leaf alone. Changed pages, 4 MiB and their ancestors
     /// at most, and twice that during a checkpoint, come on top.
     pub map_cache: usize,
+    /// Opens the snapshot with this number instead, for reading only: nothing is written, no anchor moves.
+    pub snapshot: Option<u64>,
+}
+
+impl OpenOptions {
+    fn writes(&self) -> bool {
+        !self.read_only && self.snapshot.is_none()
+    }
 }
 
 impl Default for OpenOptions {
     fn default() -> Self {
-        Self { read_only: false, map_cache: 64 << 20 }
+        Self { read_only: false, map_cache: 64 << 20, snapshot: None }
     }
 }
 
@@ -114,7 +122,7 @@ impl Volume {
             mapped: 0,
             older: Child::EMPTY,
             snapshots: Child::EMPTY,
-            retained: 0,
+            used: 0,
             taken: 0,
             slot,
             mac: [0; MAC],
@@ -125,11 +133,7 @@ impl Volume {
         core.run(&backing, |core| core.space.fence(&mut core.forest))?;
         let anchoring = Anchoring::new(anchors, events, grant.anchor_mode, None);
         let shared = Shared::new(backing, grant, false, core, anchoring);
-        shared.first_checkpoint()?;
-        shared.core()?.space.release_all();
-        let group = shared.flushing();
-        shared.top_up(&group)?;
-        drop(group);
+        shared.finish_creation()?;
         Self::new(shared)
     }
 
@@ -165,7 +169,7 @@ impl Volume {
         if anchor.volume != grant.volume {
             return Err(VolumeError::Grant("its anchor is another volume's"));
         }
-        if !options.read_only {
+        if options.writes() {
             // A killed process may have left writes that only the kernel has. What is read from here on is overwritten on the
             // strength of what else is read: none of it may vanish with the power.
             store.sync_data().map_err(VolumeError::store("make writes durable"))?;
@@ -181,10 +185,15 @@ impl Volume {
         let backing = Backing::new(store, chosen.superblock.geometry, grant.volume, ring, events.clone());
         let lists = read_lists(&chosen.superblock, kek, grant, &backing)?;
         let replayed = recovery::replay(&chosen.superblock, &anchor, &backing)?;
-        let core = start(chosen, epoch, grant, &replayed, lists, &backing, options);
+        let mut core = start(chosen, epoch, grant, &replayed, lists, &backing, options);
         let anchoring = Anchoring::new(anchors, events.clone(), grant.anchor_mode, grant.anchor.clone());
-        let shared = Shared::new(backing, grant, options.read_only, core, anchoring);
-        shared.take_over(&replayed, grant, kek)?;
+        if let Some(id) = options.snapshot {
+            core.show_snapshot(id, &backing)?;
+        }
+        let shared = Shared::new(backing, grant, !options.writes(), core, anchoring);
+        if options.snapshot.is_none() {
+            shared.take_over(&replayed, grant, kek)?;
+        }
         Self::new(shared)
     }
 }
@@ -237,6 +246,15 @@ impl Shared {
         }
         self.first_checkpoint()?;
         self.anchoring.keep_now()?;
+        self.wipe_stale_slots()?;
+        self.core()?.space.release_all();
+        let group = self.flushing();
+        self.top_up(&group)
+    }
+
+    /// A new volume's first superblock.
+    pub(super) fn finish_creation(&self) -> Result<(), VolumeError> {
+        self.first_checkpoint()?;
         self.core()?.space.release_all();
         let group = self.flushing();
         self.top_up(&group)
@@ -249,21 +267,28 @@ impl Shared {
 }
 
 impl Core {
-    fn new(superblock: Superblock, place: usize, log: Log, lists: Lists, from: &Backing, options: OpenOptions) -> Self {
+    pub(super) fn new(
+        superblock: Superblock,
+        place: usize,
+        log: Log,
+        lists: Lists,
+        from: &Backing,
+        options: OpenOptions,
+    ) -> Self {
         let geometry = from.geometry();
         let map = Root { child: superblock.map, levels: geometry.map_levels };
         let free = Root { child: superblock.free, levels: geometry.free_levels };
         Self {
             forest: Forest::new(map, free, options.map_cache / BLOCK),
-            space: Space::new(&geometry),
+            space: Space::new(&geometry, superblock.used),
             log,
             place,
             epoch: superblock.epoch,
             mapped: superblock.mapped,
-            retained: superblock.retained,
             older: lists.slots,
             slots_changed: false,
             slot_pages: lists.slot_pages,
+            stale_slots: Vec::new(),
             snapshots: lists.snapshots,
             snapshots_changed: false,
             snapshot_pages: lists.snapshot_pages,
@@ -273,10 +298,25 @@ impl Core {
             dropped: 0,
             tight: false,
             checkpointing: false,
+            is_snapshot: false,
             superblock,
             state: Condition::Good,
             last_checkpoint: Instant::now(),
         }
+    }
+
+    /// The map, and the size, are a snapshot's.
+    fn show_snapshot(&mut self, id: u64, from: &Backing) -> Result<(), VolumeError> {
+        let found = self.snapshots.iter().find(|snapshot| snapshot.id == id && snapshot.dying.is_none());
+        let snapshot = found.ok_or(VolumeError::NoSnapshot(id))?;
+        let map = Root { child: snapshot.root, levels: snapshot.levels };
+        let geometry = Geometry { size: snapshot.size, map_levels: snapshot.levels, ..from.geometry() };
+        let free = self.forest.root(Tree::Free);
+        self.mapped = snapshot.mapped;
+        self.forest = Forest::new(map, free, self.forest.bound());
+        self.is_snapshot = true;
+        from.set_geometry(geometry);
+        Ok(())
     }
 
     /// A new master for new writes, under the key id that the provider issued; the one so far joins the older ones.
@@ -302,11 +342,18 @@ impl Core {
 
 /// Lists that a superblock points to, and the blocks that hold them.
 #[derive(Default)]
-struct Lists {
+pub(super) struct Lists {
     slots: Vec<Slot>,
     slot_pages: Vec<u64>,
     snapshots: Vec<Snapshot>,
     snapshot_pages: Vec<u64>,
+}
+
+impl Lists {
+    /// No snapshots, and these older keys, which no page holds yet.
+    pub(super) fn of(slots: Vec<Slot>) -> Self {
+        Self { slots, ..Self::default() }
+    }
 }
 
 /// Reads both lists; the older keys join the ring before anything needs them.
@@ -353,7 +400,7 @@ fn read_chain(
 }
 
 /// Sizes the store, and makes sure that nothing in it looks like a superblock.
-fn prepare_store(backing: &Backing) -> Result<(), VolumeError> {
+pub(super) fn prepare_store(backing: &Backing) -> Result<(), VolumeError> {
     let (store, geometry) = (&backing.store, backing.geometry());
     store.set_len(geometry.total * BLOCK as u64).map_err(VolumeError::store("be made as long as the volume"))?;
     let front = geometry.zone().end * BLOCK as u64;
@@ -365,6 +412,41 @@ fn prepare_store(backing: &Backing) -> Result<(), VolumeError> {
         backing.write_blocks(at, &zero_block()[..])?;
     }
     Ok(())
+}
+
+/// Every block that may hold a superblock: both ends, and those that the superblocks at the front name.
+pub(super) fn superblock_places(store: &dyn Store) -> Result<Vec<u64>, VolumeError> {
+    let blocks = store.len().map_err(VolumeError::store("say its length"))? / BLOCK as u64;
+    let mut places = vec![0, 1];
+    let found = find_superblocks(store)?;
+    for end in
+        found.iter().map(|f| f.superblock.geometry.total).chain([blocks]).filter(|end| (4..=blocks).contains(end))
+    {
+        places.extend([end - 2, end - 1]);
+    }
+    Ok(places)
+}
+
+/// Blocks that hold older key slots, as far as superblocks say without a key.
+pub(super) fn older_slot_blocks(store: &dyn Store) -> Result<Vec<u64>, VolumeError> {
+    let mut blocks = Vec::new();
+    for found in find_superblocks(store)? {
+        let pool = found.superblock.geometry.pool();
+        let mut next = found.superblock.older;
+        for _ in 0..MAX_PAGES {
+            if next.is_empty() || !pool.contains(&next.physical) {
+                break;
+            }
+            let mut page = zero_block();
+            store.read_at(&mut page[..], next.physical * BLOCK as u64).map_err(VolumeError::store("read"))?;
+            // A block that is something else by now is not for this to overwrite.
+            let is_slots = Header::parse(&page).is_ok_and(|header| header.tree == Tree::Slots);
+            let Some(parsed) = SlotPage::parse(&page).ok().filter(|_| is_slots) else { break };
+            blocks.push(next.physical);
+            next = parsed.next;
+        }
+    }
+    Ok(blocks)
 }
 
 /// Every superblock that can be parsed, at both ends.

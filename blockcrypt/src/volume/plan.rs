@@ -23,8 +23,6 @@ pub(super) struct Plan {
     taken: Vec<u64>,
     /// Blocks of pages that are free once this is durable.
     pub(super) freed: Vec<u64>,
-    /// Blocks of pages that only snapshots reach from now on.
-    retained: u64,
     /// Lists that changed, and where they go.
     slots: Option<Vec<u64>>,
     snapshots: Option<Vec<u64>>,
@@ -57,8 +55,6 @@ struct Places {
     reserved: Vec<u64>,
     /// Old places that become free.
     freed: Vec<u64>,
-    /// Old places that snapshots reach.
-    retained: u64,
 }
 
 impl Core {
@@ -77,7 +73,6 @@ impl Core {
         for block in &places.freed {
             self.space.free_held(*block, &mut self.forest)?;
         }
-        self.retained += places.retained;
         let mut pages = Vec::with_capacity(places.new.len());
         for (id, to) in places.new {
             pages.push(Moved { id, to, bytes: self.forest.freeze(id)?, pointer: Child::EMPTY });
@@ -89,9 +84,11 @@ impl Core {
             epoch: self.epoch,
             geometry: from.geometry(),
             clean: occasion == Occasion::Closing,
+            map: self.forest.root(Tree::Map).child,
+            free: self.forest.root(Tree::Free).child,
             cut,
             mapped: self.mapped,
-            retained: self.retained,
+            used: self.space.used(),
             taken: self.snapshots_taken,
             slot: Slot { written: self.written, ..self.superblock.slot.clone() },
             ..self.superblock.clone()
@@ -100,7 +97,6 @@ impl Core {
             pages,
             taken: places.reserved,
             freed: places.freed,
-            retained: places.retained,
             slots: places.slots,
             snapshots: places.snapshots,
             lists: (self.older.clone(), self.snapshots.clone()),
@@ -187,7 +183,6 @@ impl Core {
         let page = self.forest.page(id)?;
         let (Some(old), birth) = (page.home, page.birth) else { return Ok(None) };
         if id.tree == Tree::Map && self.page_is_retained(id, birth) {
-            places.retained += 1;
             return Ok(None);
         }
         places.freed.push(old);
@@ -213,7 +208,6 @@ impl Core {
         for block in plan.freed.drain(..) {
             undone = undone.and(self.space.keep(block, &mut self.forest));
         }
-        self.retained -= std::mem::take(&mut plan.retained);
         for page in plan.pages.drain(..) {
             self.forest.thaw(page.id);
         }
@@ -228,11 +222,15 @@ impl Core {
     /// Lists that were written are as the superblock says.
     pub(super) fn chains_settled(&mut self, plan: &Plan) {
         if let Some(places) = &plan.slots {
+            self.stale_slots.append(&mut self.slot_pages);
             self.slot_pages.clone_from(places);
             self.slots_changed = self.older != plan.lists.0;
         }
         if let Some(places) = &plan.snapshots {
             self.snapshot_pages.clone_from(places);
+            for snapshot in self.snapshots.iter_mut().filter(|s| s.epoch == plan.next.epoch) {
+                snapshot.root = plan.next.map;
+            }
             self.snapshots_changed = self.snapshots != plan.lists.1;
         }
     }
@@ -252,13 +250,12 @@ impl Plan {
             self.next.older = self.write_list(Tree::Slots, places, pages, page, from)?;
         }
         if let Some(places) = &self.snapshots {
-            let mut list = self.lists.1.clone();
             // The root of one that is taken by this very checkpoint is known only now.
-            for snapshot in list.iter_mut().filter(|s| s.epoch == self.next.epoch) {
+            for snapshot in self.lists.1.iter_mut().filter(|s| s.epoch == self.next.epoch) {
                 snapshot.root = self.next.map;
             }
             let page = |snapshots: &[Snapshot], next| SnapshotPage { next, snapshots: snapshots.to_vec() }.to_block();
-            let pages = list.chunks(SnapshotPage::CAPACITY);
+            let pages = self.lists.1.chunks(SnapshotPage::CAPACITY);
             self.next.snapshots = self.write_list(Tree::Snapshots, places, pages, page, from)?;
         }
         let mut block = self.next.to_block();

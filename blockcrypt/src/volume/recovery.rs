@@ -179,9 +179,7 @@ fn settle(core: &mut Core, settled: &BTreeMap<u64, Entry>, from: &Backing) -> Re
             if let Some(block) = old[0].data().filter(|b| from.in_pool(*b)) {
                 core.forest.page(bitmap(block / BITS as u64))?;
                 core.mapped = core.mapped.saturating_sub(1);
-                if core.data_is_retained(*lba, &old[0]) {
-                    core.retained += 1;
-                } else {
+                if !core.data_is_retained(*lba, &old[0]) {
                     core.space.untake(block, &mut core.forest)?;
                 }
             }

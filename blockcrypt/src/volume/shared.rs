@@ -53,6 +53,7 @@ impl Shared {
     pub(super) fn with_core<R>(&self, mut f: impl FnMut(&mut Core) -> Result<R, Halt>) -> Result<R, VolumeError> {
         let mut core = self.core()?;
         loop {
+            core.forest.make_room();
             let missing = match f(&mut core) {
                 Ok(done) => return Ok(done),
                 Err(Halt::Failed(error)) => return Err(error),
@@ -111,7 +112,7 @@ impl Shared {
             size: geometry.size,
             store_size: bytes(geometry.total),
             mapped: bytes(core.mapped),
-            retained: bytes(core.retained),
+            used: bytes(core.space.used()),
             snapshots: core.snapshots.len(),
             epoch: core.superblock.epoch,
             writer: core.superblock.writer.get(),

@@ -19,6 +19,8 @@ pub(crate) struct Keeper {
     pub(crate) opened: u64,
     pub(crate) anchor: Option<VolumeAnchor>,
     pub(crate) mode: AnchorMode,
+    /// The key id for new writes.
+    pub(crate) key: u64,
 }
 
 /// What the holder does with the tool.
@@ -56,7 +58,14 @@ pub(crate) struct Ended {
 
 impl Keeper {
     pub(crate) fn new() -> Self {
-        Self { volume: VolumeId::random(), kek: [0x4b; 32], opened: 0, anchor: None, mode: AnchorMode::Interval }
+        Self {
+            volume: VolumeId::random(),
+            kek: [0x4b; 32],
+            opened: 0,
+            anchor: None,
+            mode: AnchorMode::Interval,
+            key: 2,
+        }
     }
 
     /// Runs the tool, keeps the anchor that it sent, and says how it ended.
@@ -134,7 +143,7 @@ impl Keeper {
             customer: "acme".parse().expect("a name"),
             cipher: CipherSuite::Aes256XtsHmacSha256,
             kek_id: KeyId(1),
-            key_id: KeyId(2),
+            key_id: KeyId(self.key),
             open_number: OpenNumber::try_from(self.opened).expect("a number"),
             anchor: self.anchor.clone(),
             anchor_mode: self.mode,

@@ -17,7 +17,7 @@ pub(crate) struct Provider {
     pub(crate) volume: VolumeId,
     pub(crate) mode: AnchorMode,
     pub(crate) key_id: Mutex<u64>,
-    kek: [u8; 32],
+    kek: Mutex<(u64, [u8; 32])>,
     open_number: Mutex<u32>,
     pub(crate) anchor: Mutex<Option<VolumeAnchor>>,
     pub(crate) kept: Mutex<u64>,
@@ -31,7 +31,7 @@ impl Provider {
             volume: VolumeId::random(),
             mode,
             key_id: Mutex::new(1),
-            kek: [9; 32],
+            kek: Mutex::new((77, [9; 32])),
             open_number: Mutex::new(0),
             anchor: Mutex::default(),
             kept: Mutex::new(0),
@@ -41,7 +41,13 @@ impl Provider {
     }
 
     pub(crate) fn kek(&self) -> Kek {
-        Kek::new(KeyId(77), Secret::copy_of(&self.kek).expect("room"))
+        let (id, key) = *lock(&self.kek);
+        Kek::new(KeyId(id), Secret::copy_of(&key).expect("room"))
+    }
+
+    /// Another key-encryption key from now on.
+    pub(crate) fn set_kek(&self, id: u64, byte: u8) {
+        *lock(&self.kek) = (id, [byte; 32]);
     }
 
     /// The next grant.
@@ -52,7 +58,7 @@ impl Provider {
             volume: self.volume,
             customer: "acme".parse().expect("id"),
             cipher: CipherSuite::Aes256XtsHmacSha256,
-            kek_id: KeyId(77),
+            kek_id: KeyId(lock(&self.kek).0),
             key_id: KeyId(*lock(&self.key_id)),
             open_number: OpenNumber::try_from(u64::from(*number)).expect("number"),
             anchor: lock(&self.anchor).clone(),
@@ -147,6 +153,19 @@ impl Random {
             chunk.copy_from_slice(&self.number().to_le_bytes()[..chunk.len()]);
         }
     }
+}
+
+/// Seeds of random histories: so many from `first` on, and two hundred times as many with FEALTY_LONG=1. FEALTY_SEED=N is that
+/// one alone: what a failure names, again.
+pub(crate) fn seeds(first: u64, count: u64) -> std::ops::Range<u64> {
+    if let Ok(seed) = std::env::var("FEALTY_SEED") {
+        let seed = seed.parse().expect("FEALTY_SEED is a number");
+        return seed..seed + 1;
+    }
+    let long = std::env::var_os("FEALTY_LONG").is_some_and(|long| long == "1");
+    let end = first + if long { 200 * count } else { count };
+    println!("random histories of the seeds {first} to {}; FEALTY_SEED=N runs one alone", end - 1);
+    first..end
 }
 
 const SECTOR: usize = 512;

@@ -1,7 +1,8 @@
 //! Every parser over a corpus of real blocks and mutations of them: no panic, and what parses comes back from its own bytes.
 
-use crate::common::Random;
+use crate::common::{Provider, Random, SimStore};
 use fealty_blockcrypt::fuzz::{fuzz_inspect, fuzz_log_block, fuzz_page, fuzz_superblock};
+use policy::AnchorMode;
 use std::path::Path;
 
 fn corpus() -> Vec<(String, Vec<u8>)> {
@@ -12,9 +13,23 @@ fn corpus() -> Vec<(String, Vec<u8>)> {
             (path.file_name().unwrap_or_default().to_string_lossy().into_owned(), std::fs::read(path).expect("read"))
         })
         .collect();
+    all.push(("snapshots-new".to_owned(), page_of_snapshots()));
     all.sort();
     assert!(all.len() >= 6);
     all
+}
+
+/// A page as the engine writes it.
+fn page_of_snapshots() -> Vec<u8> {
+    let (provider, store) = (Provider::new(AnchorMode::Close), SimStore::new());
+    let volume = provider.create(store.clone(), 1 << 20).expect("a volume");
+    for name in ["one", "two", "three"] {
+        volume.take_snapshot(name).expect("taken");
+    }
+    volume.close().expect("closed");
+    let bytes = store.bytes();
+    let page = bytes.chunks(4096).find(|b| b[..4] == [4, 0, 0, 0] && b[48..64] == [0; 16] && b[112] == 3);
+    page.expect("three snapshots in a page").to_vec()
 }
 
 fn mutated(random: &mut Random, seed: &[u8], other: &[u8]) -> Vec<u8> {
@@ -73,7 +88,7 @@ fn whole_stores() {
 #[test]
 fn the_corpus_holds_one_of_each() {
     let names: Vec<String> = corpus().into_iter().map(|(name, _)| name).collect();
-    for kind in ["bitmap", "leaf", "log", "node", "slots", "superblock"] {
+    for kind in ["bitmap", "leaf", "log", "node", "slots", "snapshots", "superblock"] {
         assert!(names.iter().any(|n| n.starts_with(kind)), "{kind}");
     }
 }

@@ -6,5 +6,6 @@ mod fuzz;
 mod kill;
 mod model;
 mod parallel;
+mod rekey;
 mod requests;
 mod tamper;

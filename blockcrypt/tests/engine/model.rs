@@ -1,8 +1,9 @@
 //! Random work with crashes, against a plain vector: no acknowledged FLUSH is lost, nothing is ever wrong.
 
-use crate::common::{Provider, Random, SimStore, check_good};
-use fealty_blockcrypt::{Volume, VolumeError};
+use crate::common::{Provider, Random, SimStore, check_good, lock, seeds};
+use fealty_blockcrypt::{OpenOptions, Volume, VolumeError};
 use policy::AnchorMode;
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
 const BLOCK: usize = 4096;
@@ -52,6 +53,16 @@ impl Model {
         }
     }
 
+    /// The volume is larger, and zero behind its end so far.
+    pub(crate) fn grow(&mut self, size: usize) {
+        for (i, versions) in self.versions.iter_mut().enumerate() {
+            versions.iter_mut().for_each(|block| block.resize(BLOCK.min(size - i * BLOCK), 0));
+        }
+        let more = Self::at(self.base, size).versions.split_off(self.versions.len());
+        self.versions.extend(more);
+        self.size = size;
+    }
+
     /// A FLUSH was acknowledged.
     pub(crate) fn settle(&mut self) {
         for versions in &mut self.versions {
@@ -92,9 +103,100 @@ struct Run {
     model: Model,
     random: Random,
     context: String,
+    /// What each snapshot holds.
+    snapshots: BTreeMap<u64, Vec<u8>>,
+    /// A snapshot that was being taken when something failed.
+    half_taken: Option<Vec<u8>>,
+    /// One that was being deleted.
+    half_deleted: Option<u64>,
+    /// The size that the volume was about to have.
+    half_grown: Option<usize>,
 }
 
 impl Run {
+    /// Takes, deletes, or goes back to a snapshot.
+    fn snapshot_step(&mut self, volume: &Volume) -> Result<(), VolumeError> {
+        let newest = self.snapshots.keys().last().copied();
+        match self.random.below(10) {
+            0..6 => {
+                let content = self.model.now(0, self.model.size);
+                self.half_taken = Some(content.clone());
+                let id = volume.take_snapshot("one")?;
+                self.half_taken = None;
+                self.snapshots.insert(id, content);
+                self.model.settle();
+                Ok(())
+            }
+            6..9 => {
+                let Some(at) = newest.map(|_| self.random.below(self.snapshots.len() as u64)) else { return Ok(()) };
+                let id = *self.snapshots.keys().nth(at as usize).expect("one of them");
+                self.half_deleted = Some(id);
+                volume.delete_snapshot(id, &mut |_, _| {})?;
+                self.half_deleted = None;
+                self.snapshots.remove(&id);
+                Ok(())
+            }
+            _ => {
+                let Some(id) = newest else { return Ok(()) };
+                if let Some(older) = self.snapshots.keys().find(|older| **older != id) {
+                    assert!(matches!(
+                        volume.revert(*older),
+                        Err(VolumeError::NewerSnapshot(_) | VolumeError::Store(..) | VolumeError::Failed(_))
+                    ));
+                }
+                // What it grew by since is zero.
+                let mut content = self.snapshots[&id].clone();
+                content.resize(self.model.size, 0);
+                self.model.write(0, &content);
+                volume.revert(id)?;
+                self.model.settle();
+                Ok(())
+            }
+        }
+    }
+
+    /// Grows by something between a sector and a lot.
+    fn grow(&mut self, volume: &Volume) -> Result<(), VolumeError> {
+        let most = [1, 64, 4000][self.random.below(3) as usize];
+        let size = self.model.size + 512 * (1 + self.random.below(most) as usize);
+        self.half_grown = Some(size);
+        volume.grow(size as u64)?;
+        self.half_grown = None;
+        self.model.grow(size);
+        self.model.settle();
+        Ok(())
+    }
+
+    /// What snapshots there are, and what they hold.
+    fn check_snapshots(&mut self, volume: &Volume) {
+        let listed = volume.snapshots().expect("a list");
+        let kept: Vec<u64> = listed.iter().filter(|s| !s.deleting).map(|s| s.id).collect();
+        if let Some(id) = self.half_deleted.take()
+            && !kept.contains(&id)
+        {
+            self.snapshots.remove(&id);
+        }
+        if let Some(content) = self.half_taken.take() {
+            for id in kept.iter().filter(|id| !self.snapshots.contains_key(id)).copied().collect::<Vec<_>>() {
+                self.snapshots.insert(id, content.clone());
+            }
+        }
+        assert_eq!(kept, self.snapshots.keys().copied().collect::<Vec<_>>(), "{}", self.context);
+    }
+
+    fn read_snapshots(&self) {
+        for (id, content) in &self.snapshots {
+            let options = OpenOptions { snapshot: Some(*id), ..OpenOptions::default() };
+            let seen = self.provider.open_with(self.store.clone(), &self.provider.grant(), options);
+            let seen = seen.unwrap_or_else(|e| panic!("{}: snapshot {id}: {e}", self.context));
+            let mut found = vec![0xee; content.len()];
+            seen.read(0, &mut found).unwrap_or_else(|e| panic!("{}: snapshot {id}: {e}", self.context));
+            assert!(found == *content, "{}: snapshot {id} is not what was taken", self.context);
+            assert!(matches!(seen.write(0, &[0; 512]), Err(VolumeError::ReadOnly)));
+            check_good(&seen);
+        }
+    }
+
     /// One step; an error ends the run until the next crash.
     fn step(&mut self, volume: &Volume) -> Result<(), VolumeError> {
         let (offset, length) = request(&mut self.random, self.model.size);
@@ -127,7 +229,18 @@ impl Run {
                 self.model.settle();
                 Ok(())
             }
-            93..97 => volume.checkpoint(),
+            93..94 if self.random.chance(30) => self.grow(volume),
+            93..94 if self.random.chance(40) => {
+                let mut left = self.random.below(12);
+                let finished = volume.rotate(&mut |_, _| {
+                    left = left.saturating_sub(1);
+                    left > 0
+                })?;
+                assert!(!finished || !self.snapshots.is_empty() || volume.info().older_keys == 0);
+                Ok(())
+            }
+            93..94 => volume.checkpoint(),
+            94..97 => self.snapshot_step(volume),
             97..98 => {
                 volume.wipe_keys();
                 let mut sector = [1; 512];
@@ -162,7 +275,17 @@ fn run(mode: AnchorMode, size: usize, seed: u64, lives: u64) {
     let volume = provider.create(store.clone(), size as u64).expect("a volume");
     volume.close().expect("closed");
     drop(volume);
-    let mut run = Run { provider, store, model: Model::new(size), random: Random(seed), context: String::new() };
+    let mut run = Run {
+        provider,
+        store,
+        model: Model::new(size),
+        random: Random(seed),
+        context: String::new(),
+        snapshots: BTreeMap::new(),
+        half_taken: None,
+        half_deleted: None,
+        half_grown: None,
+    };
     for life in 0..lives {
         run.context = format!("mode {mode:?} seed {seed} life {life}");
         // The process is gone; what it wrote is the kernel's until the power fails too.
@@ -186,9 +309,22 @@ fn run(mode: AnchorMode, size: usize, seed: u64, lives: u64) {
             check_good(&seen);
             assert!(matches!(seen.write(0, &[0; 512]), Err(VolumeError::ReadOnly)));
         }
+        if run.random.chance(15) {
+            *lock(&run.provider.key_id) += 1;
+        }
         let volume = run.provider.open(run.store.clone());
         let volume = volume.unwrap_or_else(|e| panic!("{}: {e}", run.context));
+        let size = volume.size() as usize;
+        assert!(size == run.model.size || Some(size) == run.half_grown, "{}: {size} bytes", run.context);
+        run.half_grown = None;
+        run.model.grow(size);
         run.model.recover(&volume, &run.context);
+        run.check_snapshots(&volume);
+        if run.random.chance(20) {
+            drop(volume);
+            run.read_snapshots();
+            continue;
+        }
         if run.random.chance(30) {
             check_good(&volume);
         }
@@ -201,21 +337,21 @@ fn run(mode: AnchorMode, size: usize, seed: u64, lives: u64) {
 
 #[test]
 fn crashes_lose_no_acknowledged_flush_close() {
-    for seed in 0..10 {
+    for seed in seeds(0, 12) {
         run(AnchorMode::Close, 700 * 1024 + 512, seed, 10);
     }
 }
 
 #[test]
 fn crashes_lose_no_acknowledged_flush_interval() {
-    for seed in 100..120 {
+    for seed in seeds(100_000, 20) {
         run(AnchorMode::Interval, 96 * 1024, seed, 12);
     }
 }
 
 #[test]
 fn crashes_lose_no_acknowledged_flush_flush() {
-    for seed in 200..210 {
+    for seed in seeds(200_000, 12) {
         run(AnchorMode::Flush, 1200 * 1024, seed, 10);
     }
 }

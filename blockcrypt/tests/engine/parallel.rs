@@ -1,6 +1,6 @@
 //! Several threads at once, over stores that lose power: each sees its own part as if it were alone.
 
-use crate::common::{MIB, Provider, Random, SimStore, check_good};
+use crate::common::{MIB, Provider, Random, SimStore, check_good, seeds};
 use crate::model::{Model, request};
 use fealty_blockcrypt::{MemoryStore, OpenOptions, Volume, VolumeError};
 use policy::AnchorMode;
@@ -82,10 +82,10 @@ fn run(mode: AnchorMode, seed: u64, lives: u64) {
 
 #[test]
 fn threads_lose_no_acknowledged_flush() {
-    for seed in 0..12 {
+    for seed in seeds(300_000, 10) {
         run(AnchorMode::Close, seed, 8);
     }
-    for seed in 100..106 {
+    for seed in seeds(400_000, 6) {
         run(AnchorMode::Flush, seed, 8);
     }
 }

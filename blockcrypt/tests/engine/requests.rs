@@ -478,3 +478,96 @@ fn requests_go_on_while_a_checkpoint_waits_for_the_store() {
     volume.read(0, &mut found).expect("read");
     assert!(found[..4096] == [0; 4096] && found[4096..] == [2; 4096]);
 }
+
+/// Not one block more: what is there can be discarded, made durable, opened again, and what that frees can be used.
+#[test]
+fn a_full_store_takes_discards_and_deletions_and_opens() {
+    let (provider, store) = (Provider::new(AnchorMode::Close), SimStore::new());
+    let piece = 64 * 1024;
+    provider.create(store.clone(), 8 * MIB).expect("a volume").close().expect("closed");
+    let volume = provider.open(store.clone()).expect("opens");
+    for i in 0..40 {
+        volume.write(i * piece, &vec![1; piece as usize]).expect("written");
+    }
+    let snapshot = volume.take_snapshot("before").expect("taken");
+    store.limit(Some(150));
+    let mut holds = vec![1; 40];
+    for i in 0..100u64 {
+        let written = volume.write(i % 128 * piece, &vec![2; piece as usize]).and_then(|()| volume.flush());
+        match written {
+            Ok(()) if i < 40 => holds[i as usize] = 2,
+            Ok(()) => holds.push(2),
+            Err(VolumeError::Full(_)) => {
+                assert!(i > 0);
+                break;
+            }
+            Err(other) => panic!("{other}"),
+        }
+    }
+    let check = |volume: &Volume, holds: &[u8]| {
+        for (i, value) in holds.iter().enumerate() {
+            let mut found = vec![9; piece as usize];
+            volume.read(i as u64 * piece, &mut found).expect("read");
+            assert!(found.iter().all(|b| b == value), "{i}");
+        }
+    };
+    store.limit(Some(0));
+    for (i, value) in holds.iter_mut().enumerate().skip(1).step_by(2) {
+        volume.discard(i as u64 * piece, piece).expect("discarded");
+        volume.flush().expect("flushed");
+        volume.checkpoint().expect("a checkpoint");
+        *value = 0;
+    }
+    drop(volume);
+    store.crash(&mut Random(8));
+    store.limit(Some(0));
+    let volume = provider.open(store.clone()).expect("opens on a full store");
+    check(&volume, &holds);
+    volume.discard(0, piece).expect("discarded");
+    holds[0] = 0;
+    volume.delete_snapshot(snapshot, &mut |_, _| {}).expect("deleted");
+    check(&volume, &holds);
+    check_good(&volume);
+    // The holes are room again.
+    for i in 0..16 {
+        volume.write(i * piece, &vec![3; piece as usize]).expect("written");
+        volume.flush().expect("flushed");
+    }
+    volume.close().expect("closed");
+}
+
+#[test]
+fn a_volume_grows_while_it_is_used() {
+    let provider = Provider::new(AnchorMode::Flush);
+    let file = tempfile::NamedTempFile::new().expect("a file");
+    let store = || FileStore::exclusive(file.reopen().expect("opens")).expect("a store");
+    let volume = provider.create(store(), MIB + 512).expect("a volume");
+    volume.write(MIB, &[1; 512]).expect("written");
+    let sizes = [MIB + 1024, 2 * MIB, 300 * MIB, 40 << 30];
+    for (i, size) in sizes.into_iter().enumerate() {
+        assert!(matches!(volume.write(size - 512, &[1; 512]), Err(VolumeError::Request { .. })));
+        volume.grow(size).expect("grown");
+        assert_eq!((volume.size(), volume.info().size), (size, size));
+        let mut found = [9; 4096];
+        volume.read(size - 512, &mut found[..512]).expect("read");
+        assert!(found[..512] == [0; 512], "what is new is zero");
+        volume.write(size - 512, &[2 + i as u8; 512]).expect("written");
+        volume.flush().expect("flushed");
+    }
+    assert!(matches!(volume.grow(MIB), Err(VolumeError::Size { .. })));
+    assert!(matches!(volume.grow((40 << 30) + 1), Err(VolumeError::Size { .. })));
+    volume.grow(40 << 30).expect("nothing to do");
+    volume.close().expect("closed");
+    drop(volume);
+    let volume = provider.open(store()).expect("opens");
+    for (at, value) in sizes.into_iter().zip(2..).chain([(MIB + 512, 1)]) {
+        let mut found = [9; 512];
+        volume.read(at - 512, &mut found).expect("read");
+        assert!(found == [value; 512], "{at}");
+    }
+    let snapshot = volume.take_snapshot("large").expect("taken");
+    volume.grow(41 << 30).expect("grown");
+    volume.revert(snapshot).expect("reverted");
+    assert_eq!(volume.size(), 41 << 30);
+    check_good(&volume);
+}

@@ -1,7 +1,7 @@
 //! A store that lies: whatever it does, an error or a state that the anchor allows, never other data.
 
 use crate::common::{MIB, Provider, Random, SimStore, lock};
-use fealty_blockcrypt::{Volume, VolumeError, inspect};
+use fealty_blockcrypt::{OpenOptions, Volume, VolumeError, inspect};
 use policy::AnchorMode;
 use std::sync::Arc;
 
@@ -15,6 +15,8 @@ struct Scene {
     bytes: Vec<u8>,
     /// Each block's acknowledged content, then what is older but not older than the anchor.
     allowed: Vec<Vec<u8>>,
+    /// Holds what the first life left.
+    snapshot: u64,
 }
 
 fn fill(lba: u64, round: u8) -> Vec<u8> {
@@ -36,6 +38,7 @@ fn scene(mode: AnchorMode) -> Scene {
     volume.close().expect("closed");
     drop(volume);
     let volume = provider.open(store.clone()).expect("opens");
+    let snapshot = volume.take_snapshot("first").expect("taken");
     for round in 2..8 {
         for lba in (0..40).map(|i| (i * 7 + u64::from(round)) % 200) {
             volume.write(lba * BLOCK as u64, &fill(lba, round)).expect("written");
@@ -58,7 +61,7 @@ fn scene(mode: AnchorMode) -> Scene {
     }
     drop(volume);
     let bytes = store.bytes();
-    Scene { provider, store, bytes, allowed }
+    Scene { provider, store, bytes, allowed, snapshot }
 }
 
 impl Scene {
@@ -77,6 +80,34 @@ impl Scene {
         };
         *lock(&self.provider.anchor) = anchor;
         outcome
+    }
+
+    /// The same for the snapshot, whose blocks may hold one thing only.
+    #[track_caller]
+    fn judge_snapshot(&self, bytes: Vec<u8>, what: &str) -> Outcome {
+        self.store.set(bytes);
+        let options = OpenOptions { snapshot: Some(self.snapshot), ..OpenOptions::default() };
+        let opened = self.provider.open_with(self.store.clone(), &self.provider.grant(), options);
+        let volume = match opened {
+            Err(error) => {
+                assert!(error.is_integrity() || matches!(error, VolumeError::WrongKey), "{what}: {error}");
+                return Outcome::Refused(error);
+            }
+            Ok(volume) => volume,
+        };
+        let mut bad = 0;
+        for lba in 0..SIZE / BLOCK as u64 {
+            let mut found = vec![0xee; BLOCK];
+            match volume.read(lba * BLOCK as u64, &mut found) {
+                Ok(()) if lba % 2 == 0 => assert!(found == fill(lba, 1), "{what}: block {lba}"),
+                Ok(()) => assert!(found == [0; BLOCK], "{what}: block {lba}"),
+                Err(error) => {
+                    assert!(error.is_integrity(), "{what}: {error}");
+                    bad += 1;
+                }
+            }
+        }
+        if bad == 0 { Outcome::Whole } else { Outcome::Bad }
     }
 
     fn read_all(&self, volume: &Volume, what: &str) -> Outcome {
@@ -128,6 +159,57 @@ fn flipped_bits_are_errors() {
         }
         // Some hit blocks that nothing refers to any more.
         assert!(noticed * 3 > all, "{noticed} of {all}");
+    }
+}
+
+#[test]
+fn a_snapshot_is_what_was_taken_or_an_error() {
+    let scene = scene(AnchorMode::Close);
+    assert!(matches!(scene.judge_snapshot(scene.bytes.clone(), "untouched"), Outcome::Whole));
+    let mut random = Random(77);
+    let used: Vec<usize> =
+        (0..scene.bytes.len() / BLOCK).filter(|b| scene.bytes[b * BLOCK..][..BLOCK].iter().any(|x| *x != 0)).collect();
+    let mut noticed = 0;
+    for _ in 0..100 {
+        let mut bytes = scene.bytes.clone();
+        let mut pick = || used[random.below(used.len() as u64) as usize];
+        let (a, b) = (pick(), pick());
+        if random.chance(50) {
+            bytes[a * BLOCK + random.below(BLOCK as u64) as usize] ^= 1 << random.below(8);
+        } else {
+            let other = bytes[b * BLOCK..][..BLOCK].to_vec();
+            bytes[a * BLOCK..][..BLOCK].copy_from_slice(&other);
+        }
+        let outcome = scene.judge_snapshot(bytes, &format!("block {a}, perhaps from {b}"));
+        noticed += u32::from(!matches!(outcome, Outcome::Whole));
+    }
+    assert!(noticed > 20, "{noticed}");
+    let none = OpenOptions { snapshot: Some(99), ..OpenOptions::default() };
+    scene.store.set(scene.bytes.clone());
+    let refused = scene.provider.open_with(scene.store.clone(), &scene.provider.grant(), none).err();
+    assert!(matches!(refused, Some(VolumeError::NoSnapshot(99))));
+}
+
+/// A volume that went back to its snapshot is newer than what it held before.
+#[test]
+fn what_a_revert_left_behind_does_not_open() {
+    for mode in [AnchorMode::Flush, AnchorMode::Close] {
+        let scene = scene(mode);
+        scene.store.set(scene.bytes.clone());
+        let volume = scene.provider.open(scene.store.clone()).expect("opens");
+        let before = scene.store.bytes();
+        volume.revert(scene.snapshot).expect("reverted");
+        volume.close().expect("closed");
+        drop(volume);
+        let after = scene.store.bytes();
+        scene.store.set(before);
+        assert!(matches!(scene.provider.open(scene.store.clone()).err(), Some(VolumeError::RolledBack(_))));
+        scene.store.set(after);
+        let volume = scene.provider.open(scene.store.clone()).expect("opens");
+        let mut found = vec![0; BLOCK];
+        volume.read(0, &mut found).expect("read");
+        assert!(found == fill(0, 1));
+        crate::common::check_good(&volume);
     }
 }
 

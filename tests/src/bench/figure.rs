@@ -18,7 +18,11 @@ pub(super) struct Figure {
     /// `value` by `against_value`.
     ratio: Option<f64>,
     /// What the ratio should not exceed; for a figure without `against`, what the value should not exceed by: value by target.
+    /// For a rate (a unit by the second) what the ratio should reach.
     target_ratio: Option<f64>,
+    /// The target is to be reached, not kept below.
+    #[serde(skip)]
+    rate: bool,
 }
 
 impl Figure {
@@ -33,6 +37,7 @@ impl Figure {
             against_value: None,
             ratio: None,
             target_ratio: None,
+            rate: false,
         }
     }
 
@@ -46,6 +51,11 @@ impl Figure {
         self
     }
 
+    /// A rate, compared with `other`; the ratio should be at least `target`, where there is one.
+    pub(super) fn at_least(self, name: impl Into<String>, other: &Samples, target: Option<f64>) -> Self {
+        Self { rate: true, ..self.against(name, other, target) }
+    }
+
     /// Compared with a fixed limit, which it should not exceed.
     pub(super) fn limit(self, limit: f64) -> Self {
         self.against("limit", &[limit].into_iter().collect(), Some(1.0))
@@ -54,8 +64,10 @@ impl Figure {
     fn row(&self) -> [String; 6] {
         let number = |value: Option<f64>| value.map(|v| format!("{v}")).unwrap_or_default();
         let verdict = match (self.ratio, self.target_ratio) {
-            (Some(ratio), Some(target)) if ratio <= target => format!("at most {target}: met"),
-            (Some(_), Some(target)) => format!("at most {target}: MISSED"),
+            (Some(ratio), Some(target)) => {
+                let (met, bound) = if self.rate { (ratio >= target, "least") } else { (ratio <= target, "most") };
+                format!("at {bound} {target}: {}", if met { "met" } else { "MISSED" })
+            }
             _ => String::new(),
         };
         let against = self.against.as_ref().map(|name| format!("{name} {}", number(self.against_value)));
@@ -143,6 +155,8 @@ mod tests {
         assert_eq!(value, expected);
         assert!(figure.row()[5].ends_with("met"));
         assert!(Figure::new("memory", "MiB", &a).limit(2.0).row()[5].ends_with("MISSED"));
+        let rate = |target| Figure::new("write", "GB/s", &a).at_least("loop", &b, Some(target)).row()[5].clone();
+        assert_eq!((rate(1.4), rate(1.6)), ("at least 1.4: met".to_owned(), "at least 1.6: MISSED".to_owned()));
     }
 
     #[test]

@@ -2,6 +2,7 @@
 
 mod attest;
 mod baseline;
+mod disk;
 mod figure;
 mod first_byte;
 mod floor;
@@ -41,6 +42,8 @@ enum What {
     Attest,
     /// A disk's requests a second on a plain file, and CPU for each.
     Queue,
+    /// A volume in process: throughput, opening, recovery, metadata.
+    Disk(disk::Places),
 }
 
 /// Why there is no figure.
@@ -70,6 +73,22 @@ pub enum BenchError {
     /// `fealty run --json` told nothing that could be measured.
     #[error("fealty reported no timed steps")]
     NoSteps,
+    /// A volume does not do what is measured.
+    #[error("a volume failed to {0}")]
+    Volume(&'static str, #[source] blockcrypt::VolumeError),
+    /// Something did not come back as it was.
+    #[error("{0} are not what was written")]
+    Unequal(&'static str),
+    /// A thread of the benchmark ended early.
+    #[error("a thread of the benchmark panicked")]
+    Panicked,
+}
+
+impl BenchError {
+    /// What a volume failed to do.
+    fn volume(what: &'static str) -> impl Fn(blockcrypt::VolumeError) -> Self {
+        move |error| Self::Volume(what, error)
+    }
 }
 
 /// Measures and prints.
@@ -79,10 +98,11 @@ pub enum BenchError {
 pub fn run(arguments: &Arguments) -> Result<(), BenchError> {
     let mut printer = figure::Printer::new(arguments.json);
     printer.machine(&machine::describe());
-    let measured = match arguments.what {
-        What::Start { unattested_only } => start::run(arguments.rounds, !unattested_only, &mut printer),
+    let measured = match &arguments.what {
+        What::Start { unattested_only } => start::run(arguments.rounds, !*unattested_only, &mut printer),
         What::Attest => attest::run(arguments.rounds, &mut printer),
         What::Queue => queue::run(arguments.rounds, &mut printer),
+        What::Disk(places) => disk::run(arguments.rounds, places, &mut printer),
     };
     printer.finish();
     measured

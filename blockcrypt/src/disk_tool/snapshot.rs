@@ -1,0 +1,91 @@
+//! `snapshot`: taken, listed, gone back to, deleted.
+
+use super::change::change;
+use super::cli::{Snapshot, SnapshotCommand};
+use super::error::ToolError;
+use super::progress::Progress;
+use super::size::Bytes;
+use super::{Context, open_file, open_volume};
+use fealty_blockcrypt::SnapshotInfo;
+use policy::VolumeId;
+use serde::Serialize;
+use std::fmt::Write as _;
+use std::path::Path;
+
+#[derive(Serialize)]
+struct One {
+    volume: VolumeId,
+    snapshot: u64,
+}
+
+#[derive(Serialize)]
+struct All<'a> {
+    volume: VolumeId,
+    snapshots: &'a [SnapshotInfo],
+}
+
+pub(super) fn snapshot(context: &Context, words: &Snapshot) -> Result<(), ToolError> {
+    match &words.command {
+        SnapshotCommand::Take(words) => {
+            let (volume, snapshot) =
+                change(context, "snapshot take", &words.volume, |volume| volume.take_snapshot(&words.name))?;
+            let text = format!("took snapshot {snapshot} of volume {volume}");
+            context.report.result(&One { volume, snapshot }, &text)
+        }
+        SnapshotCommand::List(words) => list(context, &words.volume),
+        SnapshotCommand::Revert(words) => {
+            let id = words.snapshot;
+            let (volume, ()) = change(context, "snapshot revert", &words.volume, |volume| volume.revert(id))?;
+            let text = format!("volume {volume} holds what snapshot {id} held");
+            context.report.result(&One { volume, snapshot: id }, &text)
+        }
+        SnapshotCommand::Delete(words) => {
+            let id = words.snapshot;
+            let (volume, ()) = change(context, "snapshot delete", &words.volume, |volume| {
+                let mut progress = Progress::of("delete", volume.size(), context.report.json);
+                let size = volume.size();
+                volume.delete_snapshot(id, &mut |done, all| {
+                    progress.at((u128::from(size) * u128::from(done) / u128::from(all.max(1))) as u64);
+                })
+            })?;
+            context.report.result(&One { volume, snapshot: id }, &format!("deleted snapshot {id} of volume {volume}"))
+        }
+    }
+}
+
+fn list(context: &Context, path: &Path) -> Result<(), ToolError> {
+    let file = open_file(path)?;
+    let handover = context.handover("snapshot list")?;
+    let volume = open_volume(path, file, &handover)?;
+    let (id, snapshots) = (volume.id(), volume.snapshots().map_err(|e| ToolError::Volume(path.to_owned(), e))?);
+    drop(volume);
+    handover.holder.finish()?;
+    context.report.result(&All { volume: id, snapshots: &snapshots }, &table(&snapshots))
+}
+
+fn table(snapshots: &[SnapshotInfo]) -> String {
+    if snapshots.is_empty() {
+        return "no snapshots".to_owned();
+    }
+    let mut out = format!("{:>8}  {:>10}  {:>10}  {:>10}  name", "snapshot", "taken", "size", "data");
+    for one in snapshots {
+        let state = if one.deleting { " (being deleted)" } else { "" };
+        let (size, data) = (Bytes(one.size).to_string(), Bytes(one.mapped).to_string());
+        let _ = write!(out, "\n{:>8}  {:>10}  {size:>10}  {data:>10}  {}{state}", one.id, one.time, one.name);
+    }
+    out
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn each_snapshot_has_a_line() {
+        assert_eq!(table(&[]), "no snapshots");
+        let one = SnapshotInfo { id: 3, name: "a b".into(), time: 9, size: 4096, mapped: 0, deleting: true };
+        let text = table(&[one]);
+        assert_eq!(text.lines().count(), 2);
+        assert!(text.ends_with("a b (being deleted)"), "{text}");
+    }
+}

@@ -1,0 +1,364 @@
+//! Snapshots: retained roots of the map.
+//!
+//! A snapshot is taken by a checkpoint, whose map it keeps. What it reaches is told by age: of the blocks that the volume stops
+//! using, those that were there when a snapshot was taken stay, all others are free. That holds because history is a line: a
+//! volume goes back to its newest snapshot only.
+//!
+//! A snapshot that goes, goes leaf by leaf: what neither its older neighbour (by age) nor its newer one, or the volume (by
+//! comparison), has is freed. Each step is a checkpoint, which says how far it came; what was visited does not count as reached any
+//! more, and a crash costs nothing but time. Going back to a snapshot makes a dying snapshot of what the volume held.
+//!
+//! All this meets no request that changes something: it waits for those in hand and keeps others waiting, a step at a time.
+
+use super::durable::Occasion;
+use super::shared::Shared;
+use super::{Core, end_of};
+use crate::VolumeError;
+use crate::format::page::{BITS, CHILDREN, Child, ENTRIES, Entry, Header, Tree, child, entry};
+use crate::format::snapshot::{MAX_PAGES, Snapshot, SnapshotPage, is_name};
+use crate::format::{BLOCK, Block};
+use crate::space::bitmap;
+use crate::tree::{Halt, PageId};
+use serde::Serialize;
+use std::sync::MutexGuard;
+use std::time::SystemTime;
+
+/// Leaves visited in one step.
+const STEP: usize = 256;
+/// Snapshots that a volume has room for; one more is what it goes back from.
+const MOST: usize = MAX_PAGES * SnapshotPage::CAPACITY - 1;
+
+/// A snapshot, as people see it.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize)]
+pub struct SnapshotInfo {
+    /// Its number, never used again for this volume.
+    pub id: u64,
+    /// Its name.
+    pub name: String,
+    /// When it was taken, in Unix seconds, as the host's clock had it.
+    pub time: u64,
+    /// The volume's size then, in bytes.
+    pub size: u64,
+    /// Bytes that hold data in it.
+    pub mapped: u64,
+    /// It is being deleted, and can't be opened any more.
+    pub deleting: bool,
+}
+
+/// What a step of a deletion found.
+struct Walk {
+    /// The dying one, its older and newer neighbours.
+    dying: Snapshot,
+    older: Option<Snapshot>,
+    newer: Option<Snapshot>,
+    /// Blocks that nobody else has.
+    free: Vec<u64>,
+    position: u64,
+    budget: usize,
+}
+
+impl Shared {
+    pub(super) fn take_snapshot(&self, name: &str) -> Result<u64, VolumeError> {
+        self.check_writable(0, 0)?;
+        if !is_name(name.as_bytes()) {
+            return Err(VolumeError::SnapshotName);
+        }
+        let time = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).map_or(0, |time| time.as_secs());
+        let _alone = self.alone();
+        let group = self.flushing();
+        let id = self.core()?.add_snapshot(name, time, self.backing.geometry().size)?;
+        if let Err(error) = self.write_checkpoint(&group, Occasion::Running) {
+            // Where its superblock may have been written, the volume takes no more writes, and the next opener finds out.
+            let mut core = self.core()?;
+            core.snapshots.retain(|snapshot| snapshot.id != id);
+            return Err(error);
+        }
+        drop(group);
+        self.anchoring.after_flush()?;
+        Ok(id)
+    }
+
+    pub(super) fn snapshots(&self) -> Result<Vec<SnapshotInfo>, VolumeError> {
+        let info = |s: &Snapshot| SnapshotInfo {
+            id: s.id,
+            name: s.name.clone(),
+            time: s.time,
+            size: s.size,
+            mapped: s.mapped * BLOCK as u64,
+            deleting: s.dying.is_some(),
+        };
+        Ok(self.core()?.snapshots.iter().map(info).collect())
+    }
+
+    pub(super) fn delete_snapshot(&self, id: u64, heard: &mut dyn FnMut(u64, u64)) -> Result<(), VolumeError> {
+        self.check_writable(0, 0)?;
+        self.finish_deletion(heard)?;
+        {
+            let _alone = self.alone();
+            let group = self.flushing();
+            let mut core = self.core()?;
+            let snapshot = core.snapshots.iter_mut().find(|s| s.id == id && s.dying.is_none());
+            snapshot.ok_or(VolumeError::NoSnapshot(id))?.dying = Some(0);
+            core.snapshots_changed = true;
+            drop(core);
+            self.step(&group, heard)?;
+        }
+        self.finish_deletion(heard)
+    }
+
+    /// Goes on with a deletion that was begun, also by an earlier opener, to its end.
+    pub(super) fn finish_deletion(&self, heard: &mut dyn FnMut(u64, u64)) -> Result<(), VolumeError> {
+        while self.core()?.is_deleting() {
+            let _alone = self.alone();
+            let group = self.flushing();
+            self.step(&group, heard)?;
+        }
+        Ok(())
+    }
+
+    pub(super) fn revert(&self, id: u64) -> Result<(), VolumeError> {
+        self.check_writable(0, 0)?;
+        self.finish_deletion(&mut |_, _| {})?;
+        {
+            let _alone = self.alone();
+            let group = self.flushing();
+            self.settle_all(&group)?;
+            self.with_core(|core| core.go_back(id, self.backing.geometry().size))?;
+            if let Err(error) = self.write_checkpoint(&group, Occasion::Running) {
+                // Memory is the snapshot's already, and the store is not.
+                return Err(self.core()?.fail(error, &*self.backing.events));
+            }
+        }
+        self.anchoring.after_flush()?;
+        if let Err(error) = self.finish_deletion(&mut |_, _| {}) {
+            self.backing.events.note(&format!("what the volume held before is not freed yet: {error}"));
+        }
+        Ok(())
+    }
+
+    /// Everything in memory is durable, so that pointers are equal where pages are.
+    pub(super) fn settle_all(&self, group: &MutexGuard<'_, ()>) -> Result<(), VolumeError> {
+        let changed = self.core()?.changed();
+        if changed { self.write_checkpoint(group, Occasion::Running) } else { Ok(()) }
+    }
+
+    /// Visits some leaves of the dying snapshot and frees what only it has.
+    fn step(&self, group: &MutexGuard<'_, ()>, heard: &mut dyn FnMut(u64, u64)) -> Result<(), VolumeError> {
+        self.settle_all(group)?;
+        let Some(mut walk) = self.core()?.begin_walk() else { return Ok(()) };
+        let before = walk.position;
+        let top = PageId { tree: Tree::Map, level: walk.dying.levels - 1, index: 0 };
+        let theirs = walk.newer.as_ref().map(|newer| self.pointer_in(newer, top)).transpose()?;
+        let (id, root) = (walk.dying.id, walk.dying.root);
+        let done = self.walk(&mut walk, top, root, theirs)?;
+        self.with_core(|core| core.free_walked(&walk, done))?;
+        if let Err(error) = self.write_checkpoint(group, Occasion::Running) {
+            self.with_core(|core| core.keep_walked(&walk, before))?;
+            return Err(error);
+        }
+        self.core()?.space.freed(&walk.free);
+        self.punch_freed()?;
+        let all = end_of(top);
+        heard(if done { all } else { walk.position.min(all) }, all);
+        if done {
+            self.backing.events.note(&format!("snapshot {id} is deleted"));
+        }
+        Ok(())
+    }
+
+    /// A page of the dying snapshot; `theirs` points to the newer snapshot's, if there is one. Returns false when the step is over.
+    fn walk(&self, walk: &mut Walk, id: PageId, mine: Child, theirs: Option<Child>) -> Result<bool, VolumeError> {
+        let end = end_of(id);
+        if end <= walk.position {
+            return Ok(true);
+        }
+        let is_old = walk.older.as_ref().is_some_and(|older| mine.birth <= older.epoch);
+        if mine.is_empty() || is_old || mine == self.theirs(id, theirs)? {
+            walk.position = end;
+            return Ok(true);
+        }
+        if walk.budget == 0 {
+            return Ok(false);
+        }
+        let page = self.snapshot_page(id, &mine)?;
+        let other = match theirs.filter(|pointer| !pointer.is_empty()) {
+            Some(pointer) => Some(self.snapshot_page(id, &pointer)?),
+            None => None,
+        };
+        if id.level == 0 {
+            self.visit_leaf(walk, id, &page, theirs.is_some(), other.as_deref())?;
+            walk.budget -= 1;
+        } else {
+            for i in 0..CHILDREN {
+                let below = PageId { level: id.level - 1, index: id.index * CHILDREN as u64 + i as u64, ..id };
+                let their_child = theirs.map(|_| other.as_deref().map_or(Child::EMPTY, |page| child(page, i)));
+                if !self.walk(walk, below, child(&page, i), their_child)? {
+                    return Ok(false);
+                }
+            }
+        }
+        walk.free.push(mine.physical);
+        walk.position = end;
+        Ok(true)
+    }
+
+    /// What points to a page in the newer snapshot, or in the volume.
+    fn theirs(&self, id: PageId, snapshot: Option<Child>) -> Result<Child, VolumeError> {
+        match snapshot {
+            Some(pointer) => Ok(pointer),
+            None => self.with_core(|core| core.forest.pointer(id)),
+        }
+    }
+
+    fn visit_leaf(
+        &self,
+        walk: &mut Walk,
+        id: PageId,
+        page: &Block,
+        in_snapshot: bool,
+        other: Option<&Block>,
+    ) -> Result<(), VolumeError> {
+        let first = id.index * ENTRIES as u64;
+        let mut theirs = [Entry::UNMAPPED; ENTRIES];
+        match other {
+            Some(page) => theirs.iter_mut().enumerate().for_each(|(i, theirs)| *theirs = entry(page, i)),
+            None if in_snapshot => {}
+            None => self.with_core(|core| core.lookup(first, &mut theirs))?,
+        }
+        let core = self.core()?;
+        for (i, theirs) in theirs.iter().enumerate() {
+            let mine = entry(page, i);
+            let Some(block) = mine.data().filter(|block| self.backing.in_pool(*block)) else { continue };
+            let is_old = walk.older.as_ref().is_some_and(|older| core.is_older(&mine, older));
+            if !is_old && theirs.data() != Some(block) {
+                walk.free.push(block);
+            }
+        }
+        Ok(())
+    }
+
+    fn snapshot_page(&self, id: PageId, pointer: &Child) -> Result<Box<Block>, VolumeError> {
+        let expected = |h: &Header| h.tree == id.tree && h.level == id.level && h.index == id.index;
+        let page = self.backing.read_page(pointer, expected);
+        page.map_err(|error| self.backing.bad_page(pointer, error))
+    }
+
+    /// What points, in a snapshot, to the leftmost page of a level that it may have or not.
+    fn pointer_in(&self, snapshot: &Snapshot, id: PageId) -> Result<Child, VolumeError> {
+        let mut at = PageId { level: snapshot.levels - 1, ..id };
+        let mut pointer = snapshot.root;
+        while at.level > id.level && !pointer.is_empty() {
+            pointer = child(&*self.snapshot_page(at, &pointer)?, 0);
+            at.level -= 1;
+        }
+        Ok(pointer)
+    }
+}
+
+impl Core {
+    fn add_snapshot(&mut self, name: &str, time: u64, size: u64) -> Result<u64, VolumeError> {
+        self.writable()?;
+        if self.snapshots.len() >= MOST {
+            return Err(VolumeError::TooManySnapshots(MOST));
+        }
+        self.snapshots_taken += 1;
+        let snapshot = Snapshot {
+            id: self.snapshots_taken,
+            time,
+            // That of the checkpoint that follows, which fills in its own root.
+            epoch: self.epoch + 1,
+            generation: self.next_generation(),
+            size,
+            mapped: self.mapped,
+            root: Child::EMPTY,
+            levels: self.forest.root(Tree::Map).levels,
+            dying: None,
+            name: name.to_owned(),
+        };
+        self.snapshots.push(snapshot);
+        self.snapshots_changed = true;
+        Ok(self.snapshots_taken)
+    }
+
+    /// The volume is what the snapshot holds, and what it held becomes a dying snapshot.
+    fn go_back(&mut self, id: u64, size: u64) -> Result<(), Halt> {
+        self.writable()?;
+        let newest = self.snapshots.last().cloned();
+        let known = self.snapshots.iter().any(|snapshot| snapshot.id == id);
+        let target = match newest {
+            Some(newest) if newest.id == id => newest,
+            Some(newest) if known => return Err(VolumeError::NewerSnapshot(newest.id).into()),
+            _ => return Err(VolumeError::NoSnapshot(id).into()),
+        };
+        let root = self.forest.root(Tree::Map);
+        self.snapshots_taken += 1;
+        self.snapshots.push(Snapshot {
+            id: self.snapshots_taken,
+            time: target.time,
+            epoch: self.epoch,
+            generation: self.next_generation(),
+            size,
+            mapped: self.mapped,
+            root: root.child,
+            levels: root.levels,
+            dying: Some(0),
+            name: "gone back from".to_owned(),
+        });
+        self.snapshots_changed = true;
+        self.mapped = target.mapped;
+        self.forest.replace_map(target.root, target.levels)
+    }
+
+    pub(super) fn is_deleting(&self) -> bool {
+        self.snapshots.iter().any(|snapshot| snapshot.dying.is_some())
+    }
+
+    fn begin_walk(&self) -> Option<Walk> {
+        let at = self.snapshots.iter().position(|snapshot| snapshot.dying.is_some())?;
+        let dying = self.snapshots[at].clone();
+        Some(Walk {
+            position: dying.dying.unwrap_or(0),
+            dying,
+            older: at.checked_sub(1).map(|i| self.snapshots[i].clone()),
+            newer: self.snapshots.get(at + 1).cloned(),
+            free: Vec::new(),
+            budget: STEP,
+        })
+    }
+
+    /// Nothing is changed before all that is needed is in memory.
+    fn free_walked(&mut self, walk: &Walk, done: bool) -> Result<(), Halt> {
+        for block in &walk.free {
+            self.forest.page(bitmap(block / BITS as u64))?;
+        }
+        for block in &walk.free {
+            self.space.free_held(*block, &mut self.forest)?;
+        }
+        self.snapshots_changed = true;
+        if done {
+            self.snapshots.retain(|snapshot| snapshot.id != walk.dying.id);
+        } else if let Some(dying) = self.snapshots.iter_mut().find(|snapshot| snapshot.id == walk.dying.id) {
+            dying.dying = Some(walk.position);
+        }
+        Ok(())
+    }
+
+    /// Takes back a [`free_walked`](Self::free_walked) that did not become durable.
+    fn keep_walked(&mut self, walk: &Walk, before: u64) -> Result<(), Halt> {
+        for block in &walk.free {
+            self.forest.page(bitmap(block / BITS as u64))?;
+        }
+        for block in &walk.free {
+            self.space.keep(*block, &mut self.forest)?;
+        }
+        let back = Snapshot { dying: Some(before), ..walk.dying.clone() };
+        match self.snapshots.iter_mut().find(|snapshot| snapshot.id == back.id) {
+            Some(dying) => *dying = back,
+            None => {
+                let at = self.snapshots.partition_point(|snapshot| snapshot.id < back.id);
+                self.snapshots.insert(at, back);
+            }
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,107 @@
+//! `fealty-disk`: commands that change a volume in its place.
+
+mod disk_support;
+
+use disk_support::{Folder, Keeper, Manner, image};
+use std::fs;
+
+fn made() -> (Folder, Keeper, String, Vec<u8>) {
+    let folder = Folder::new();
+    let content = image(300, &[0, 7, 299]);
+    let (from, volume) = (folder.write("from.img", &content), folder.name("a.vol"));
+    let mut keeper = Keeper::new();
+    keeper.good(&["import", &from, &volume]);
+    (folder, keeper, volume, content)
+}
+
+fn good(keeper: &mut Keeper, volume: &str) {
+    assert_eq!(keeper.json(&["check", volume])["good"], true);
+}
+
+#[test]
+fn snapshots_are_taken_listed_exported_gone_back_to_and_deleted() {
+    let (_folder, mut keeper, volume, content) = made();
+    assert_eq!(keeper.json(&["snapshot", "list", &volume])["snapshots"].as_array().map(Vec::len), Some(0));
+    let taken = keeper.json(&["snapshot", "take", &volume, "--name", "before"]);
+    assert_eq!((&taken["snapshot"], taken["volume"].as_str()), (&1.into(), Some(&*keeper.volume.to_string())));
+    keeper.good(&["resize", &volume, "--size", "2M"]);
+    let second = keeper.json(&["snapshot", "take", &volume, "--name", "larger"]);
+    assert_eq!(second["snapshot"], 2);
+    let listed = keeper.json(&["snapshot", "list", &volume]);
+    assert_eq!(listed["snapshots"][0]["name"], "before");
+    assert_eq!(listed["snapshots"][1]["size"], 2 << 20);
+    let text = String::from_utf8(keeper.good(&["snapshot", "list", &volume])).expect("text");
+    assert_eq!(text.lines().count(), 3, "{text}");
+    assert!(keeper.good(&["export", &volume, "-", "--snapshot", "1"]) == content);
+    let whole = keeper.good(&["export", &volume, "-"]);
+    assert!(
+        whole.len() == 2 << 20 && whole[..content.len()] == content && whole[content.len()..].iter().all(|b| *b == 0)
+    );
+
+    let refused = keeper.run(&["snapshot", "revert", &volume, "1"]);
+    assert!(refused.code == 1 && refused.error.contains("snapshot 2 is newer"), "{}", refused.error);
+    keeper.good(&["snapshot", "delete", &volume, "2"]);
+    keeper.good(&["snapshot", "revert", &volume, "1"]);
+    assert!(keeper.good(&["export", &volume, "-"]) == whole);
+    good(&mut keeper, &volume);
+    keeper.good(&["snapshot", "delete", &volume, "1"]);
+    good(&mut keeper, &volume);
+    for words in [["snapshot", "delete", &volume, "1"], ["export", &volume, "-", "--snapshot=9"]] {
+        let refused = keeper.run(&words);
+        assert!(refused.code == 1 && refused.error.contains("has no snapshot"), "{}", refused.error);
+    }
+    let refused = keeper.run(&["snapshot", "take", &volume, "--name", ""]);
+    assert_eq!(refused.code, 2, "{}", refused.error);
+}
+
+#[test]
+fn a_volume_becomes_larger_and_not_smaller() {
+    let (_folder, mut keeper, volume, content) = made();
+    let resized = keeper.json(&["resize", &volume, "--size", "64M"]);
+    assert_eq!(resized["size"], 64 << 20);
+    assert_eq!(keeper.json(&["info", &volume])["size"], 64 << 20);
+    let refused = keeper.run(&["resize", &volume, "--size", "1M"]);
+    assert_eq!(refused.code, 2, "{}", refused.error);
+    good(&mut keeper, &volume);
+    assert!(keeper.good(&["export", &volume, "-"])[..content.len()] == content);
+}
+
+#[test]
+fn rekey_leaves_no_older_key() {
+    let (_folder, mut keeper, volume, content) = made();
+    keeper.key = 3;
+    let rekeyed = keeper.json(&["rekey", &volume]);
+    assert_eq!(rekeyed["older_keys"], 0);
+    good(&mut keeper, &volume);
+    assert!(keeper.good(&["export", &volume, "-"]) == content);
+    keeper.kek[0] ^= 1;
+    assert_eq!(keeper.run(&["rekey", &volume]).code, 4);
+}
+
+#[test]
+fn an_erased_volume_is_gone_and_only_with_force() {
+    let (_folder, mut keeper, volume, _) = made();
+    let refused = keeper.run(&["erase", &volume]);
+    assert!(refused.code == 2 && refused.error.contains("--force"), "{}", refused.error);
+    good(&mut keeper, &volume);
+    keeper.good(&["erase", &volume, "--force"]);
+    let refused = keeper.run(&["check", &volume]);
+    assert_eq!(refused.code, 3, "{}", refused.error);
+    assert!(fs::metadata(&volume).expect("there").len() > 1 << 20);
+}
+
+#[test]
+fn a_refused_anchor_is_said_and_harms_nothing() {
+    let (_folder, mut keeper, volume, content) = made();
+    for words in [vec!["resize", &volume, "--size", "4M"], vec!["snapshot", "take", &volume, "--name", "s"]] {
+        let refused = keeper.run_with(&words, Manner::RefusesAnchors, "");
+        assert_eq!(refused.code, 4, "{}", refused.error);
+        assert!(keeper.good(&["export", &volume, "-"])[..content.len()] == content);
+    }
+    for command in ["resize", "rekey"] {
+        let words = if command == "resize" { vec![command, &volume, "--size=4M"] } else { vec![command, &volume] };
+        let ended = keeper.run_with(&words, Manner::Leaves, "");
+        assert_ne!(ended.code, 0);
+        good(&mut keeper, &volume);
+    }
+}

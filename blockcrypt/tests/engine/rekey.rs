@@ -1,0 +1,245 @@
+//! Other keys for the same data, and none.
+
+use crate::common::{MIB, Provider, Random, SimStore, check_good, lock};
+use fealty_blockcrypt::{CloneOf, Kek, OpenOptions, Volume, VolumeError, erase, inspect};
+use policy::{AnchorMode, KeyId};
+use std::sync::Arc;
+
+const BLOCKS: u64 = 200;
+
+fn content(lba: u64) -> Vec<u8> {
+    let mut block = vec![0; 4096];
+    Random(lba).fill(&mut block);
+    block
+}
+
+/// A volume with data under three keys.
+fn made() -> (Arc<Provider>, Arc<SimStore>) {
+    let (provider, store) = (Provider::new(AnchorMode::Close), SimStore::new());
+    provider.create(store.clone(), MIB).expect("a volume").close().expect("closed");
+    for key in 1..4 {
+        *lock(&provider.key_id) = key;
+        let volume = provider.open(store.clone()).expect("opens");
+        for lba in (0..BLOCKS).filter(|lba| lba % 3 == key - 1) {
+            volume.write(lba * 4096, &content(lba)).expect("written");
+        }
+        volume.close().expect("closed");
+    }
+    (provider, store)
+}
+
+#[track_caller]
+fn check(volume: &Volume) {
+    for lba in 0..BLOCKS {
+        let mut found = vec![0; 4096];
+        volume.read(lba * 4096, &mut found).expect("read");
+        assert!(found == content(lba), "{lba}");
+    }
+    check_good(volume);
+}
+
+/// The wrapped masters that the superblocks and slot pages of a store hold.
+fn wrapped(bytes: &[u8]) -> Vec<Vec<u8>> {
+    let mut all = Vec::new();
+    for block in bytes.as_chunks::<4096>().0 {
+        if block.starts_with(b"fealty volume") {
+            all.push(block[384 + 44..][..32].to_vec());
+        } else if block[..4] == [3, 0, 0, 0] && block[48..64] == [0; 16] {
+            let count = usize::from(block[112]);
+            all.extend((0..count).map(|i| block[128 + i * 128 + 44..][..32].to_vec()));
+        }
+    }
+    all
+}
+
+fn holds(bytes: &[u8], wrapped: &[Vec<u8>]) -> usize {
+    wrapped.iter().filter(|w| bytes.windows(32).any(|b| b == &w[..])).count()
+}
+
+#[test]
+fn after_a_rewrap_only_the_new_key_opens() {
+    let (provider, store) = made();
+    let before = wrapped(&store.bytes());
+    assert!(before.len() >= 4);
+    let volume = provider.open(store.clone()).expect("opens");
+    let old = provider.kek();
+    provider.set_kek(78, 10);
+    volume.rewrap(&old, &provider.kek()).expect("rewrapped");
+    check(&volume);
+    volume.wipe_keys();
+    assert!(volume.put_back_keys(&old).is_err());
+    volume.put_back_keys(&provider.kek()).expect("the new key");
+    volume.close().expect("closed");
+    drop(volume);
+    assert_eq!(inspect(&*store).expect("readable").kek_id, KeyId(78));
+    assert_eq!(holds(&store.bytes(), &before), 0, "nothing is left that the old key opens");
+    check(&provider.open(store.clone()).expect("opens"));
+    provider.set_kek(77, 9);
+    assert!(matches!(provider.open(store).err(), Some(VolumeError::WrongKey)));
+}
+
+#[test]
+fn a_rewrap_that_a_crash_interrupts_leaves_a_volume_that_one_key_opens() {
+    let mut news = 0;
+    for n in 1..24 {
+        let (provider, store) = made();
+        let volume = provider.open(store.clone()).expect("opens");
+        let old = provider.kek();
+        provider.set_kek(78, 10);
+        let new = provider.kek();
+        store.burn(n);
+        let done = volume.rewrap(&old, &new);
+        drop(volume);
+        store.crash(&mut Random(n));
+        let id = inspect(&*store).expect("readable").kek_id;
+        assert!(done.is_err() || id == KeyId(78));
+        if id == KeyId(77) {
+            provider.set_kek(77, 9);
+        } else {
+            news += 1;
+        }
+        check(&provider.open(store).expect("opens"));
+    }
+    assert!(news > 0 && news < 23, "{news}");
+}
+
+#[test]
+fn a_rotation_goes_on_after_crashes_and_ends_without_older_keys() {
+    let (provider, store) = made();
+    *lock(&provider.key_id) = 9;
+    let mut random = Random(5);
+    let mut volume = provider.open(store.clone()).expect("opens");
+    assert_eq!(volume.info().older_keys, 3);
+    for _ in 0..6 {
+        store.burn(3 + random.below(12));
+        let _ = volume.rotate(&mut |_, _| true);
+        drop(volume);
+        store.repair();
+        store.crash(&mut random);
+        volume = provider.open(store.clone()).expect("opens");
+        check(&volume);
+    }
+    let mut steps = Vec::new();
+    let stopped = volume.rotate(&mut |done, all| {
+        steps.push((done, all));
+        false
+    });
+    assert!(!stopped.expect("no error"), "it was told to stop");
+    assert!(
+        volume
+            .rotate(&mut |done, all| {
+                steps.push((done, all));
+                true
+            })
+            .expect("rotated")
+    );
+    assert!(steps.iter().all(|(done, all)| done <= all && *all == 256));
+    assert_eq!((volume.info().older_keys, volume.info().key_id), (0, KeyId(9)));
+    check(&volume);
+    volume.close().expect("closed");
+    drop(volume);
+    check(&provider.open(store).expect("opens"));
+}
+
+#[test]
+fn a_rotation_keeps_what_snapshots_need() {
+    let (provider, store) = made();
+    let before = wrapped(&store.bytes());
+    *lock(&provider.key_id) = 9;
+    let volume = provider.open(store.clone()).expect("opens");
+    let snapshot = volume.take_snapshot("old").expect("taken");
+    assert!(volume.rotate(&mut |_, _| true).expect("rotated"));
+    assert_eq!(volume.info().older_keys, 3);
+    volume.delete_snapshot(snapshot, &mut |_, _| {}).expect("deleted");
+    assert!(volume.rotate(&mut |_, _| true).expect("rotated"));
+    assert_eq!(volume.info().older_keys, 0);
+    check(&volume);
+    volume.close().expect("closed");
+    assert_eq!(holds(&store.bytes(), &before), 0, "no older key is left in any form");
+}
+
+#[test]
+fn an_erased_volume_is_noise() {
+    let (provider, store) = made();
+    let before = wrapped(&store.bytes());
+    assert!(erase(&*store).expect("erased") >= 5);
+    assert!(matches!(provider.open(store.clone()).err(), Some(VolumeError::NotAVolume)));
+    assert!(matches!(inspect(&*store), Err(VolumeError::NotAVolume)));
+    assert_eq!(holds(&store.bytes(), &before), 0);
+    assert!(matches!(erase(&*store), Err(VolumeError::NotAVolume)));
+}
+
+#[test]
+fn a_clone_holds_the_same_and_goes_its_own_way() {
+    let (provider, store) = made();
+    let source = provider.open(store.clone()).expect("opens");
+    let snapshot = source.take_snapshot("base").expect("taken");
+    source.write(0, &[9; 4096]).expect("written");
+    source.close().expect("closed");
+    drop(source);
+    let options = OpenOptions { snapshot: Some(snapshot), ..OpenOptions::default() };
+    let source = provider.open_with(store.clone(), &provider.grant(), options).expect("opens");
+    let (other, copy) = (Provider::new(AnchorMode::Flush), SimStore::new());
+    other.set_kek(5, 55);
+    let cloned = |grant: &policy::disk::VolumeGrant, kek: &Kek| {
+        let of = CloneOf { source: &source, kek: &provider.kek() };
+        Volume::create_clone(copy.clone(), of, grant, kek, other.clone(), other.clone())
+    };
+    let own = policy::disk::VolumeGrant { key_id: KeyId(3), ..other.grant() };
+    assert!(matches!(cloned(&own, &other.kek()).err(), Some(VolumeError::Grant(_))), "a key id of the source");
+    *lock(&other.key_id) = 100;
+    let clone = cloned(&other.grant(), &other.kek()).expect("cloned");
+    assert!(clone.id() == other.volume && clone.info().key_id == KeyId(100) && clone.info().older_keys == 3);
+    check(&clone);
+    let before = clone.take_snapshot("as cloned").expect("taken");
+    for lba in 0..50 {
+        clone.write(lba * 4096, &[7; 4096]).expect("written");
+    }
+    clone.close().expect("closed");
+    drop(clone);
+    assert!(matches!(provider.open(copy.clone()).err(), Some(VolumeError::OtherVolume { .. })));
+    let clone = other.open(copy.clone()).expect("opens");
+    check_good(&clone);
+    clone.revert(before).expect("reverted");
+    check(&clone);
+    clone.delete_snapshot(before, &mut |_, _| {}).expect("deleted");
+    assert!(clone.rotate(&mut |_, _| true).expect("rotated"));
+    assert_eq!(clone.info().older_keys, 0, "nothing of the source's keys is left");
+    check(&clone);
+    check(&source);
+}
+
+/// Blocks of a clone don't pass for the source's, nor the other way round.
+#[test]
+fn a_clone_and_its_source_do_not_mix() {
+    let (provider, store) = made();
+    let source = provider.open(store.clone()).expect("opens");
+    let (other, copy) = (Provider::new(AnchorMode::Flush), SimStore::new());
+    *lock(&other.key_id) = 100;
+    let of = CloneOf { source: &source, kek: &provider.kek() };
+    let clone = Volume::create_clone(copy.clone(), of, &other.grant(), &other.kek(), other.clone(), other.clone());
+    let clone = clone.expect("cloned");
+    for volume in [&source, &clone] {
+        for lba in 0..BLOCKS {
+            volume.write(lba * 4096, &content(lba)).expect("written");
+        }
+        volume.close().expect("closed");
+    }
+    drop((source, clone));
+    let (ours, theirs) = (store.bytes(), copy.bytes());
+    let mut random = Random(4);
+    for _ in 0..60 {
+        let mut mixed = ours.clone();
+        let at = random.below((ours.len() / 4096) as u64) as usize * 4096;
+        mixed[at..at + 4096].copy_from_slice(&theirs[at..at + 4096]);
+        store.set(mixed);
+        let Ok(volume) = provider.open_read_only(store.clone()) else { continue };
+        for lba in 0..BLOCKS {
+            let mut found = vec![0; 4096];
+            match volume.read(lba * 4096, &mut found) {
+                Ok(()) => assert!(found == content(lba), "{lba}"),
+                Err(error) => assert!(error.is_integrity(), "{error}"),
+            }
+        }
+    }
+}
