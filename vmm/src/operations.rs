@@ -168,6 +168,22 @@ impl Operations {
         Ok(())
     }
 
+    /// Tells the guest of an unprotected VM that the file of disk `id` has another size now: that is the operator's to change, and
+    /// `desired` bytes, where given, are what it must have. Gives the bytes that the guest sees.
+    pub fn resize_disk(&self, id: &str, desired: Option<u64>) -> Result<u64, OperationError> {
+        let state = |why: String| OperationError::State(why);
+        if self.protected.is_some() {
+            return Err(state("the disks of a protected VM keep their size while it runs".into()));
+        }
+        let size = self.helm.running().look_again(id).ok_or_else(|| state(format!("this VM has no disk {id}")))?;
+        match desired {
+            Some(desired) if desired != size => {
+                Err(state(format!("disk {id} has {size} bytes, not {desired}; change its file first")))
+            }
+            _ => Ok(size),
+        }
+    }
+
     /// Ends the VM if that was asked for: called once the one who asked has an answer.
     pub fn end_if_asked(&self) {
         if self.ending.load(Ordering::SeqCst) {

@@ -14,8 +14,16 @@ struct Vm {
 }
 
 fn start(words: &str) -> Vm {
+    start_with(words, serde_json::json!([]))
+}
+
+/// With disks; each has a file of 1 MiB.
+fn start_with(words: &str, disks: serde_json::Value) -> Vm {
     let folder = tempfile::tempdir().expect("folder");
-    let path = configuration(folder.path(), words, serde_json::json!([]));
+    for disk in disks.as_array().into_iter().flatten() {
+        std::fs::write(folder.path().join(disk["path"].as_str().expect("a path")), vec![0; 1 << 20]).expect("written");
+    }
+    let path = configuration(folder.path(), words, disks);
     let socket = folder.path().join("api.sock");
     let mut command = fealty(&["run", "--unprotected", path.to_str().expect("UTF-8"), "--api-socket"]);
     let mut program = Program::start(command.arg(&socket));
@@ -75,6 +83,25 @@ fn the_power_button_is_pressed() {
     vm.program.until("waiting for the button");
     vm.ctl(&["power-button"]).code(0);
     assert!(vm.program.end().code(0).out.contains("hello"));
+}
+
+#[test]
+fn a_disk_that_grows_is_told_to_the_guest() {
+    let disks = serde_json::json!([{ "id": "root", "path": "root.img" }]);
+    let mut vm = start_with("wait-resize,write:300:7,verify:300:7,poweroff", disks);
+    vm.program.until("waiting for another size");
+    assert!(vm.ctl(&["resize-disk", "data"]).code(4).why().contains("no disk data"));
+    let body = br#"{"id":"root","desired_size":2097152}"#;
+    let request = format!("PUT /api/v1/vm.resize-disk HTTP/1.1\r\nContent-Length: {}\r\n\r\n", body.len());
+    let request = [request.as_bytes(), body].concat();
+    let answer = vm.raw(&request);
+    assert!(answer.starts_with("HTTP/1.1 409") && answer.contains("has 1048576 bytes"), "{answer}");
+    assert!(vm.raw(b"PUT /api/v1/vm.resize-disk HTTP/1.1\r\nContent-Length: 2\r\n\r\n{}").starts_with("HTTP/1.1 400"));
+    let file = std::fs::File::options().write(true).open(vm.folder.path().join("root.img")).expect("open");
+    file.set_len(2 << 20).expect("larger");
+    assert!(vm.ctl(&["resize-disk", "root"]).code(0).out.contains("root has 2097152 bytes"));
+    let ended = vm.program.end().code(0);
+    assert!(ended.out.contains("disk 0 bytes=2097152") && ended.out.contains("verify 300 ok"), "{}", ended.out);
 }
 
 #[test]

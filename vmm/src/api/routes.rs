@@ -3,6 +3,7 @@
 use super::http::{Method, Request};
 use crate::operations::{OperationError, Operations};
 use policy::Operation;
+use serde::Deserialize;
 use serde_json::{Value, json};
 use std::fs::File;
 use std::os::fd::OwnedFd;
@@ -19,12 +20,33 @@ pub(super) fn route(
         (Method::Get, "vm.info") => ok(&operations.map_or_else(|| json!({ "state": "Created" }), Operations::info)),
         (Method::Get, "vm.counters") => ok(&operations.map_or_else(|| json!({}), Operations::counters)),
         (Method::Get, "fealty/status") => ok(&operations.map_or_else(starting, Operations::status)),
+        (Method::Put, "vm.resize-disk") => resize_disk(&request.body, operations),
         (Method::Put, path) => match operation(path) {
             None => refused(404, "this VM has no such operation"),
             Some(_) if operations.is_none() => refused(409, "the VM does not run yet"),
             Some(operation) => perform(operation, descriptor, operations),
         },
         _ => refused(404, "there is nothing here; see the control socket's paths in the manual"),
+    }
+}
+
+/// `vm.resize-disk`, in Cloud Hypervisor's shape.
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct ResizeDisk {
+    id: String,
+    /// Bytes that the file has by now.
+    desired_size: Option<u64>,
+}
+
+fn resize_disk(body: &[u8], operations: Option<&Operations>) -> (u16, Option<String>) {
+    let Some(operations) = operations else { return refused(409, "the VM does not run yet") };
+    match serde_json::from_slice::<ResizeDisk>(body) {
+        Err(_) => refused(400, "the body is {\"id\": DISK} and, if you like, \"desired_size\" in bytes"),
+        Ok(ResizeDisk { id, desired_size }) => match operations.resize_disk(&id, desired_size) {
+            Ok(size) => ok(&json!({ "id": id, "size": size })),
+            Err(error) => failed(&error),
+        },
     }
 }
 

@@ -31,6 +31,11 @@ pub enum Action {
     PowerButton,
     /// End the VM at once, its volumes flushed
     Shutdown,
+    /// Tell the guest of an unprotected VM that a disk's file has another size now
+    ResizeDisk {
+        /// The disk's name
+        id: String,
+    },
     /// Write a core dump, sealed for the customer; needs the customer's permission
     Coredump {
         /// The file to make
@@ -61,6 +66,11 @@ pub fn run(socket: &Path, action: &Action, json: bool) -> Result<Exit, Failure> 
         Action::Resume => talk.done("vm.resume", "running", json)?,
         Action::PowerButton => talk.done("vm.power-button", "power button pressed", json)?,
         Action::Shutdown => talk.done("vm.shutdown", "ending", json)?,
+        Action::ResizeDisk { id } => {
+            let body = serde_json::json!({ "id": id }).to_string();
+            let done = talk.send("PUT", "vm.resize-disk", &body, None)?;
+            print(if json { done.to_string() } else { format!("{id} has {} bytes", done["size"]) });
+        }
         Action::Coredump { .. } => {
             let Some((path, file)) = out else { return Ok(Exit::Internal) };
             let done = talk.ask("PUT", "fealty/vm.coredump", Some(&file)).inspect_err(|_| {
@@ -107,9 +117,14 @@ impl Talk {
         Ok(())
     }
 
-    /// Sends one request; its answer's body, `null` where it has none.
+    /// Sends one request without a body; its answer's body, `null` where it has none.
     fn ask(&mut self, method: &str, path: &str, descriptor: Option<&File>) -> Result<Value, Failure> {
-        let request = format!("{method} /api/v1/{path} HTTP/1.1\r\nHost: vm\r\nContent-Length: 0\r\n\r\n");
+        self.send(method, path, "", descriptor)
+    }
+
+    fn send(&mut self, method: &str, path: &str, body: &str, descriptor: Option<&File>) -> Result<Value, Failure> {
+        let length = body.len();
+        let request = format!("{method} /api/v1/{path} HTTP/1.1\r\nHost: vm\r\nContent-Length: {length}\r\n\r\n{body}");
         let gone = |e: std::io::Error| Failure::new(Exit::Host, format!("the VM process does not answer: {e}"));
         let descriptor = descriptor.map(AsFd::as_fd);
         descriptors::send(self.stream.as_fd(), request.as_bytes(), descriptor).map_err(gone)?;

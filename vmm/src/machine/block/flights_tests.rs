@@ -60,6 +60,12 @@ impl Bench {
     }
 
     fn bring_up(&self) {
+        self.start();
+        assert_eq!(self.status(), 15);
+    }
+
+    /// What a driver does, whatever becomes of it.
+    fn start(&self) {
         let write = |at: u64, value: u64, width: usize| self.pci.bar_write(at, &value.to_le_bytes()[..width]);
         write(0x14, 3, 1);
         let features = feature::VERSION_1 | feature::INDIRECT_DESCRIPTORS;
@@ -74,7 +80,6 @@ impl Bench {
         }
         write(0x1c, 1, 2);
         write(0x14, 15, 1);
-        assert_eq!(self.status(), 15);
     }
 
     fn status(&self) -> u8 {
@@ -289,6 +294,51 @@ fn a_driver_that_floods_its_queue_holds_up_no_pause_and_no_reset() {
         over.store(true, Ordering::SeqCst);
         flood.join().expect("the flood ends");
         assert_eq!(bench.device.counters().breaks, 0);
+    }
+}
+
+/// Another processor of the guest writes over rings, tables and headers while they are read.
+#[test]
+fn rings_that_move_while_they_are_read_cost_a_reset_at_most() {
+    for rings in [true, false] {
+        let bench = Bench::on(rings);
+        let (memory, over) = (bench.driver.memory.clone(), Arc::new(AtomicBool::new(false)));
+        let (ends, device) = (over.clone(), bench.device.clone());
+        let scribbler = std::thread::spawn(move || {
+            let mut random = 0x2545_f491_4f6c_dd1d_u64;
+            while !ends.load(Ordering::SeqCst) {
+                random ^= random << 13;
+                random ^= random >> 7;
+                random ^= random << 17;
+                let at =
+                    [0x1000 + random % 0x100, 0x4000 + random % 0xb00, 0x2000 + random % 0x24][random as usize % 3];
+                memory.write_obj((random >> 32) as u8 & 0x1f, GuestAddress(at)).expect("in RAM");
+                if random.is_multiple_of(64) {
+                    device.doorbell(0).expect("a queue").write(1).expect("rung");
+                }
+            }
+        });
+        for round in 0..300 {
+            for slot in 0..5 {
+                bench.offer(slot, [0, 1, 4, DISCARD, WRITE_ZEROES][(slot as usize + round) % 5], 8 * slot, 512);
+            }
+            bench.knock();
+            std::thread::yield_now();
+            bench.pci.bar_write(0x14, &[0]);
+            eventually("reset", || bench.status() == 0);
+            bench.driver.set_available(0);
+            bench.driver.put(MockDriver::RING[2] + 2, 0_u16);
+            bench.start();
+        }
+        over.store(true, Ordering::SeqCst);
+        scribbler.join().expect("it ends");
+        bench.pci.bar_write(0x14, &[0]);
+        eventually("reset", || bench.status() == 0);
+        bench.driver.set_available(0);
+        bench.driver.put(MockDriver::RING[2] + 2, 0_u16);
+        bench.bring_up();
+        assert_eq!(bench.ask(0, 2000, 512), 0);
+        assert_eq!(bench.file.metadata().expect("metadata").len(), SIZE);
     }
 }
 
