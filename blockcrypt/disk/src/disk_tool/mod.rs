@@ -29,9 +29,9 @@ mod report;
 mod signals;
 mod size;
 
+use blockcrypt::{FileStore, OpenOptions, Volume};
 use cli::{Cli, Command};
 use error::ToolError;
-use fealty_blockcrypt::{FileStore, OpenOptions, Volume};
 use holder::Handover;
 use report::Reporter;
 use signals::Interrupts;

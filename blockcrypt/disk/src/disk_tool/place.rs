@@ -1,7 +1,7 @@
 //! Files that get their name when they are complete: nothing half-made ever stands under it.
 
 use super::signals::Interrupts;
-use fealty_blockcrypt::{FileStore, VolumeError};
+use blockcrypt::{FileStore, VolumeError};
 use rustix::fs::{CWD, FlockOperation, RenameFlags, flock, renameat_with};
 use rustix::io::Errno;
 use std::ffi::OsString;

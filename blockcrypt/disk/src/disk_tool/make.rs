@@ -9,7 +9,7 @@ use super::image::Image;
 use super::place::{Content, Place, PlaceError, same_file};
 use super::progress::{Progress, rate};
 use super::size::Bytes;
-use fealty_blockcrypt::{AnchorRefused, Anchors, FileStore, Volume, VolumeError};
+use blockcrypt::{AnchorRefused, Anchors, FileStore, Volume, VolumeError};
 use policy::{AnchorMode, VolumeAnchor, VolumeId};
 use serde::Serialize;
 use std::path::{Path, PathBuf};

@@ -9,7 +9,7 @@ use super::place::{Content, Place, same_file};
 use super::progress::{Progress, rate};
 use super::size::Bytes;
 use super::{Context, open_file, open_volume};
-use fealty_blockcrypt::Volume;
+use blockcrypt::Volume;
 use policy::VolumeId;
 use serde::Serialize;
 use std::io::{self, Write};

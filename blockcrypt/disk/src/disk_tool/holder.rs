@@ -1,7 +1,7 @@
 //! The conversation with whoever holds the volume's session with the key provider: `policy::disk` draws it.
 
 use super::report;
-use fealty_blockcrypt::{AnchorRefused, Anchors, Events, Kek};
+use blockcrypt::{AnchorRefused, Anchors, Events, Kek};
 use policy::VolumeAnchor;
 use policy::disk::{DiskSession, HolderAnswer, MESSAGE_LIMIT, ToolMessage, VolumeGrant};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};

@@ -5,7 +5,7 @@ use super::image::ImageError;
 use super::inherit::InheritError;
 use super::make::MakeError;
 use super::place::PlaceError;
-use fealty_blockcrypt::VolumeError;
+use blockcrypt::VolumeError;
 use std::io;
 use std::path::PathBuf;
 
