@@ -30,6 +30,8 @@ const TARGETS: &[(&str, Target)] = &[
     ("blockcrypt/page", fealty_blockcrypt::fuzz::fuzz_page),
     ("blockcrypt/superblock", fealty_blockcrypt::fuzz::fuzz_superblock),
     ("cedar/rules", fealty_policy_cedar::fuzz::fuzz_rules),
+    ("disk/nbd_handshake", fealty_disk::fuzz::fuzz_nbd_handshake),
+    ("disk/nbd_requests", fealty_disk::fuzz::fuzz_nbd_requests),
     ("host/frames", fealty_host::fuzz::frames),
     ("host/layer_arg", fealty_host::fuzz::layer_arg),
     ("host/state", fealty_host::fuzz::state),

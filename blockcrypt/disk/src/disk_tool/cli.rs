@@ -46,6 +46,9 @@ pub(crate) enum Command {
     /// Read and verify all of a volume, and name every bad block
     #[command(after_help = CHECK_HELP)]
     Check(Check),
+    /// Lend a volume to other programs as a disk, until SIGTERM
+    #[command(after_help = SERVE_HELP)]
+    Serve(Serve),
 }
 
 #[derive(Args, Debug)]
@@ -98,6 +101,26 @@ pub(crate) struct Check {
     pub(crate) volume: PathBuf,
 }
 
+#[derive(Args, Debug)]
+pub(crate) struct Serve {
+    /// The volume
+    pub(crate) volume: PathBuf,
+    #[command(flatten)]
+    pub(crate) way: Way,
+    /// Take no writes; others may read the volume too
+    #[arg(long)]
+    pub(crate) read_only: bool,
+}
+
+/// How a volume is lent: one of them.
+#[derive(Args, Debug)]
+#[group(required = true, multiple = false)]
+pub(crate) struct Way {
+    /// Serve NBD on this unix socket: for qemu-img, qemu-io, fio, nbd-client
+    #[arg(long, value_name = "SOCKET")]
+    pub(crate) nbd: Option<PathBuf>,
+}
+
 const EXIT_CODES: &str = "\
 Exit codes: 0 done; 1 failed (the store, the image, no room); 2 wrong arguments; 3 the volume is damaged, was tampered with or is
 older than its anchor; 4 refused, by the key holder or for want of the right key; 129, 130, 143 ended by SIGHUP, SIGINT, SIGTERM.
@@ -116,6 +139,10 @@ Examples:
 
   Is it whole? (Code 3 if not, with a line for each bad range of blocks.)
     fealty-keys volume exec acme root -- fealty-disk check /store/root.vol
+
+  As a disk for programs that speak NBD:
+    fealty-keys volume exec acme root -- fealty-disk serve /store/root.vol --nbd /run/root.sock
+    fio --ioengine=nbd --uri='nbd+unix:///?socket=/run/root.sock' --name=read --rw=randread --runtime=10 --time_based
 
   What the operator, who has no key, can see of it:
     fealty-disk info /store/root.vol
@@ -161,6 +188,14 @@ also goes to the customer's audit log.
 
 Example: fealty-keys volume exec acme root -- fealty-disk check /store/root.vol";
 
+const SERVE_HELP: &str = "\
+It says when it is ready, with a line on standard output. The socket is yours alone (mode 0600) and goes when the server goes. On
+SIGTERM or SIGINT, or when the key holder leaves, requests that were sent are finished and the volume is closed: its anchor at the
+provider is then the newest.
+
+Example: fealty-keys volume exec acme root -- fealty-disk serve /store/root.vol --nbd /run/root.sock
+         qemu-img info 'nbd+unix:///?socket=/run/root.sock'";
+
 /// The command line, or the exit code if there is nothing to do: help was asked for, or it makes no sense.
 pub(crate) fn parse() -> Result<Cli, ExitCode> {
     Cli::try_parse().map_err(|error| match error.kind() {
@@ -169,7 +204,7 @@ pub(crate) fn parse() -> Result<Cli, ExitCode> {
             ExitCode::SUCCESS
         }
         ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand => {
-            report::line("a command is missing: create, import, export, info or check (see fealty-disk --help)");
+            report::line("a command is missing: create, import, export, info, check or serve (see fealty-disk --help)");
             ExitCode::from(2)
         }
         _ => {

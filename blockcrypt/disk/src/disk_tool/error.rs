@@ -6,6 +6,7 @@ use super::inherit::InheritError;
 use super::make::MakeError;
 use super::place::PlaceError;
 use blockcrypt::VolumeError;
+use fealty_disk::SocketError;
 use std::io;
 use std::path::PathBuf;
 
@@ -40,6 +41,10 @@ pub(crate) enum ToolError {
     Harden(#[from] secretmem::SecretError),
     #[error("signals can't be watched for")]
     Signals(#[source] io::Error),
+    #[error(transparent)]
+    Socket(#[from] SocketError),
+    #[error("clients can't be waited for")]
+    Serve(#[source] io::Error),
     #[error("standard output takes no more")]
     Output(#[source] io::Error),
 }

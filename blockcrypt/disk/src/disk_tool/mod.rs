@@ -7,6 +7,7 @@
 //! | `holder`, `inherit` | the conversation with whoever holds the volume's session |
 //! | `make` | `create` and `import`: a volume that appears whole or not at all |
 //! | `export`, `info`, `check` | the other commands |
+//! | `serve` | a volume as a disk of other programs |
 //! | `image`, `blocks` | raw images, and which of their blocks hold something |
 //! | `place` | files that get their name when they are complete |
 //! | `signals` | what an interruption leaves behind: nothing |
@@ -26,6 +27,7 @@ mod make;
 mod place;
 mod progress;
 mod report;
+mod serve;
 mod signals;
 mod size;
 
@@ -72,6 +74,7 @@ fn perform(cli: Cli) -> Result<(), ToolError> {
         Command::Export(words) => export::export(&context, &words),
         Command::Info(words) => info::info(&context, &words),
         Command::Check(words) => check::check(&context, &words),
+        Command::Serve(words) => serve::serve(&context, &words),
     }
 }
 
