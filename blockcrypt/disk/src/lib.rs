@@ -9,12 +9,14 @@
 //! | `disk` | what is lent |
 //! | `socket` | a unix socket that only its owner can connect to, and that goes when the server goes |
 //! | [`nbd`] | the NBD protocol |
+//! | [`vhost_user`] | the vhost-user protocol, and virtio queues |
 
 mod disk;
 #[doc(hidden)]
 pub mod fuzz;
 pub mod nbd;
 mod socket;
+pub mod vhost_user;
 
 pub use disk::{Disk, Fault};
 pub use socket::{Socket, SocketError};

@@ -69,16 +69,7 @@ impl Socket {
     /// # Errors
     /// The system's, also when it has no descriptors left.
     pub fn accept(&self, until: &[BorrowedFd<'_>]) -> io::Result<Option<UnixStream>> {
-        loop {
-            let mut fds = vec![PollFd::new(&self.listener, PollFlags::IN)];
-            fds.extend(until.iter().map(|fd| PollFd::from_borrowed_fd(*fd, PollFlags::RDHUP)));
-            match poll(&mut fds, None) {
-                Err(Errno::INTR) => continue,
-                other => other?,
-            };
-            if fds[1..].iter().any(|fd| !fd.revents().is_empty()) {
-                return Ok(None);
-            }
+        while self.wait(until)? {
             match self.listener.accept() {
                 Ok((stream, _)) => return Ok(Some(stream)),
                 // It was gone again.
@@ -87,6 +78,25 @@ impl Socket {
                 Err(error) => return Err(error),
             }
         }
+        Ok(None)
+    }
+
+    /// Waits for a connection that can be accepted; not so once any of `until` has hung up.
+    pub(crate) fn wait(&self, until: &[BorrowedFd<'_>]) -> io::Result<bool> {
+        loop {
+            let mut fds = vec![PollFd::new(&self.listener, PollFlags::IN)];
+            fds.extend(until.iter().map(|fd| PollFd::from_borrowed_fd(*fd, PollFlags::RDHUP)));
+            match poll(&mut fds, None) {
+                Err(Errno::INTR) => continue,
+                other => other?,
+            };
+            return Ok(fds[1..].iter().all(|fd| fd.revents().is_empty()));
+        }
+    }
+
+    /// Itself, to accept from.
+    pub(crate) fn listener(&self) -> io::Result<UnixListener> {
+        self.listener.try_clone()
     }
 }
 

@@ -1,6 +1,6 @@
 //! Every parser over a corpus of what real clients say, and mutations of it: no panic, and nothing is let through that can't be done.
 
-use fealty_disk::fuzz::{fuzz_nbd_handshake, fuzz_nbd_requests};
+use fealty_disk::fuzz::{fuzz_nbd_handshake, fuzz_nbd_requests, fuzz_virtio_queue};
 use std::path::Path;
 
 /// A generator of numbers: xorshift64*.
@@ -63,4 +63,9 @@ fn nbd_handshakes() {
 #[test]
 fn nbd_requests() {
     run("nbd-requests", fuzz_nbd_requests, 5_000);
+}
+
+#[test]
+fn virtio_queues() {
+    run("virtio-queue", fuzz_virtio_queue, 20_000);
 }

@@ -110,6 +110,9 @@ pub(crate) struct Serve {
     /// Take no writes; others may read the volume too
     #[arg(long)]
     pub(crate) read_only: bool,
+    /// With --vhost-user: virtio queues, each with a thread; as many as the guest has processors serve it best
+    #[arg(long, value_name = "N", default_value_t = 4, value_parser = clap::value_parser!(u16).range(1..=16))]
+    pub(crate) queues: u16,
 }
 
 /// How a volume is lent: one of them.
@@ -119,6 +122,9 @@ pub(crate) struct Way {
     /// Serve NBD on this unix socket: for qemu-img, qemu-io, fio, nbd-client
     #[arg(long, value_name = "SOCKET")]
     pub(crate) nbd: Option<PathBuf>,
+    /// Be the vhost-user-blk back end of another virtual machine monitor on this unix socket
+    #[arg(long, value_name = "SOCKET")]
+    pub(crate) vhost_user: Option<PathBuf>,
 }
 
 const EXIT_CODES: &str = "\
@@ -194,7 +200,12 @@ SIGTERM or SIGINT, or when the key holder leaves, requests that were sent are fi
 provider is then the newest.
 
 Example: fealty-keys volume exec acme root -- fealty-disk serve /store/root.vol --nbd /run/root.sock
-         qemu-img info 'nbd+unix:///?socket=/run/root.sock'";
+         qemu-img info 'nbd+unix:///?socket=/run/root.sock'
+
+Another virtual machine monitor must share the guest's memory with this process, which weakens what keeps root on its host out:
+  qemu-system-x86_64 -object memory-backend-memfd,id=m,size=1G,share=on -machine q35,memory-backend=m \\
+      -chardev socket,id=c,path=/run/root.sock,reconnect=1 -device vhost-user-blk-pci,chardev=c,num-queues=4 ...
+  cloud-hypervisor --memory size=1G,shared=on --disk vhost_user=true,socket=/run/root.sock,num_queues=4 ...";
 
 /// The command line, or the exit code if there is nothing to do: help was asked for, or it makes no sense.
 pub(crate) fn parse() -> Result<Cli, ExitCode> {

@@ -1,17 +1,19 @@
 //! `serve`: a volume as a disk of other programs.
 
-use super::cli::Serve;
+use super::cli::{Serve, Way};
 use super::error::ToolError;
 use super::holder::Handover;
 use super::{Context, report};
 use blockcrypt::{FileStore, OpenOptions, Volume, VolumeError};
-use fealty_disk::{Disk, Fault, Socket, nbd};
+use fealty_disk::{Disk, Fault, Socket, nbd, vhost_user};
 use policy::VolumeId;
 use serde::Serialize;
 use std::fs::OpenOptions as FileOptions;
-use std::os::fd::AsFd;
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 /// Failed requests that are told one by one; of further ones only the number.
@@ -38,28 +40,26 @@ pub(super) fn serve(context: &Context, words: &Serve) -> Result<(), ToolError> {
     options.read(true).write(!words.read_only).custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY);
     let file = options.open(path).map_err(|e| ToolError::Open(path.clone(), e))?;
     let Handover { grant, kek, holder } = context.handover("serve")?;
-    let Some(at) = words.way.nbd.as_deref() else { return Ok(()) };
-    let socket = Socket::listen(at)?;
+    let socket = Socket::listen(words.socket())?;
     let store = if words.read_only { FileStore::shared(file) } else { FileStore::exclusive(file) }.map_err(failed)?;
     let options = OpenOptions { read_only: words.read_only, ..Default::default() };
     // From here on an interruption closes the volume.
     let asked = context.interrupts.serving().map_err(ToolError::Signals)?;
     let volume = Volume::open(store, &grant, &kek, options, holder.clone(), holder.clone()).map_err(failed)?;
     drop(kek);
-    let lent = Lent { volume: &volume, failures: AtomicU64::new(0) };
+    let lent = Arc::new(Lent { volume, failures: AtomicU64::new(0) });
     let id = grant.volume;
-    let ready = Ready { volume: id, size: volume.size(), read_only: words.read_only, socket: at };
-    context.report.result(&ready, &format!("ready: volume {id} on {}", at.display()))?;
-    let served = nbd::serve(&lent, &format!("volume {id}"), socket, &[asked.as_fd(), holder.as_fd()]);
-    let failures = lent.failures.into_inner();
+    let ready = Ready { volume: id, size: lent.size(), read_only: words.read_only, socket: words.socket() };
+    context.report.result(&ready, &format!("ready: volume {id} on {}", words.socket().display()))?;
+    let served = lend(&lent, words, socket, &[asked.as_fd(), holder.as_fd()]);
     // Whatever ended it, what was written becomes durable before anything is said.
-    let closed = if words.read_only { Ok(()) } else { volume.close().map(drop) };
-    drop(volume);
+    let closed = if words.read_only { Ok(()) } else { lent.volume.close().map(drop) };
     closed.map_err(failed)?;
     served.map_err(ToolError::Serve)?;
     holder.still_there()?;
     holder.finish()?;
     context.interrupts.done();
+    let failures = lent.failures.load(Ordering::Relaxed);
     let text = match failures {
         0 => format!("volume {id} is closed"),
         n => format!("volume {id} is closed; {n} requests failed"),
@@ -67,13 +67,32 @@ pub(super) fn serve(context: &Context, words: &Serve) -> Result<(), ToolError> {
     context.report.result(&Served { volume: id, failed_requests: failures }, &text)
 }
 
+impl Serve {
+    fn socket(&self) -> &Path {
+        let Way { nbd, vhost_user } = &self.way;
+        // The command line has one of them.
+        nbd.as_deref().or(vhost_user.as_deref()).unwrap_or(Path::new(""))
+    }
+}
+
+fn lend(lent: &Arc<Lent>, words: &Serve, socket: Socket, until: &[BorrowedFd<'_>]) -> io::Result<()> {
+    let id = lent.volume.id();
+    if words.way.nbd.is_some() {
+        return nbd::serve(&**lent, &format!("volume {id}"), socket, until);
+    }
+    let serial = id.to_string().replace('-', "");
+    let device = vhost_user::Device { queues: words.queues, serial };
+    let disk: Arc<dyn Disk> = lent.clone();
+    vhost_user::serve(&disk, &device, &socket, until, &report::line)
+}
+
 /// The volume, with somebody who tells of what fails.
-struct Lent<'a> {
-    volume: &'a Volume,
+struct Lent {
+    volume: Volume,
     failures: AtomicU64,
 }
 
-impl Lent<'_> {
+impl Lent {
     fn told<T>(&self, doing: &'static str, offset: u64, done: Result<T, VolumeError>) -> Result<T, Fault> {
         done.map_err(|error| {
             let before = self.failures.fetch_add(1, Ordering::Relaxed);
@@ -88,7 +107,7 @@ impl Lent<'_> {
     }
 }
 
-impl Disk for Lent<'_> {
+impl Disk for Lent {
     fn size(&self) -> u64 {
         self.volume.size()
     }
