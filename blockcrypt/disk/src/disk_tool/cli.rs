@@ -3,7 +3,7 @@
 use super::report;
 use super::size::Size;
 use clap::error::ErrorKind;
-use clap::{Args, Parser, Subcommand};
+use clap::{Args, Parser, Subcommand, ValueEnum};
 use std::path::PathBuf;
 use std::process::ExitCode;
 
@@ -34,10 +34,10 @@ pub(crate) enum Command {
     /// Make an empty volume; it reads as zeroes
     #[command(after_help = CREATE_HELP)]
     Create(Create),
-    /// Make a volume from a raw image; its all-zero blocks take no room
+    /// Make a volume from an image; its all-zero blocks take no room
     #[command(after_help = IMPORT_HELP)]
     Import(Import),
-    /// Decrypt a volume into a raw image, sparse where the volume is zero
+    /// Decrypt a volume into an image, sparse where the volume is zero
     #[command(after_help = EXPORT_HELP)]
     Export(Export),
     /// Say what a volume is; without keys, what its superblock claims
@@ -65,7 +65,7 @@ pub(crate) struct Create {
 
 #[derive(Args, Debug)]
 pub(crate) struct Import {
-    /// The raw image: a file, a block device, or - for standard input (with --size)
+    /// The image: a file, a block device, or - for standard input (with --size)
     pub(crate) image: PathBuf,
     /// The file to make, or a block device (with --force)
     pub(crate) volume: PathBuf,
@@ -73,17 +73,33 @@ pub(crate) struct Import {
     /// as much
     #[arg(long, value_name = "N[K|M|G|T]")]
     pub(crate) size: Option<Size>,
+    /// What the image is; qcow2 needs qemu-img
+    #[arg(long, value_enum, default_value_t)]
+    pub(crate) format: Format,
     /// Replace what stands there
     #[arg(long)]
     pub(crate) force: bool,
+}
+
+/// Formats of images.
+#[derive(ValueEnum, Clone, Copy, PartialEq, Eq, Default, Debug)]
+pub(crate) enum Format {
+    /// The guest's bytes, one after the other
+    #[default]
+    Raw,
+    /// QEMU's format, one file, without a backing file
+    Qcow2,
 }
 
 #[derive(Args, Debug)]
 pub(crate) struct Export {
     /// The volume
     pub(crate) volume: PathBuf,
-    /// The raw image to make: a file, a block device (with --force), or - for standard output
+    /// The image to make: a file, a block device (with --force), or - for standard output; a file if it is qcow2
     pub(crate) image: PathBuf,
+    /// What the image is to be; qcow2 needs qemu-img
+    #[arg(long, value_enum, default_value_t)]
+    pub(crate) format: Format,
     /// Replace what stands there
     #[arg(long)]
     pub(crate) force: bool,
@@ -173,7 +189,10 @@ const IMPORT_HELP: &str = "\
 The volume appears under its name when it is complete, and is usable once the provider keeps its first anchor, which is the last
 thing this does. Until then it is written to .NAME.partial beside it.
 
-Example: fealty-keys volume exec acme root -- fealty-disk import root.img /store/root.vol";
+qcow2 is read by qemu-img, which writes to the volume over a socket that nobody else has: plain text lies in no file on the way.
+
+Examples: fealty-keys volume exec acme root -- fealty-disk import root.img /store/root.vol
+          fealty-keys volume exec acme root -- fealty-disk import --format qcow2 root.qcow2 /store/root.vol";
 
 const EXPORT_HELP: &str = "\
 The image is the guest's data in plain text, readable by you alone (mode 0600). It appears under its name when it is complete. A bad

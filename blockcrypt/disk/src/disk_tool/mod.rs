@@ -9,6 +9,7 @@
 //! | `export`, `info`, `check` | the other commands |
 //! | `serve` | a volume as a disk of other programs |
 //! | `image`, `blocks` | raw images, and which of their blocks hold something |
+//! | `qemu` | images that are not raw, by `qemu-img` |
 //! | `place` | files that get their name when they are complete |
 //! | `signals` | what an interruption leaves behind: nothing |
 //! | `progress`, `report` | what people and scripts see |
@@ -26,6 +27,7 @@ mod inherit;
 mod make;
 mod place;
 mod progress;
+mod qemu;
 mod report;
 mod serve;
 mod signals;

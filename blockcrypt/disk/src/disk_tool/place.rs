@@ -107,6 +107,11 @@ impl Place {
         &self.file
     }
 
+    /// Where the file lies while it has no name of its own.
+    pub(crate) fn draft_path(&self) -> &Path {
+        self.draft.as_ref().map_or(&self.path, |draft| &draft.temporary)
+    }
+
     /// The file, once more.
     pub(crate) fn another(&self) -> Result<File, PlaceError> {
         self.file.try_clone().map_err(failed(&self.path, "opened"))

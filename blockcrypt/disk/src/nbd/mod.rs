@@ -81,6 +81,14 @@ pub fn serve(disk: &dyn Disk, description: &str, socket: Socket, until: &[Borrow
     })
 }
 
+/// Serves `disk` to the one client on `stream` until it leaves.
+pub fn attend(disk: &dyn Disk, description: &str, stream: UnixStream) {
+    let export = Export { size: disk.size(), read_only: disk.read_only(), description: description.to_owned() };
+    if let Some(guest) = Clients::default().admit(stream) {
+        guest.attend(disk, &export);
+    }
+}
+
 fn is_shortage(error: &io::Error) -> bool {
     matches!(error.raw_os_error(), Some(libc::EMFILE | libc::ENFILE | libc::ENOMEM | libc::ENOBUFS))
 }
