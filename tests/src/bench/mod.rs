@@ -9,6 +9,7 @@ mod machine;
 mod memory;
 mod queue;
 mod sample;
+mod served;
 mod start;
 
 use clap::{Parser, Subcommand};
@@ -41,6 +42,16 @@ enum What {
     Attest,
     /// A disk's requests a second on a plain file, and CPU for each.
     Queue,
+    /// The volume over NBD, against other servers with ciphers and without.
+    Served(served::Places),
+    /// A plain file over NBD: what `served` compares with.
+    #[command(hide = true)]
+    ServePlain {
+        /// The file.
+        file: PathBuf,
+        /// Where to listen.
+        socket: PathBuf,
+    },
 }
 
 /// Why there is no figure.
@@ -77,12 +88,17 @@ pub enum BenchError {
 /// # Errors
 /// The first thing that could not be measured.
 pub fn run(arguments: &Arguments) -> Result<(), BenchError> {
+    if let What::ServePlain { file, socket } = &arguments.what {
+        return served::serve_plain(file, socket);
+    }
     let mut printer = figure::Printer::new(arguments.json);
     printer.machine(&machine::describe());
-    let measured = match arguments.what {
+    let measured = match &arguments.what {
         What::Start { unattested_only } => start::run(arguments.rounds, !unattested_only, &mut printer),
         What::Attest => attest::run(arguments.rounds, &mut printer),
         What::Queue => queue::run(arguments.rounds, &mut printer),
+        What::Served(places) => served::run(arguments.rounds, &places.tmpfs, &mut printer),
+        What::ServePlain { .. } => Ok(()),
     };
     printer.finish();
     measured
