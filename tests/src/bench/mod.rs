@@ -10,6 +10,7 @@ mod machine;
 mod memory;
 mod queue;
 mod sample;
+mod served;
 mod start;
 
 use clap::{Parser, Subcommand};
@@ -44,6 +45,16 @@ enum What {
     Queue,
     /// A volume in process: throughput, opening, recovery, metadata.
     Disk(disk::Places),
+    /// The volume over NBD, against other servers with ciphers and without.
+    Served(served::Places),
+    /// A plain file over NBD: what `served` compares with.
+    #[command(hide = true)]
+    ServePlain {
+        /// The file.
+        file: PathBuf,
+        /// Where to listen.
+        socket: PathBuf,
+    },
 }
 
 /// Why there is no figure.
@@ -96,6 +107,9 @@ impl BenchError {
 /// # Errors
 /// The first thing that could not be measured.
 pub fn run(arguments: &Arguments) -> Result<(), BenchError> {
+    if let What::ServePlain { file, socket } = &arguments.what {
+        return served::serve_plain(file, socket);
+    }
     let mut printer = figure::Printer::new(arguments.json);
     printer.machine(&machine::describe());
     let measured = match &arguments.what {
@@ -103,6 +117,8 @@ pub fn run(arguments: &Arguments) -> Result<(), BenchError> {
         What::Attest => attest::run(arguments.rounds, &mut printer),
         What::Queue => queue::run(arguments.rounds, &mut printer),
         What::Disk(places) => disk::run(arguments.rounds, places, &mut printer),
+        What::Served(places) => served::run(arguments.rounds, &places.tmpfs, &mut printer),
+        What::ServePlain { .. } => Ok(()),
     };
     printer.finish();
     measured

@@ -6,7 +6,7 @@ use super::error::ToolError;
 use super::progress::Progress;
 use super::size::Bytes;
 use super::{Context, open_file, open_volume};
-use fealty_blockcrypt::SnapshotInfo;
+use blockcrypt::SnapshotInfo;
 use policy::VolumeId;
 use serde::Serialize;
 use std::fmt::Write as _;

@@ -1,6 +1,9 @@
 //! The holder's side of `--keys-fd` for tests: what `fealty-keys volume exec` and its provider do, with every way to misbehave.
 #![allow(dead_code, reason = "each test uses a part")]
 
+pub(crate) mod nbd;
+pub(crate) mod server;
+
 use policy::disk::{CipherSuite, DiskSession, HolderAnswer, ToolMessage, VolumeGrant};
 use policy::{AnchorMode, KeyId, OpenNumber, VolumeAnchor, VolumeId};
 use std::io::{Read, Write};
@@ -129,11 +132,17 @@ impl Keeper {
             .spawn()
             .expect("starts");
         let pid = child.id();
+        let line = ours.as_ref().map(|stream| stream.try_clone().expect("a copy"));
         let holder = std::thread::spawn(move || match ours {
-            Some(stream) => hold(stream, &handover, &manner, pid),
+            Some(mut stream) => {
+                let heard = hold(&mut stream, &handover, &manner, pid);
+                // The test has a copy of it, which keeps it open.
+                let _ = stream.shutdown(std::net::Shutdown::Both);
+                heard
+            }
             None => Default::default(),
         });
-        Running { child, holder }
+        Running { child, line, holder }
     }
 
     /// A good hand-over, under the newest open number.
@@ -157,6 +166,7 @@ impl Keeper {
 /// The tool at work.
 pub(crate) struct Running {
     child: Child,
+    line: Option<UnixStream>,
     holder: JoinHandle<(Vec<VolumeAnchor>, Vec<String>)>,
 }
 
@@ -164,6 +174,16 @@ impl Running {
     pub(crate) fn signal(&self, signal: rustix::process::Signal) {
         let pid = rustix::process::Pid::from_raw(self.child.id() as i32).expect("a process");
         rustix::process::kill_process(pid, signal).expect("alive");
+    }
+
+    /// The holder hangs up, whatever it is doing.
+    pub(crate) fn holder_leaves(&self) {
+        self.line.as_ref().expect("there").shutdown(std::net::Shutdown::Both).expect("shut down");
+    }
+
+    /// Whether it has ended already.
+    pub(crate) fn is_over(&mut self) -> bool {
+        self.child.try_wait().expect("known").is_some()
     }
 
     pub(crate) fn end(self) -> Ended {
@@ -185,12 +205,12 @@ impl Ended {
     }
 }
 
-fn hold(mut stream: UnixStream, handover: &[u8], manner: &Manner, pid: u32) -> (Vec<VolumeAnchor>, Vec<String>) {
+fn hold(stream: &mut UnixStream, handover: &[u8], manner: &Manner, pid: u32) -> (Vec<VolumeAnchor>, Vec<String>) {
     let (mut anchors, mut events) = (Vec::new(), Vec::new());
     if stream.write_all(handover).is_err() {
         return (anchors, events);
     }
-    while let Some(text) = receive(&mut stream) {
+    while let Some(text) = receive(stream) {
         let refusal = HolderAnswer::Refused("another holder has it".to_owned());
         let answer = match serde_json::from_slice(&text).expect("a message") {
             ToolMessage::Anchor(anchor) => {
@@ -293,6 +313,17 @@ pub(crate) fn image(blocks: usize, filled: &[usize]) -> Vec<u8> {
         out[block * 4096..(block + 1) * 4096].iter_mut().zip(bytes).for_each(|(to, from)| *to = from);
     }
     out
+}
+
+/// Whether a server listens on the socket at `path`.
+pub(crate) fn listens(path: &Path) -> bool {
+    let stat = std::fs::symlink_metadata(path);
+    stat.is_ok()
+        && std::fs::read_to_string("/proc/net/unix").expect("a list").lines().any(|line| {
+            // Bit 16 of the flags: it listens. A connection of ours would be one more client.
+            let words: Vec<&str> = line.split_whitespace().collect();
+            words.get(3) == Some(&"00010000") && words.get(7) == path.to_str().as_ref()
+        })
 }
 
 /// How many bytes a file takes up.

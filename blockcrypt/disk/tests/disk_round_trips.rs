@@ -2,8 +2,10 @@
 
 mod disk_support;
 
+use disk_support::server::system;
 use disk_support::{Folder, Keeper, Manner, alone, image, room};
 use std::fs;
+use std::os::unix::fs::PermissionsExt;
 
 const FILLED: [usize; 7] = [0, 1, 2, 77, 300, 1023, 1279];
 
@@ -160,4 +162,36 @@ fn help_teaches_and_needs_no_keys() {
     for needed in ["fealty-keys volume exec", "Exit codes:", "Examples:"] {
         assert!(text.contains(needed), "{needed} is missing");
     }
+}
+
+#[test]
+fn qcow2_goes_in_and_out_through_qemu_img() {
+    let folder = Folder::new();
+    let content = image(512, &[0, 7, 8, 300, 511]);
+    let raw = folder.write("from.img", &content);
+    let (qcow2, volume, back) = (folder.name("from.qcow2"), folder.name("a.vol"), folder.name("back.qcow2"));
+    system("qemu-img", &["convert", "-f", "raw", "-O", "qcow2", &raw, &qcow2]);
+    let mut keeper = Keeper::new();
+    let made = keeper.json(&["import", "--format", "qcow2", &qcow2, &volume]);
+    // Holes are not written.
+    assert!(made["size"] == content.len() && made["data"].as_u64().expect("a number") < 1 << 20, "{made}");
+    assert!(keeper.good(&["export", &volume, "-"]) == content);
+    keeper.good(&["export", "--format", "qcow2", &volume, &back]);
+    assert_eq!(std::fs::metadata(&back).expect("there").permissions().mode() & 0o777, 0o600);
+    system("qemu-img", &["compare", "-f", "raw", "-F", "qcow2", &raw, &back]);
+    assert!(room(back.as_ref()) < 1 << 20, "zeroes take no room");
+    assert_eq!(keeper.json(&["check", &volume])["good"], true);
+    // What is no such image, or a part of one, makes nothing.
+    let (part, other) = (folder.name("part.qcow2"), folder.name("b.vol"));
+    system("qemu-img", &["create", "-q", "-f", "qcow2", "-b", &raw, "-F", "raw", &part]);
+    let mut another = Keeper::new();
+    assert!(another.run(&["import", "--format", "qcow2", &part, &other]).failed(1).contains("part of an image"));
+    assert!(another.run(&["import", "--format", "qcow2", &raw, &other]).failed(1).contains("qemu-img failed"));
+    another.run(&["import", "--format", "qcow2", "-", &other]).failed(2);
+    assert!(
+        another.run(&["import", "--format", "qcow2", &qcow2, &other, "--size", "1M"]).failed(1).contains("more than")
+    );
+    let ended = another.run_with(&["import", "--format", "qcow2", &qcow2, &other], Manner::Good, "PATH=/nowhere");
+    assert!(ended.failed(1).contains("qemu-utils"), "{ended:?}");
+    assert_eq!(folder.names(), ["a.vol", "back.qcow2", "from.img", "from.qcow2", "part.qcow2"]);
 }

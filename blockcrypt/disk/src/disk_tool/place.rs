@@ -1,7 +1,7 @@
 //! Files that get their name when they are complete: nothing half-made ever stands under it.
 
 use super::signals::Interrupts;
-use fealty_blockcrypt::{FileStore, VolumeError};
+use blockcrypt::{FileStore, VolumeError};
 use rustix::fs::{CWD, FlockOperation, RenameFlags, flock, renameat_with};
 use rustix::io::Errno;
 use std::ffi::OsString;
@@ -105,6 +105,11 @@ impl Place {
     /// The file, to be written.
     pub(crate) fn file(&self) -> &File {
         &self.file
+    }
+
+    /// Where the file lies while it has no name of its own.
+    pub(crate) fn draft_path(&self) -> &Path {
+        self.draft.as_ref().map_or(&self.path, |draft| &draft.temporary)
     }
 
     /// The file, once more.

@@ -5,9 +5,11 @@ use super::image::ImageError;
 use super::inherit::InheritError;
 use super::make::MakeError;
 use super::place::PlaceError;
-use fealty_blockcrypt::VolumeError;
+use super::qemu::{ConvertError, QemuError};
+use blockcrypt::VolumeError;
+use fealty_disk::SocketError;
 use std::io;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 /// What ends the tool with another code than 0.
 #[derive(Debug, thiserror::Error)]
@@ -30,6 +32,10 @@ pub(crate) enum ToolError {
     Place(#[from] PlaceError),
     #[error(transparent)]
     Image(#[from] ImageError),
+    #[error(transparent)]
+    Qemu(#[from] QemuError),
+    #[error("qcow2 can't be read from or written to {0}; name a file")]
+    NotAFile(PathBuf),
     #[error("{0} and {1} are the same file; name another one to make")]
     SameFile(PathBuf, PathBuf),
     #[error("{path} is not whole: {bad} bad blocks, {problems} other problems; restore it from a copy")]
@@ -42,15 +48,27 @@ pub(crate) enum ToolError {
     Harden(#[from] secretmem::SecretError),
     #[error("signals can't be watched for")]
     Signals(#[source] io::Error),
+    #[error(transparent)]
+    Socket(#[from] SocketError),
+    #[error("clients can't be waited for")]
+    Serve(#[source] io::Error),
     #[error("standard output takes no more")]
     Output(#[source] io::Error),
 }
 
 impl ToolError {
+    /// A conversion of the volume at `path` that came to nothing.
+    pub(crate) fn converting(path: &Path, error: ConvertError) -> Self {
+        match error {
+            ConvertError::Qemu(error) => error.into(),
+            ConvertError::Volume(error) => Self::Volume(path.to_owned(), error),
+        }
+    }
+
     /// What `--help` promises.
     pub(crate) fn code(&self) -> u8 {
         match self {
-            Self::NoKeys(_) | Self::Inherit(_) | Self::Unforced(_) => USAGE,
+            Self::NoKeys(_) | Self::Inherit(_) | Self::Unforced(_) | Self::NotAFile(_) => USAGE,
             Self::Holder(_) | Self::Make(MakeError::Anchor(_)) => REFUSED,
             Self::Volume(_, error) => of_volume(error),
             Self::Bad { .. } => BAD,

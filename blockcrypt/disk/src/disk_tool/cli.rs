@@ -3,7 +3,7 @@
 use super::report;
 use super::size::Size;
 use clap::error::ErrorKind;
-use clap::{Args, Parser, Subcommand};
+use clap::{Args, Parser, Subcommand, ValueEnum};
 use std::path::PathBuf;
 use std::process::ExitCode;
 
@@ -34,10 +34,10 @@ pub(crate) enum Command {
     /// Make an empty volume; it reads as zeroes
     #[command(after_help = CREATE_HELP)]
     Create(Create),
-    /// Make a volume from a raw image; its all-zero blocks take no room
+    /// Make a volume from an image; its all-zero blocks take no room
     #[command(after_help = IMPORT_HELP)]
     Import(Import),
-    /// Decrypt a volume into a raw image, sparse where the volume is zero
+    /// Decrypt a volume into an image, sparse where the volume is zero
     #[command(after_help = EXPORT_HELP)]
     Export(Export),
     /// Say what a volume is; without keys, what its superblock claims
@@ -57,6 +57,9 @@ pub(crate) enum Command {
     /// Destroy a volume's key slots: nobody can ever read it again
     #[command(after_help = ERASE_HELP)]
     Erase(Erase),
+    /// Lend a volume to other programs as a disk, until SIGTERM
+    #[command(after_help = SERVE_HELP)]
+    Serve(Serve),
 }
 
 #[derive(Args, Debug)]
@@ -73,7 +76,7 @@ pub(crate) struct Create {
 
 #[derive(Args, Debug)]
 pub(crate) struct Import {
-    /// The raw image: a file, a block device, or - for standard input (with --size)
+    /// The image: a file, a block device, or - for standard input (with --size)
     pub(crate) image: PathBuf,
     /// The file to make, or a block device (with --force)
     pub(crate) volume: PathBuf,
@@ -81,20 +84,36 @@ pub(crate) struct Import {
     /// as much
     #[arg(long, value_name = "N[K|M|G|T]")]
     pub(crate) size: Option<Size>,
+    /// What the image is; qcow2 needs qemu-img
+    #[arg(long, value_enum, default_value_t)]
+    pub(crate) format: Format,
     /// Replace what stands there
     #[arg(long)]
     pub(crate) force: bool,
+}
+
+/// Formats of images.
+#[derive(ValueEnum, Clone, Copy, PartialEq, Eq, Default, Debug)]
+pub(crate) enum Format {
+    /// The guest's bytes, one after the other
+    #[default]
+    Raw,
+    /// QEMU's format, one file, without a backing file
+    Qcow2,
 }
 
 #[derive(Args, Debug)]
 pub(crate) struct Export {
     /// The volume
     pub(crate) volume: PathBuf,
-    /// The raw image to make: a file, a block device (with --force), or - for standard output
+    /// The image to make: a file, a block device (with --force), or - for standard output; a file if it is qcow2
     pub(crate) image: PathBuf,
     /// Export this snapshot instead of the volume
     #[arg(long, value_name = "N")]
     pub(crate) snapshot: Option<u64>,
+    /// What the image is to be; qcow2 needs qemu-img
+    #[arg(long, value_enum, default_value_t)]
+    pub(crate) format: Format,
     /// Replace what stands there
     #[arg(long)]
     pub(crate) force: bool,
@@ -177,6 +196,32 @@ pub(crate) struct Erase {
     pub(crate) force: bool,
 }
 
+#[derive(Args, Debug)]
+pub(crate) struct Serve {
+    /// The volume
+    pub(crate) volume: PathBuf,
+    #[command(flatten)]
+    pub(crate) way: Way,
+    /// Take no writes; others may read the volume too
+    #[arg(long)]
+    pub(crate) read_only: bool,
+    /// With --vhost-user: virtio queues, each with a thread; as many as the guest has processors serve it best
+    #[arg(long, value_name = "N", default_value_t = 4, value_parser = clap::value_parser!(u16).range(1..=16))]
+    pub(crate) queues: u16,
+}
+
+/// How a volume is lent: one of them.
+#[derive(Args, Debug)]
+#[group(required = true, multiple = false)]
+pub(crate) struct Way {
+    /// Serve NBD on this unix socket: for qemu-img, qemu-io, fio, nbd-client
+    #[arg(long, value_name = "SOCKET")]
+    pub(crate) nbd: Option<PathBuf>,
+    /// Be the vhost-user-blk back end of another virtual machine monitor on this unix socket
+    #[arg(long, value_name = "SOCKET")]
+    pub(crate) vhost_user: Option<PathBuf>,
+}
+
 const EXIT_CODES: &str = "\
 Exit codes: 0 done; 1 failed (the store, the image, no room); 2 wrong arguments; 3 the volume is damaged, was tampered with or is
 older than its anchor; 4 refused, by the key holder or for want of the right key; 129, 130, 143 ended by SIGHUP, SIGINT, SIGTERM.
@@ -195,6 +240,10 @@ Examples:
 
   Is it whole? (Code 3 if not, with a line for each bad range of blocks.)
     fealty-keys volume exec acme root -- fealty-disk check /store/root.vol
+
+  As a disk for programs that speak NBD:
+    fealty-keys volume exec acme root -- fealty-disk serve /store/root.vol --nbd /run/root.sock
+    fio --ioengine=nbd --uri='nbd+unix:///?socket=/run/root.sock' --name=read --rw=randread --runtime=10 --time_based
 
   What the operator, who has no key, can see of it:
     fealty-disk info /store/root.vol
@@ -219,7 +268,10 @@ const IMPORT_HELP: &str = "\
 The volume appears under its name when it is complete, and is usable once the provider keeps its first anchor, which is the last
 thing this does. Until then it is written to .NAME.partial beside it.
 
-Example: fealty-keys volume exec acme root -- fealty-disk import root.img /store/root.vol";
+qcow2 is read by qemu-img, which writes to the volume over a socket that nobody else has: plain text lies in no file on the way.
+
+Examples: fealty-keys volume exec acme root -- fealty-disk import root.img /store/root.vol
+          fealty-keys volume exec acme root -- fealty-disk import --format qcow2 root.qcow2 /store/root.vol";
 
 const EXPORT_HELP: &str = "\
 The image is the guest's data in plain text, readable by you alone (mode 0600). It appears under its name when it is complete. A bad
@@ -256,6 +308,19 @@ Needs no key, and --force. Copies of the file that were made before are not touc
 
 Example: fealty-disk erase /store/data.vol --force";
 
+const SERVE_HELP: &str = "\
+It says when it is ready, with a line on standard output. The socket is yours alone (mode 0600) and goes when the server goes. On
+SIGTERM or SIGINT, or when the key holder leaves, requests that were sent are finished and the volume is closed: its anchor at the
+provider is then the newest.
+
+Example: fealty-keys volume exec acme root -- fealty-disk serve /store/root.vol --nbd /run/root.sock
+         qemu-img info 'nbd+unix:///?socket=/run/root.sock'
+
+Another virtual machine monitor must share the guest's memory with this process, which weakens what keeps root on its host out:
+  qemu-system-x86_64 -object memory-backend-memfd,id=m,size=1G,share=on -machine q35,memory-backend=m \\
+      -chardev socket,id=c,path=/run/root.sock,reconnect=1 -device vhost-user-blk-pci,chardev=c,num-queues=4 ...
+  cloud-hypervisor --memory size=1G,shared=on --disk vhost_user=true,socket=/run/root.sock,num_queues=4 ...";
+
 /// The command line, or the exit code if there is nothing to do: help was asked for, or it makes no sense.
 pub(crate) fn parse() -> Result<Cli, ExitCode> {
     Cli::try_parse().map_err(|error| match error.kind() {
@@ -264,7 +329,10 @@ pub(crate) fn parse() -> Result<Cli, ExitCode> {
             ExitCode::SUCCESS
         }
         ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand => {
-            report::line("a command is missing: create, import, export, info, check, snapshot, resize, rekey or erase (see fealty-disk --help)");
+            report::line(
+                "a command is missing: create, import, export, info, check, snapshot, resize, rekey, erase or serve (see fealty-disk \
+                 --help)",
+            );
             ExitCode::from(2)
         }
         _ => {

@@ -7,7 +7,7 @@ use super::progress::{Progress, rate};
 use super::report::Reporter;
 use super::size::Bytes;
 use super::{Context, open_file, open_volume};
-use fealty_blockcrypt::{CheckReport, CheckStep};
+use blockcrypt::{CheckReport, CheckStep};
 use policy::VolumeId;
 use serde::Serialize;
 

@@ -8,7 +8,9 @@
 //! | `make` | `create` and `import`: a volume that appears whole or not at all |
 //! | `change`, `snapshot` | commands that change a volume in its place |
 //! | `export`, `info`, `check` | the other commands |
+//! | `serve` | a volume as a disk of other programs |
 //! | `image`, `blocks` | raw images, and which of their blocks hold something |
+//! | `qemu` | images that are not raw, by `qemu-img` |
 //! | `place` | files that get their name when they are complete |
 //! | `signals` | what an interruption leaves behind: nothing |
 //! | `progress`, `report` | what people and scripts see |
@@ -27,14 +29,16 @@ mod inherit;
 mod make;
 mod place;
 mod progress;
+mod qemu;
 mod report;
+mod serve;
 mod signals;
 mod size;
 mod snapshot;
 
+use blockcrypt::{FileStore, OpenOptions, Volume};
 use cli::{Cli, Command};
 use error::ToolError;
-use fealty_blockcrypt::{FileStore, OpenOptions, Volume};
 use holder::Handover;
 use report::Reporter;
 use signals::Interrupts;
@@ -79,6 +83,7 @@ fn perform(cli: Cli) -> Result<(), ToolError> {
         Command::Resize(words) => change::resize(&context, &words),
         Command::Rekey(words) => change::rekey(&context, &words),
         Command::Erase(words) => change::erase(&context, &words),
+        Command::Serve(words) => serve::serve(&context, &words),
     }
 }
 

@@ -1,15 +1,15 @@
-//! `export`: a volume's content as a raw image.
+//! `export`: a volume's content as an image.
 
 use super::blocks::{PIECE, filled};
-use super::cli::Export;
+use super::cli::{Export, Format};
 use super::error::ToolError;
 use super::holder::{Handover, Holder};
 use super::image::ImageError;
 use super::place::{Content, Place, same_file};
 use super::progress::{Progress, rate};
 use super::size::Bytes;
-use super::{Context, open_file, open_snapshot};
-use fealty_blockcrypt::Volume;
+use super::{Context, open_file, open_snapshot, qemu};
+use blockcrypt::Volume;
 use policy::VolumeId;
 use serde::Serialize;
 use std::io::{self, Write};
@@ -40,12 +40,24 @@ pub(super) fn export(context: &Context, words: &Export) -> Result<(), ToolError>
         return Err(ToolError::SameFile(words.volume.clone(), words.image.clone()));
     }
     let sink = Sink::begin(context, words)?;
+    if words.format == Format::Qcow2 && !matches!(sink, Sink::File(_)) {
+        return Err(ToolError::NotAFile(words.image.clone()));
+    }
     let handover = context.handover("export")?;
     let volume = open_snapshot(&words.volume, file, &handover, words.snapshot)?;
     let Handover { holder, .. } = handover;
-    sink.prepare(&words.image, volume.size())?;
     let mut progress = Progress::of("export", volume.size(), context.report.json);
-    let data = copy(&volume, words, &sink, &holder, &mut progress)?;
+    let data = match (words.format, &sink) {
+        (Format::Qcow2, Sink::File(place)) => {
+            let exported = qemu::export(&volume, place.draft_path(), &holder);
+            holder.still_there()?;
+            exported.map_err(|e| ToolError::converting(&words.volume, e))?
+        }
+        _ => {
+            sink.prepare(&words.image, volume.size())?;
+            copy(&volume, words, &sink, &holder, &mut progress)?
+        }
+    };
     let (size, seconds) = (volume.size(), progress.seconds());
     drop((volume, progress));
     holder.finish()?;

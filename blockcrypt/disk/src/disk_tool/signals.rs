@@ -3,7 +3,7 @@
 
 use super::report;
 use std::ffi::c_int;
-use std::io;
+use std::io::{self, PipeReader, PipeWriter};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -23,6 +23,8 @@ enum Stage {
     Device(PathBuf),
     /// It gets its name and its anchor: too late to go back, and soon over. Whether an interruption was asked for.
     Committing(bool),
+    /// A volume is lent to others; what hangs up when that is to end.
+    Serving(Option<PipeWriter>),
     /// The work is done.
     Done,
 }
@@ -55,6 +57,13 @@ impl Interrupts {
 
     pub(crate) fn committing(&self) {
         *self.stage() = Stage::Committing(false);
+    }
+
+    /// A server is at work. The first interruption only asks it to end: the returned pipe hangs up.
+    pub(crate) fn serving(&self) -> io::Result<PipeReader> {
+        let (reader, writer) = io::pipe()?;
+        *self.stage() = Stage::Serving(Some(writer));
+        Ok(reader)
     }
 
     /// The temporary file is gone: as if nothing had begun.
@@ -91,6 +100,16 @@ impl Interrupts {
             }
             Stage::Committing(true) => {
                 report::line("interrupted; the file is in its place, but whether its anchor is kept is not known");
+            }
+            Stage::Serving(asked @ Some(_)) => {
+                *asked = None;
+                report::line(
+                    "ending: requests in flight are finished, then the volume is closed; a second time ends at once",
+                );
+                return;
+            }
+            Stage::Serving(None) => {
+                report::line("interrupted; the volume was not closed in order, which loses nothing that was flushed");
             }
             Stage::Done => return,
         }

@@ -4,7 +4,7 @@ use super::cli::Info;
 use super::error::ToolError;
 use super::size::Bytes;
 use super::{Context, open_file, open_volume};
-use fealty_blockcrypt::{PlainInfo, Store, VolumeInfo, inspect};
+use blockcrypt::{PlainInfo, Store, VolumeInfo, inspect};
 use serde::Serialize;
 use std::fmt::Write;
 use std::fs::File;

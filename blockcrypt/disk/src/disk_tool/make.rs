@@ -2,14 +2,15 @@
 
 use super::Context;
 use super::blocks::{PIECE, filled};
-use super::cli::{Create, Import};
+use super::cli::{Create, Format, Import};
 use super::error::ToolError;
 use super::holder::{Answer, Handover, Holder, HolderError};
-use super::image::Image;
+use super::image::{Image, ImageError};
 use super::place::{Content, Place, PlaceError, same_file};
 use super::progress::{Progress, rate};
+use super::qemu::Qcow2;
 use super::size::Bytes;
-use fealty_blockcrypt::{AnchorRefused, Anchors, FileStore, Volume, VolumeError};
+use blockcrypt::{AnchorRefused, Anchors, FileStore, Volume, VolumeError};
 use policy::{AnchorMode, VolumeAnchor, VolumeId};
 use serde::Serialize;
 use std::path::{Path, PathBuf};
@@ -52,18 +53,22 @@ pub(super) fn create(context: &Context, words: &Create) -> Result<(), ToolError>
     context.report.result(&made, &text)
 }
 
-/// A volume from a raw image.
+/// A volume from an image.
 pub(super) fn import(context: &Context, words: &Import) -> Result<(), ToolError> {
+    match words.format {
+        Format::Raw => import_raw(context, words),
+        Format::Qcow2 => import_qcow2(context, words),
+    }
+}
+
+fn import_raw(context: &Context, words: &Import) -> Result<(), ToolError> {
     let mut image = Image::open(&words.image, words.size.map(super::size::Size::bytes))?;
     if same_file(&image, &words.volume) {
         return Err(ToolError::SameFile(words.image.clone(), words.volume.clone()));
     }
     let size = image.volume_size();
-    let place = Place::begin(&words.volume, Content::Volume, words.force, &context.interrupts)?;
-    let mut data = 0;
-    let mut seconds = 0.0;
-    let id = make(context, "import", &words.volume, place, size, |volume, holder| {
-        let mut progress = Progress::of("import", size, context.report.json);
+    make_from_image(context, words, size, |volume, holder, progress| {
+        let mut data = 0;
         let mut buffer = Box::new([0; PIECE]);
         while let Some((at, length)) = image.next(&mut buffer)? {
             holder.still_there()?;
@@ -74,6 +79,38 @@ pub(super) fn import(context: &Context, words: &Import) -> Result<(), ToolError>
             }
             progress.at(at + length as u64);
         }
+        Ok(data)
+    })
+}
+
+fn import_qcow2(context: &Context, words: &Import) -> Result<(), ToolError> {
+    if words.image.as_os_str() == "-" {
+        return Err(ToolError::NotAFile("standard input".into()));
+    }
+    let image = Qcow2::open(&words.image)?;
+    let wanted = words.size.map_or(image.size, super::size::Size::bytes);
+    if wanted < image.size {
+        return Err(ImageError::Larger { path: words.image.clone(), image: image.size, wanted }.into());
+    }
+    make_from_image(context, words, wanted, |volume, holder, _| {
+        let imported = image.import(volume, holder);
+        holder.still_there()?;
+        imported.map_err(|e| ToolError::converting(&words.volume, e))
+    })
+}
+
+/// Makes a volume of `size` bytes with what `fill` writes; it says how much data that was.
+fn make_from_image(
+    context: &Context,
+    words: &Import,
+    size: u64,
+    fill: impl FnOnce(&Volume, &Holder, &mut Progress) -> Result<u64, ToolError>,
+) -> Result<(), ToolError> {
+    let place = Place::begin(&words.volume, Content::Volume, words.force, &context.interrupts)?;
+    let (mut data, mut seconds) = (0, 0.0);
+    let id = make(context, "import", &words.volume, place, size, |volume, holder| {
+        let mut progress = Progress::of("import", size, context.report.json);
+        data = fill(volume, holder, &mut progress)?;
         seconds = progress.seconds();
         Ok(())
     })?;

@@ -6,7 +6,7 @@ use super::cli::{Erase, Rekey, Resize};
 use super::error::ToolError;
 use super::progress::Progress;
 use super::size::Bytes;
-use fealty_blockcrypt::{FileStore, OpenOptions, Volume, VolumeError, erase as erase_store};
+use blockcrypt::{FileStore, OpenOptions, Volume, VolumeError, erase as erase_store};
 use policy::{KeyId, VolumeId};
 use serde::Serialize;
 use std::fs::File;

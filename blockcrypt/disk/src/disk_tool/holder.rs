@@ -1,12 +1,13 @@
 //! The conversation with whoever holds the volume's session with the key provider: `policy::disk` draws it.
 
 use super::report;
-use fealty_blockcrypt::{AnchorRefused, Anchors, Events, Kek};
+use blockcrypt::{AnchorRefused, Anchors, Events, Kek};
 use policy::VolumeAnchor;
 use policy::disk::{DiskSession, HolderAnswer, MESSAGE_LIMIT, ToolMessage, VolumeGrant};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use secretmem::{Secret, SecretError};
 use std::io::{self, ErrorKind, Read, Write};
+use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -171,6 +172,13 @@ impl Holder {
 
     fn talk(&self) -> MutexGuard<'_, Talk> {
         self.talk.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl AsFd for Holder {
+    /// What hangs up when the holder leaves. Not to be read.
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.line.as_fd()
     }
 }
 

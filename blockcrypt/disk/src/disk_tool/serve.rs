@@ -1,0 +1,138 @@
+//! `serve`: a volume as a disk of other programs.
+
+use super::cli::{Serve, Way};
+use super::error::ToolError;
+use super::holder::Handover;
+use super::{Context, report};
+use blockcrypt::{FileStore, OpenOptions, Volume, VolumeError};
+use fealty_disk::{Disk, Fault, Socket, nbd, vhost_user};
+use policy::VolumeId;
+use serde::Serialize;
+use std::fs::OpenOptions as FileOptions;
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+/// Failed requests that are told one by one; of further ones only the number.
+const FAILURES: u64 = 16;
+
+#[derive(Serialize)]
+struct Ready<'a> {
+    volume: VolumeId,
+    size: u64,
+    read_only: bool,
+    socket: &'a Path,
+}
+
+#[derive(Serialize)]
+struct Served {
+    volume: VolumeId,
+    failed_requests: u64,
+}
+
+pub(super) fn serve(context: &Context, words: &Serve) -> Result<(), ToolError> {
+    let path = &words.volume;
+    let failed = |e| ToolError::Volume(path.clone(), e);
+    let mut options = FileOptions::new();
+    options.read(true).write(!words.read_only).custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY);
+    let file = options.open(path).map_err(|e| ToolError::Open(path.clone(), e))?;
+    let Handover { grant, kek, holder } = context.handover("serve")?;
+    let socket = Socket::listen(words.socket())?;
+    let store = if words.read_only { FileStore::shared(file) } else { FileStore::exclusive(file) }.map_err(failed)?;
+    let options = OpenOptions { read_only: words.read_only, ..Default::default() };
+    // From here on an interruption closes the volume.
+    let asked = context.interrupts.serving().map_err(ToolError::Signals)?;
+    let volume = Volume::open(store, &grant, &kek, options, holder.clone(), holder.clone()).map_err(failed)?;
+    drop(kek);
+    let lent = Arc::new(Lent { volume, failures: AtomicU64::new(0) });
+    let id = grant.volume;
+    let ready = Ready { volume: id, size: lent.size(), read_only: words.read_only, socket: words.socket() };
+    context.report.result(&ready, &format!("ready: volume {id} on {}", words.socket().display()))?;
+    let served = lend(&lent, words, socket, &[asked.as_fd(), holder.as_fd()]);
+    // Whatever ended it, what was written becomes durable before anything is said.
+    let closed = if words.read_only { Ok(()) } else { lent.volume.close().map(drop) };
+    closed.map_err(failed)?;
+    served.map_err(ToolError::Serve)?;
+    holder.still_there()?;
+    holder.finish()?;
+    context.interrupts.done();
+    let failures = lent.failures.load(Ordering::Relaxed);
+    let text = match failures {
+        0 => format!("volume {id} is closed"),
+        n => format!("volume {id} is closed; {n} requests failed"),
+    };
+    context.report.result(&Served { volume: id, failed_requests: failures }, &text)
+}
+
+impl Serve {
+    fn socket(&self) -> &Path {
+        let Way { nbd, vhost_user } = &self.way;
+        // The command line has one of them.
+        nbd.as_deref().or(vhost_user.as_deref()).unwrap_or(Path::new(""))
+    }
+}
+
+fn lend(lent: &Arc<Lent>, words: &Serve, socket: Socket, until: &[BorrowedFd<'_>]) -> io::Result<()> {
+    let id = lent.volume.id();
+    if words.way.nbd.is_some() {
+        return nbd::serve(&**lent, &format!("volume {id}"), socket, until);
+    }
+    let serial = id.to_string().replace('-', "");
+    let device = vhost_user::Device { queues: words.queues, serial };
+    let disk: Arc<dyn Disk> = lent.clone();
+    vhost_user::serve(&disk, &device, &socket, until, &report::line)
+}
+
+/// The volume, with somebody who tells of what fails.
+struct Lent {
+    volume: Volume,
+    failures: AtomicU64,
+}
+
+impl Lent {
+    fn told<T>(&self, doing: &'static str, offset: u64, done: Result<T, VolumeError>) -> Result<T, Fault> {
+        done.map_err(|error| {
+            let before = self.failures.fetch_add(1, Ordering::Relaxed);
+            if before < FAILURES {
+                report::line(&format!("a {doing} at {offset} failed: {}", report::chain(&error)));
+            }
+            if before + 1 == FAILURES {
+                report::line("further failures are only counted");
+            }
+            Fault::from(&error)
+        })
+    }
+}
+
+impl Disk for Lent {
+    fn size(&self) -> u64 {
+        self.volume.size()
+    }
+
+    fn read_only(&self) -> bool {
+        self.volume.read_only()
+    }
+
+    fn read(&self, offset: u64, buffer: &mut [u8]) -> Result<(), Fault> {
+        self.told("read", offset, self.volume.read(offset, buffer))
+    }
+
+    fn write(&self, offset: u64, data: &[u8]) -> Result<(), Fault> {
+        self.told("write", offset, self.volume.write(offset, data))
+    }
+
+    fn flush(&self) -> Result<(), Fault> {
+        self.told("flush", 0, self.volume.flush())
+    }
+
+    fn discard(&self, offset: u64, length: u64) -> Result<(), Fault> {
+        self.told("discard", offset, self.volume.discard(offset, length))
+    }
+
+    fn write_zeroes(&self, offset: u64, length: u64, may_unmap: bool) -> Result<(), Fault> {
+        self.told("write of zeroes", offset, self.volume.write_zeroes(offset, length, may_unmap))
+    }
+}

@@ -1,0 +1,179 @@
+//! The device, and its queues' threads.
+
+use super::config::{QUEUE_SIZE, features, protocol_features, space};
+use super::request::Performer;
+use super::{Device, QUEUES};
+use crate::Disk;
+use std::io;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use vhost::vhost_user::message::VhostUserProtocolFeatures;
+use vhost_user_backend::{VhostUserBackend, VringMutex, VringT};
+use virtio_queue::{QueueOwnedT, QueueT};
+use vm_memory::{GuestAddressSpace, GuestMemoryAtomic, GuestMemoryMmap};
+use vmm_sys_util::epoll::EventSet;
+use vmm_sys_util::event::{EventConsumer, EventFlag, EventNotifier, new_event_consumer_and_notifier};
+
+type Memory = GuestMemoryAtomic<GuestMemoryMmap>;
+
+/// One front end's device.
+pub(super) struct Backend {
+    disk: Arc<dyn Disk>,
+    space: [u8; 256],
+    memory: OnceLock<Memory>,
+    queues: Vec<Queue>,
+    stopping: AtomicBool,
+    heard: Box<dyn Fn(&str) + Send + Sync>,
+}
+
+/// A queue besides its ring.
+struct Queue {
+    /// Held while requests are performed, so that a queue is stopped between two of them.
+    work: Mutex<Work>,
+    /// Taken by the thread that it ends.
+    end: Mutex<Option<(EventConsumer, EventNotifier)>>,
+}
+
+struct Work {
+    performer: Performer,
+    /// Its ring made no sense: it is not looked at again before it is set up anew.
+    dead: bool,
+}
+
+impl Backend {
+    pub(super) fn new(
+        disk: Arc<dyn Disk>,
+        device: &Device,
+        heard: Box<dyn Fn(&str) + Send + Sync>,
+    ) -> io::Result<Self> {
+        let count = device.queues.clamp(*QUEUES.start(), *QUEUES.end());
+        let queues = (0..count).map(|_| {
+            let work = Work { performer: Performer::new(&device.serial), dead: false };
+            let end = new_event_consumer_and_notifier(EventFlag::NONBLOCK | EventFlag::CLOEXEC)?;
+            Ok(Queue { work: Mutex::new(work), end: Mutex::new(Some(end)) })
+        });
+        let queues = queues.collect::<io::Result<_>>()?;
+        let space = space(&*disk, count);
+        Ok(Self { disk, space, memory: OnceLock::new(), queues, stopping: AtomicBool::new(false), heard })
+    }
+
+    /// Where the front end's memory will be.
+    pub(super) fn mapped(&self, memory: Memory) {
+        let _ = self.memory.set(memory);
+    }
+
+    /// No more requests are begun.
+    pub(super) fn stop(&self) {
+        self.stopping.store(true, Ordering::Release);
+    }
+
+    /// Performs what is in a queue, until it is empty or stopped.
+    fn perform(&self, number: usize, vring: &VringMutex) {
+        let mut work = self.queues[number].lock();
+        while !work.dead {
+            if let Err(error) = self.empty(&mut work.performer, vring) {
+                work.dead = true;
+                (self.heard)(&format!("queue {number} makes no sense, and is not served any more: {error}"));
+                return;
+            }
+            match vring.enable_notification() {
+                // Something came before the guest could know that it must say so.
+                Ok(true) if !self.stopping.load(Ordering::Acquire) && is_running(vring) => {}
+                _ => return,
+            }
+        }
+    }
+
+    fn empty(&self, performer: &mut Performer, vring: &VringMutex) -> Result<(), virtio_queue::Error> {
+        let Some(memory) = self.memory.get() else { return Ok(()) };
+        vring.disable_notification()?;
+        while !self.stopping.load(Ordering::Acquire) && is_running(vring) {
+            let memory = memory.memory();
+            // Not `pop_descriptor_chain`, which takes a ring that makes no sense for an empty one.
+            let next = vring.get_mut().get_queue_mut().iter(memory.clone())?.next();
+            let Some(chain) = next else { break };
+            let head = chain.head_index();
+            let written = performer.perform(&*self.disk, chain, &memory);
+            vring.add_used(head, written)?;
+            if vring.needs_notification()? {
+                // One that can't be told finds out when it looks.
+                let _ = vring.signal_used_queue();
+            }
+        }
+        Ok(())
+    }
+}
+
+fn is_running(vring: &VringMutex) -> bool {
+    let state = vring.get_ref();
+    state.is_enabled() && state.get_queue().ready()
+}
+
+impl Queue {
+    fn lock(&self) -> MutexGuard<'_, Work> {
+        self.work.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl VhostUserBackend for Backend {
+    type Bitmap = ();
+    type Vring = VringMutex;
+
+    fn num_queues(&self) -> usize {
+        self.queues.len()
+    }
+
+    fn max_queue_size(&self) -> usize {
+        QUEUE_SIZE.into()
+    }
+
+    fn features(&self) -> u64 {
+        features(&*self.disk)
+    }
+
+    fn protocol_features(&self) -> VhostUserProtocolFeatures {
+        protocol_features()
+    }
+
+    /// The crate tells the rings themselves.
+    fn set_event_idx(&self, _: bool) {}
+
+    fn get_config(&self, offset: u32, size: u32) -> Vec<u8> {
+        let range = offset as usize..(offset as usize).saturating_add(size as usize);
+        self.space.get(range).map(<[u8]>::to_vec).unwrap_or_default()
+    }
+
+    /// Nothing in it can be written: the cache mode is not negotiated.
+    fn set_config(&self, _: u32, _: &[u8]) -> io::Result<()> {
+        Err(io::ErrorKind::PermissionDenied.into())
+    }
+
+    /// It is the memory that this knows already, with other content.
+    fn update_memory(&self, _: Memory) -> io::Result<()> {
+        Ok(())
+    }
+
+    fn queues_per_thread(&self) -> Vec<u64> {
+        (0..self.queues.len()).map(|queue| 1 << queue).collect()
+    }
+
+    fn exit_event(&self, thread: usize) -> Option<(EventConsumer, EventNotifier)> {
+        self.queues.get(thread)?.end.lock().unwrap_or_else(PoisonError::into_inner).take()
+    }
+
+    fn stop_vring(&self, queue: u32) -> io::Result<()> {
+        if let Some(queue) = self.queues.get(queue as usize) {
+            // Waits for the request under way.
+            queue.lock().dead = false;
+        }
+        Ok(())
+    }
+
+    fn handle_event(&self, event: u16, _: EventSet, vrings: &[VringMutex], thread: usize) -> io::Result<()> {
+        // Each thread has one ring.
+        if let Some(vring) = vrings.get(usize::from(event)) {
+            self.perform(thread, vring);
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,112 @@
+//! A vhost-user-blk back end: a virtio block device (virtio 1.3, 5.2) whose queues another virtual machine monitor shares with
+//! this process over a unix socket. The monitor shows the guest the device; this serves its queues.
+//!
+//! Guest memory is mapped here, and the guest may change it at any moment. So whatever is decided on is copied first: headers and
+//! ranges are read once, data to be written is encrypted out of private memory, and only what was verified and decrypted there is
+//! copied to the guest.
+//!
+//! Each queue has a thread, which completes its requests in order. That is what makes a restart safe: the used index says which
+//! requests are done, and a front end that comes back, to this process or its successor, submits the others again. The
+//! vhost-user-backend crate does not support the message for tracking requests in flight out of order
+//! (`VHOST_USER_PROTOCOL_F_INFLIGHT_SHMFD`), so it is not offered.
+//!
+//! A front end that shrinks the memory that it shared ends this process with SIGBUS; what was flushed is durable then as ever.
+//!
+//! | module | what it holds |
+//! | --- | --- |
+//! | `backend` | the device, and its queues' threads |
+//! | `config` | features and configuration space |
+//! | `request` | one request |
+
+mod backend;
+mod config;
+pub(crate) mod request;
+
+use crate::{Disk, Socket};
+use backend::Backend;
+use rustix::event::{PollFd, PollFlags, poll};
+use rustix::io::Errno;
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::sync::Arc;
+use std::thread;
+use vhost::vhost_user::{Error as ProtocolError, Listener};
+use vhost_user_backend::{Error as DaemonError, VhostUserDaemon};
+use vm_memory::{GuestMemoryAtomic, GuestMemoryMmap};
+
+/// Queues that a device may have.
+pub const QUEUES: std::ops::RangeInclusive<u16> = 1..=16;
+
+/// What a device is besides its disk.
+#[derive(Clone, Debug)]
+pub struct Device {
+    /// Queues, each with a thread: see [`QUEUES`].
+    pub queues: u16,
+    /// What the guest reads as its serial number: the first 20 bytes.
+    pub serial: String,
+}
+
+/// Serves `disk` to one front end after the other on `socket`, until one of `until` has hung up. Then the requests under way are
+/// finished, and those that wait stay in their queues. The caller flushes. `heard` is told, in a line, of front ends that end in
+/// an error and of queues that make no sense.
+///
+/// # Errors
+/// The system's, if it can't wait for front ends or can't serve one.
+pub fn serve(
+    disk: &Arc<dyn Disk>,
+    device: &Device,
+    socket: &Socket,
+    until: &[BorrowedFd<'_>],
+    heard: &(impl Fn(&str) + Clone + Send + Sync + 'static),
+) -> io::Result<()> {
+    while socket.wait(until)? {
+        let backend = Arc::new(Backend::new(disk.clone(), device, Box::new(heard.clone()))?);
+        match attend(&backend, socket, until) {
+            Ok(()) => {}
+            Err(DaemonError::HandleRequest(error)) => heard(&format!("the front end was hung up on: {error}")),
+            Err(error) => return Err(io::Error::other(error.to_string())),
+        }
+    }
+    Ok(())
+}
+
+/// Serves the front end that waits on `socket` until it leaves.
+fn attend(backend: &Arc<Backend>, socket: &Socket, until: &[BorrowedFd<'_>]) -> Result<(), DaemonError> {
+    let memory = GuestMemoryAtomic::new(GuestMemoryMmap::new());
+    let mut daemon = VhostUserDaemon::new("vhost-user".to_owned(), backend.clone(), memory.clone())?;
+    backend.mapped(memory);
+    let mut listener = Listener::from(socket.listener().map_err(DaemonError::StartDaemon)?);
+    daemon.start(&mut listener)?;
+    let Some(handle) = daemon.shutdown_handle() else { return Ok(()) };
+    let (left, leave) = io::pipe().map_err(DaemonError::StartDaemon)?;
+    let served = thread::scope(|scope| {
+        let watch = || {
+            if asked(until, left.as_fd()) {
+                backend.stop();
+                handle.shutdown();
+            }
+        };
+        thread::Builder::new().spawn_scoped(scope, watch).map_err(DaemonError::StartDaemon)?;
+        let served = daemon.wait();
+        drop(leave);
+        served
+    });
+    match served {
+        Err(DaemonError::HandleRequest(ProtocolError::Disconnected | ProtocolError::PartialMessage)) => Ok(()),
+        // A thread that panicked has taken this front end's connection with it, and nothing else.
+        Err(DaemonError::WaitDaemon(_)) => Err(DaemonError::HandleRequest(ProtocolError::BackendInternalError)),
+        other => other,
+    }
+}
+
+/// Waits; whether one of `until` hung up before `left` did.
+fn asked(until: &[BorrowedFd<'_>], left: BorrowedFd<'_>) -> bool {
+    loop {
+        let all = until.iter().chain([&left]);
+        let mut fds: Vec<_> = all.map(|fd| PollFd::from_borrowed_fd(*fd, PollFlags::RDHUP)).collect();
+        match poll(&mut fds, None) {
+            Err(Errno::INTR) => {}
+            _ => return fds[..until.len()].iter().any(|fd| !fd.revents().is_empty()),
+        }
+    }
+}

@@ -1,0 +1,183 @@
+//! One request (virtio 1.3, 5.2.6):
+//!
+//! ```text
+//! readable  type u32 LE │ reserved u32 │ sector u64 LE │ data of a write, segments of a discard
+//! writable  data of a read │ status u8
+//! ```
+
+use crate::{Disk, Fault};
+use std::io::{Read, Write};
+use std::ops::Deref;
+use virtio_bindings::virtio_blk::{
+    VIRTIO_BLK_S_IOERR, VIRTIO_BLK_S_OK, VIRTIO_BLK_S_UNSUPP, VIRTIO_BLK_T_DISCARD, VIRTIO_BLK_T_FLUSH,
+    VIRTIO_BLK_T_GET_ID, VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT, VIRTIO_BLK_T_WRITE_ZEROES,
+};
+use virtio_queue::{DescriptorChain, Reader, Writer};
+use vm_memory::GuestMemoryMmap;
+
+/// Bytes of a sector, whatever the block size (5.2.6.1).
+pub(super) const SECTOR: u64 = 512;
+/// Segments of a discard or a write of zeroes.
+pub(super) const SEGMENTS: usize = 16;
+
+const HEADER: usize = 16;
+const SEGMENT: usize = 16;
+const SERIAL: usize = 20;
+/// Bytes that are copied and encrypted at a time.
+const PIECE: usize = 1 << 20;
+/// Bytes that a request may move.
+const LONGEST: usize = 32 << 20;
+/// The segment's room is to be given up.
+const UNMAP: u32 = 1;
+
+/// Performs requests, one at a time, with private memory for their data.
+pub(crate) struct Performer {
+    buffer: Vec<u8>,
+    serial: [u8; SERIAL],
+}
+
+/// Why a request is not done.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Failed {
+    /// What it asks for can't be, or came to nothing.
+    Io,
+    /// There is no such request.
+    Unsupported,
+}
+
+impl Performer {
+    pub(crate) fn new(serial: &str) -> Self {
+        let mut padded = [0; SERIAL];
+        padded.iter_mut().zip(serial.bytes()).for_each(|(to, from)| *to = from);
+        Self { buffer: Vec::new(), serial: padded }
+    }
+
+    /// Does what `chain` asks for and says how it went in its last byte; how many bytes of it were written. A chain without
+    /// room for that is given back as it is.
+    pub(crate) fn perform<M>(&mut self, disk: &dyn Disk, chain: DescriptorChain<M>, memory: &GuestMemoryMmap) -> u32
+    where
+        M: Deref<Target = GuestMemoryMmap> + Clone,
+    {
+        let (Ok(reader), Ok(mut writer)) = (chain.clone().reader(memory), chain.writer(memory)) else { return 0 };
+        let Some(room) = writer.available_bytes().checked_sub(1) else { return 0 };
+        let Ok(mut status) = writer.split_at(room) else { return 0 };
+        let done = self.request(disk, reader, &mut writer);
+        let code = match done {
+            Ok(()) => VIRTIO_BLK_S_OK,
+            Err(Failed::Io) => VIRTIO_BLK_S_IOERR,
+            Err(Failed::Unsupported) => VIRTIO_BLK_S_UNSUPP,
+        };
+        if status.write_all(&[code as u8]).is_err() {
+            return 0;
+        }
+        // After an error less may have been written; what counts is that status lies behind all of it.
+        u32::try_from(room + 1).unwrap_or(u32::MAX)
+    }
+
+    fn request(&mut self, disk: &dyn Disk, mut reader: Reader<'_>, writer: &mut Writer<'_>) -> Result<(), Failed> {
+        let mut header = [0; HEADER];
+        reader.read_exact(&mut header).map_err(|_| Failed::Io)?;
+        let [kind, _, low, high] = words(&header);
+        let sector = u64::from(high) << 32 | u64::from(low);
+        match kind {
+            VIRTIO_BLK_T_IN => self.read(disk, sector, writer),
+            VIRTIO_BLK_T_OUT => self.write(disk, sector, &mut reader),
+            VIRTIO_BLK_T_FLUSH => Ok(disk.flush()?),
+            VIRTIO_BLK_T_GET_ID => writer.write_all(&self.serial).map_err(|_| Failed::Io),
+            VIRTIO_BLK_T_DISCARD => segments(disk, &mut reader, |disk, offset, length, flags| match flags {
+                0 => Ok(disk.discard(offset, length)?),
+                _ => Err(Failed::Unsupported),
+            }),
+            VIRTIO_BLK_T_WRITE_ZEROES => segments(disk, &mut reader, |disk, offset, length, flags| match flags {
+                0 | UNMAP => Ok(disk.write_zeroes(offset, length, flags == UNMAP)?),
+                _ => Err(Failed::Unsupported),
+            }),
+            _ => Err(Failed::Unsupported),
+        }
+    }
+
+    fn read(&mut self, disk: &dyn Disk, sector: u64, writer: &mut Writer<'_>) -> Result<(), Failed> {
+        let length = writer.available_bytes();
+        let offset = within(disk, sector, length)?;
+        let mut done = 0;
+        while done < length {
+            let piece = self.piece(length - done);
+            disk.read(offset + done as u64, piece)?;
+            writer.write_all(piece).map_err(|_| Failed::Io)?;
+            done += piece.len();
+        }
+        Ok(())
+    }
+
+    fn write(&mut self, disk: &dyn Disk, sector: u64, reader: &mut Reader<'_>) -> Result<(), Failed> {
+        let length = reader.available_bytes();
+        let offset = within(disk, sector, length)?;
+        if disk.read_only() {
+            return Err(Failed::Io);
+        }
+        let mut done = 0;
+        while done < length {
+            let piece = self.piece(length - done);
+            reader.read_exact(piece).map_err(|_| Failed::Io)?;
+            disk.write(offset + done as u64, piece)?;
+            done += piece.len();
+        }
+        Ok(())
+    }
+
+    fn piece(&mut self, rest: usize) -> &mut [u8] {
+        let length = rest.min(PIECE);
+        if self.buffer.len() < length {
+            self.buffer.resize(length, 0);
+        }
+        &mut self.buffer[..length]
+    }
+}
+
+/// Reads all segments before the first is done, so that a request that can't be changes nothing.
+fn segments(
+    disk: &dyn Disk,
+    reader: &mut Reader<'_>,
+    perform: impl Fn(&dyn Disk, u64, u64, u32) -> Result<(), Failed>,
+) -> Result<(), Failed> {
+    let length = reader.available_bytes();
+    let mut bytes = [0; SEGMENT * SEGMENTS];
+    let bytes = bytes.get_mut(..length).ok_or(Failed::Io)?;
+    reader.read_exact(bytes).map_err(|_| Failed::Io)?;
+    let (segments, rest) = bytes.as_chunks::<SEGMENT>();
+    if segments.is_empty() || !rest.is_empty() || disk.read_only() {
+        return Err(Failed::Io);
+    }
+    let ranges = segments.iter().map(|segment| {
+        let [low, high, sectors, flags] = words(segment);
+        let sector = u64::from(high) << 32 | u64::from(low);
+        let length = u64::from(sectors) * SECTOR;
+        inside(disk, sector, length).map(|offset| (offset, length, flags))
+    });
+    let ranges = ranges.collect::<Result<Vec<_>, _>>()?;
+    ranges.into_iter().try_for_each(|(offset, length, flags)| perform(disk, offset, length, flags))
+}
+
+/// Where data of `length` bytes lies.
+fn within(disk: &dyn Disk, sector: u64, length: usize) -> Result<u64, Failed> {
+    if length > LONGEST { Err(Failed::Io) } else { inside(disk, sector, length as u64) }
+}
+
+/// The offset of `sector`, if `length` bytes from there on are sectors of the disk.
+fn inside(disk: &dyn Disk, sector: u64, length: u64) -> Result<u64, Failed> {
+    let offset = sector.checked_mul(SECTOR).ok_or(Failed::Io)?;
+    let good = length > 0 && length.is_multiple_of(SECTOR);
+    let end = offset.checked_add(length).filter(|end| good && *end <= disk.size());
+    end.map(|_| offset).ok_or(Failed::Io)
+}
+
+fn words(bytes: &[u8; 16]) -> [u32; 4] {
+    let (words, _) = bytes.as_chunks::<4>();
+    std::array::from_fn(|i| u32::from_le_bytes(words[i]))
+}
+
+impl From<Fault> for Failed {
+    fn from(_: Fault) -> Self {
+        Self::Io
+    }
+}

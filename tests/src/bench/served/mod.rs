@@ -1,0 +1,123 @@
+//! `bench served`: the volume over NBD, against QEMU's LUKS and raw, nbdkit's LUKS filter, and our own server over a plain file.
+//!
+//! One client, fio, does the same work with each server in turn, on files in memory. What counts is the processor time of the
+//! server for a request: a client or a machine that is busy disturbs it less than a rate.
+
+mod server;
+
+use super::BenchError;
+use super::figure::{Figure, Printer};
+use super::sample::Samples;
+use server::Server;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+pub(super) use server::serve_plain;
+
+/// Bytes of each disk.
+const SIZE: u64 = 256 << 20;
+/// Rounds before those that count.
+const WARM_UP: u32 = 1;
+/// Our processor time for a request by QEMU's LUKS', and by our own server's without ciphers (DESIGN.md, section 11: a fourth of
+/// the first, or a fourth more than the second where that is more).
+const BY_LUKS: f64 = 0.25;
+const BY_PLAIN: f64 = 1.25;
+
+/// What a client does.
+struct Work {
+    name: &'static str,
+    rw: &'static str,
+    bytes: u64,
+    depth: u32,
+    requests: u64,
+}
+
+const WORKS: [Work; 4] = [
+    Work { name: "4 KiB random write, depth 32", rw: "randwrite", bytes: 4 << 10, depth: 32, requests: 20_000 },
+    Work { name: "4 KiB random read, depth 32", rw: "randread", bytes: 4 << 10, depth: 32, requests: 20_000 },
+    Work { name: "1 MiB sequential write", rw: "write", bytes: 1 << 20, depth: 2, requests: 256 },
+    Work { name: "1 MiB sequential read", rw: "read", bytes: 1 << 20, depth: 2, requests: 256 },
+];
+
+/// What one piece of work gave with one server.
+#[derive(Default, Clone)]
+struct Costs {
+    /// Processor time of the server for a request, in microseconds.
+    core: Samples,
+    /// Requests a second, by the wall's clock.
+    wall: Samples,
+}
+
+/// Measures and prints.
+pub(super) fn run(rounds: u32, folder: &Path, printer: &mut Printer) -> Result<(), BenchError> {
+    let folder = tempfile::tempdir_in(folder).map_err(|error| BenchError::Io(folder.into(), error))?;
+    let at = folder.path();
+    let servers = [
+        Server::fealty(at, SIZE)?,
+        Server::plain(at, SIZE)?,
+        Server::luks(at, SIZE)?,
+        Server::raw(at, SIZE)?,
+        Server::nbdkit(at, SIZE)?,
+    ];
+    // Twice, so that also the blocks that a copy-on-write volume moves to were written before.
+    let fill = Work { name: "", rw: "write", bytes: 1 << 20, depth: 2, requests: SIZE >> 20 };
+    for server in servers.iter().chain(&servers) {
+        fill.run(server)?;
+    }
+    let mut all: Vec<[Costs; 5]> = WORKS.iter().map(|_| Default::default()).collect();
+    for round in 0..rounds + WARM_UP {
+        for (work, costs) in WORKS.iter().zip(&mut all) {
+            for (server, costs) in servers.iter().zip(costs) {
+                let (core, wall) = work.run(server)?;
+                if round >= WARM_UP {
+                    costs.core.add(core);
+                    costs.wall.add(wall);
+                }
+            }
+        }
+    }
+    for (work, [fealty, plain, luks, raw, nbdkit]) in WORKS.iter().zip(&all) {
+        let small = work.bytes < 1 << 20;
+        let target = |target| small.then_some(target);
+        let cost = || Figure::new(format!("{}: server's core for one", work.name), "us", &fealty.core);
+        printer.add(&cost().against("qemu-storage-daemon, LUKS", &luks.core, target(BY_LUKS)));
+        printer.add(&cost().against("our server, no ciphers", &plain.core, target(BY_PLAIN)));
+        printer.add(&cost().against("qemu-storage-daemon, raw", &raw.core, None));
+        printer.add(&cost().against("nbdkit, luks filter", &nbdkit.core, None));
+        let rate = Figure::new(format!("{}: by the clock", work.name), "1/s", &fealty.wall);
+        printer.add(&rate.against("qemu-storage-daemon, LUKS", &luks.wall, None));
+    }
+    Ok(())
+}
+
+impl Work {
+    /// Does it once: the server's processor time for a request in microseconds, and requests a second.
+    fn run(&self, server: &Server) -> Result<(f64, f64), BenchError> {
+        let before = server.processor_time()?;
+        let mut fio = Command::new("fio");
+        fio.args(["--name=work", "--ioengine=nbd", "--output-format=json", "--randrepeat=0", "--norandommap"]);
+        fio.arg(format!("--uri={}", server.uri)).arg(format!("--rw={}", self.rw)).arg(format!("--bs={}", self.bytes));
+        fio.arg(format!("--iodepth={}", self.depth)).arg(format!("--size={SIZE}"));
+        fio.arg(format!("--number_ios={}", self.requests));
+        let output = fio.output().map_err(|error| BenchError::Io("fio".into(), error))?;
+        let core = server.processor_time()? - before;
+        let printed = String::from_utf8_lossy(&output.stdout);
+        let failed =
+            || BenchError::Failed("fio".into(), output.status.to_string(), printed.chars().take(400).collect());
+        if !output.status.success() {
+            return Err(failed());
+        }
+        let said: serde_json::Value = serde_json::from_str(&printed).map_err(|_| failed())?;
+        let side = &said["jobs"][0][if self.rw.ends_with("read") { "read" } else { "write" }];
+        let (done, rate) = (side["total_ios"].as_f64().unwrap_or(0.0), side["iops"].as_f64().unwrap_or(0.0));
+        if done < self.requests as f64 { Err(failed()) } else { Ok((core * 1e6 / done, rate)) }
+    }
+}
+
+/// What `bench served` is told.
+#[derive(Debug, Clone, clap::Args)]
+pub(super) struct Places {
+    /// A folder in memory, for the disks.
+    #[arg(long, default_value = "/dev/shm")]
+    pub(super) tmpfs: PathBuf,
+}
