@@ -20,6 +20,8 @@
 //! | `reads:DEPTH:COUNT`, `writes:DEPTH:COUNT` | so many random requests of 4 KiB, up to 32 of them at once | `reads started`, `reads done 100000` |
 //! | `storm:COUNT` | so many random writes, 32 at once, then a flush and a check of all | `storm ok 512` (blocks compared) |
 //! | `load:SECONDS` | random writes, flushes and checks for so long | `load started`, `load ok 9000` (blocks compared) |
+//! | `rng` | asks for 32 random bytes | `rng HEX` |
+//! | `net:COUNT` | sends COUNT frames back to where they came from | `net up MAC`, then `net echoed BYTES` for each |
 //! | `tick`, `tick:COUNT` | a line each second, for ever or so many | `tick 1` |
 //! | `spin` | computes for ever, without a pause | `spinning` |
 //! | `sleep` | sleeps for ever, taking interrupts | |
@@ -46,6 +48,9 @@ use crate::power::Power;
 use crate::serial::{self, line};
 use crate::tables::triple_fault;
 use crate::virtio::block::{BLOCK, Disk, DiskError, Rings};
+use crate::virtio::net::Net;
+use crate::virtio::rng::Rng;
+use crate::virtio::transport::TransportError;
 
 /// Longest line that `echo` repeats.
 const LONGEST_LINE: usize = 128;
@@ -57,7 +62,7 @@ pub fn run(boot: &BootInfo) {
     let Ok(list) = core::str::from_utf8(list.unwrap_or_default()) else {
         return line(format_args!("failed: the command line is not text"));
     };
-    let mut guest = Guest { boot, disks: [const { None }; DISKS], chosen: 0, rings: Rings::Full };
+    let mut guest = Guest { boot, disks: [const { None }; DISKS], chosen: 0, rings: Rings::Full, rng: None };
     for word in list.split(',').filter(|word| !word.is_empty()) {
         match guest.carry_out(word) {
             Ok(()) => {}
@@ -75,6 +80,7 @@ struct Guest<'a> {
     chosen: usize,
     /// How disks are begun.
     rings: Rings,
+    rng: Option<Rng>,
 }
 
 enum CommandError {
@@ -83,6 +89,8 @@ enum CommandError {
     NoInitrd,
     Acpi(AcpiError),
     Disk(DiskError),
+    NoDevice,
+    Device(TransportError),
 }
 
 impl Guest<'_> {
@@ -122,6 +130,8 @@ impl Guest<'_> {
             ("reads" | "writes", [Some(depth), Some(count)]) => rate::run(self.disk()?, name, depth as usize, count)?,
             ("storm", [Some(count), None]) => rate::storm(self.disk()?, count)?,
             ("load", [Some(seconds), None]) => load::run(self.disk()?, seconds)?,
+            ("rng", [None, _]) => self.random()?,
+            ("net", [Some(count), None]) => self.echo_frames(count)?,
             ("tick", [count, None]) => tick(count.unwrap_or(u64::MAX)),
             ("spin", [None, _]) => spin(),
             ("sleep", [None, _]) => sleep_forever(),
@@ -218,6 +228,30 @@ impl Guest<'_> {
         Ok(())
     }
 
+    fn random(&mut self) -> Result<(), CommandError> {
+        if self.rng.is_none() {
+            self.rng = Some(Rng::start(self.ecam()?).ok_or(CommandError::NoDevice)??);
+        }
+        let mut bytes = [0; 32];
+        let length = self.rng.as_ref().map_or(0, |rng| rng.read(&mut bytes));
+        line(format_args!("rng {}", Hex(&bytes[..length])));
+        Ok(())
+    }
+
+    fn echo_frames(&self, count: u64) -> Result<(), CommandError> {
+        let net = Net::start(self.ecam()?).ok_or(CommandError::NoDevice)??;
+        line(format_args!("net up {}", Hex(&net.mac())));
+        for _ in 0..count {
+            let length = net.echo();
+            line(format_args!("net echoed {length}"));
+        }
+        Ok(())
+    }
+
+    fn ecam(&self) -> Result<u64, CommandError> {
+        Ok(Acpi::find(self.boot.rsdp)?.ecam()?)
+    }
+
     fn wait_for_button(&self) -> Result<(), CommandError> {
         let power = self.power()?;
         line(format_args!("waiting for the button"));
@@ -263,6 +297,12 @@ impl From<AcpiError> for CommandError {
     }
 }
 
+impl From<TransportError> for CommandError {
+    fn from(error: TransportError) -> Self {
+        Self::Device(error)
+    }
+}
+
 impl From<DiskError> for CommandError {
     fn from(error: DiskError) -> Self {
         Self::Disk(error)
@@ -277,6 +317,8 @@ impl fmt::Display for CommandError {
             Self::NoInitrd => write!(f, "the loader gave no initial ramdisk"),
             Self::Acpi(error) => error.fmt(f),
             Self::Disk(error) => error.fmt(f),
+            Self::NoDevice => write!(f, "there is no such device"),
+            Self::Device(error) => error.fmt(f),
         }
     }
 }
