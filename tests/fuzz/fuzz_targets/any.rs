@@ -41,7 +41,9 @@ const TARGETS: &[(&str, Target)] = &[
     ("vmm/http", fealty_vmm::fuzz::fuzz_http),
     ("vmm/keys", fealty_vmm::fuzz::fuzz_keys),
     ("vmm/pci", fealty_vmm::machine::fuzz::fuzz_pci),
+    ("vmm/net", fealty_vmm::machine::fuzz::fuzz_net),
     ("vmm/plain", fealty_vmm::fuzz::fuzz_plain),
+    ("vmm/rng", fealty_vmm::machine::fuzz::fuzz_rng),
 ];
 
 static CHOSEN: LazyLock<Target> = LazyLock::new(|| {

@@ -14,12 +14,15 @@ pub mod block;
 pub mod boot;
 mod bus;
 mod control;
+mod devices;
 mod event;
 pub mod layout;
 pub mod memory;
+pub mod net;
 pub mod pci;
 mod power;
 pub mod rate;
+pub mod rng;
 mod running;
 mod serial;
 mod sync;
@@ -34,13 +37,18 @@ pub mod fuzz {
     pub use super::block::fuzz::fuzz_requests;
     pub use super::boot::fuzz_kernel;
     pub use super::pci::fuzz::fuzz_pci;
+    pub use super::net::fuzz::fuzz_net;
+    pub use super::rng::fuzz::fuzz_rng;
 }
 
 pub use acpi::AcpiError;
 pub use block::{BlockCounters, Disk, DiskError, DiskSettings, RawDisk, serial_number};
 pub use boot::{Boot, BootError, Image};
+pub use devices::DeviceCounters;
 pub use event::{Events, MachineEvent};
 pub use memory::MemoryError;
+pub use net::{NetCounters, NetSlot, Tap, TapError};
+pub use rng::RngCounters;
 pub use running::{Counters, Frozen, InspectError, Running};
 pub use serial::ConsoleBackend;
 pub use thread::{ThreadHook, ThreadKind};
@@ -53,13 +61,16 @@ use block::BlockDevice;
 use boot::Loader;
 use bus::Bus;
 use control::Control;
+use devices::Devices;
 use kvm_bindings::{CpuId, KVM_API_VERSION, KVM_MAX_CPUID_ENTRIES};
 use kvm_ioctls::{Cap, Kvm, VmFd};
 use layout::{KVM_IDENTITY_MAP, KVM_TSS, POWER_GSI, SERIAL_GSI};
 use memory::Memory;
+use net::NetDevice;
 use pci::{PciBus, SlotsTaken};
 use policy::encoding::Digest;
 use power::Power;
+use rng::RngDevice;
 use running::Parts;
 use serial::{ConsoleInput, SerialPort};
 use std::fs::File;
@@ -67,7 +78,7 @@ use std::os::fd::{FromRawFd, IntoRawFd, OwnedFd};
 use std::sync::{Arc, Mutex};
 use thread::{Background, Crew};
 use vcpu::{Vcpu, cpuid};
-use virtio::VirtioPci;
+use virtio::{VirtioDevice, VirtioPci};
 use wires::KvmWires;
 
 /// What must be known before memory is mapped.
@@ -154,6 +165,7 @@ pub struct Machine {
     entry: Option<vcpu::Entry>,
     pci: PciBus,
     disks: Vec<Arc<BlockDevice>>,
+    devices: Devices,
     console: Option<ConsoleBackend>,
 }
 
@@ -201,11 +213,31 @@ impl Machine {
     /// Adds a disk: the next PCI slot.
     pub fn add_disk(&mut self, slot: DiskSlot) -> Result<(), MachineError> {
         let device = Arc::new(BlockDevice::new(&slot.id, slot.disk, &slot.settings)?);
-        let number = self.pci.next_slot()?;
-        let function = VirtioPci::new(device.clone(), number, self.memory.ram().clone(), self.wires.clone())?;
-        self.pci.add(Arc::new(function))?;
+        self.plug(device.clone())?;
         self.disks.push(device);
         Ok(())
+    }
+
+    /// Adds the source of random numbers.
+    pub fn add_rng(&mut self) -> Result<(), MachineError> {
+        let device = Arc::new(RngDevice::new()?);
+        self.plug(device.clone())?;
+        self.devices.rng = Some(device);
+        Ok(())
+    }
+
+    /// Adds a network card.
+    pub fn add_net(&mut self, slot: NetSlot) -> Result<(), MachineError> {
+        let device = Arc::new(NetDevice::new(slot)?);
+        self.plug(device.clone())?;
+        self.devices.nets.push(device);
+        Ok(())
+    }
+
+    fn plug(&mut self, device: Arc<dyn VirtioDevice>) -> Result<(), MachineError> {
+        let slot = self.pci.next_slot()?;
+        let function = VirtioPci::new(device, slot, self.memory.ram().clone(), self.wires.clone())?;
+        Ok(self.pci.add(Arc::new(function))?)
     }
 
     /// Connects the serial line; without this nobody types and what the guest sends is lost.
@@ -233,6 +265,7 @@ impl Machine {
         for disk in &self.disks {
             background.extend(disk.hire(&crew).map_err(MachineError::Thread)?);
         }
+        background.extend(self.devices.hire(&crew).map_err(MachineError::Thread)?);
         if let Some(input) = console.input {
             background.push(ConsoleInput::hire(serial.clone(), input, &crew)?);
         }
@@ -240,10 +273,11 @@ impl Machine {
         let vcpus: Vec<_> = self.vcpus.into_iter().map(|vcpu| Arc::new(Mutex::new(vcpu))).collect();
         let started = run_vcpus(&vcpus, &bus, &control, &gate, &crew, permit);
         let memory = self.memory;
-        let disks = self.disks;
+        let (disks, devices) = (self.disks, self.devices);
         let turn = Mutex::new(());
         let _wires = self.wires;
-        let parts = Parts { control, vcpus, exits, background, power, serial, disks, bus, memory, _wires, turn };
+        let parts =
+            Parts { control, vcpus, exits, background, power, serial, disks, devices, bus, memory, _wires, turn };
         let running = Running(Arc::new(parts));
         if let Err(error) = started {
             running.stop();
@@ -294,6 +328,7 @@ impl EarlyVm {
             entry: None,
             pci: PciBus::default(),
             disks: vec![],
+            devices: Devices::default(),
             console: None,
         })
     }

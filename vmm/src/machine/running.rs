@@ -3,6 +3,7 @@
 use super::block::{BlockCounters, BlockDevice};
 use super::bus::Bus;
 use super::control::Control;
+use super::devices::{DeviceCounters, Devices};
 use super::event::Events;
 use super::memory::Memory;
 use super::power::Power;
@@ -30,6 +31,7 @@ pub(super) struct Parts {
     pub(super) power: Arc<Power>,
     pub(super) serial: Arc<SerialPort>,
     pub(super) disks: Vec<Arc<BlockDevice>>,
+    pub(super) devices: Devices,
     pub(super) bus: Arc<Bus>,
     pub(super) memory: Arc<Memory>,
     /// Never used again, but interrupts end with it.
@@ -49,6 +51,9 @@ pub struct Counters {
     pub console_bytes_lost: u64,
     /// Each disk, by its name.
     pub disks: BTreeMap<String, BlockCounters>,
+    /// The other virtio devices.
+    #[serde(flatten)]
+    pub devices: DeviceCounters,
 }
 
 /// Why a machine can't be inspected.
@@ -112,6 +117,7 @@ impl Running {
             stray_accesses: parts.bus.stray(),
             console_bytes_lost: parts.serial.lost(),
             disks: parts.disks.iter().map(|disk| (disk.name().to_owned(), disk.counters())).collect(),
+            devices: parts.devices.counters(),
         }
     }
 

@@ -16,6 +16,10 @@ pub enum ThreadKind {
     Vcpu,
     /// Serves a disk: event descriptors, and whatever the disk behind it needs.
     Disk,
+    /// Gives random numbers.
+    Rng,
+    /// Carries frames of a network card: poll, read and write, and the ioctls of a TAP that runs.
+    Net,
     /// Carries the console's input: poll, read, writes to event descriptors.
     Console,
 }

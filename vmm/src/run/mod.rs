@@ -89,6 +89,8 @@ fn hook() -> ThreadHook {
         let filter = match kind {
             ThreadKind::Vcpu => Filter::Vcpu,
             ThreadKind::Disk => Filter::Disk,
+            ThreadKind::Rng => Filter::Rng,
+            ThreadKind::Net => Filter::Net,
             ThreadKind::Console => Filter::Console,
         };
         close_thread(filter).map_err(std::io::Error::other)

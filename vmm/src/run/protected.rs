@@ -7,6 +7,7 @@ use super::{
     Host, Settings, connect, disks, folder_of, hook, machine_failure, outcome, read_file, serve_api, tell_start,
 };
 use crate::api::Api;
+use crate::attach::{Attachment, Taps, add_devices};
 use crate::console::Console;
 use crate::exit::{Exit, Failure, chain};
 use crate::guard::Guard;
@@ -43,6 +44,8 @@ pub struct ProtectedRun {
     pub file: PathBuf,
     /// Where its files lie.
     pub mappings: Vec<Mapping>,
+    /// Where its networks are.
+    pub attachments: Vec<Attachment>,
     /// The host's TPM, and the way to the provider.
     pub host: Host,
 }
@@ -54,9 +57,15 @@ struct Prepared {
     signals: Signals,
     post: Post,
     inbox: Inbox,
-    console: Console,
+    ends: Ends,
     api: Option<Api>,
     link: Link,
+}
+
+/// The host's ends of the guest's lines.
+struct Ends {
+    console: Console,
+    taps: Taps,
 }
 
 /// Runs the VM of a VM file, to its end.
@@ -104,6 +113,7 @@ fn prepare(start: &ProtectedRun, settings: &Settings) -> Result<(Prepared, std::
     let file = read_vm_file(&start.file)?;
     steps.step("read", &format!("VM {} of {}, file {}", file.header.vm, file.header.customer, file.digest));
     let opener = Opener::start(&folder_of(&start.file), &start.mappings).map_err(|e| Failure::of(Exit::Host, &e))?;
+    let taps = Taps::attached(&start.attachments)?;
     let kvm = open_kvm().map_err(|e| machine_failure(&e))?;
     let begun = Instant::now();
     let contacts = register(&file, &start.host)?;
@@ -116,7 +126,7 @@ fn prepare(start: &ProtectedRun, settings: &Settings) -> Result<(Prepared, std::
     harden().map_err(|e| Failure::of(Exit::Host, &e))?;
     let api = serve_api(settings, &post)?;
     let link = Link::start(contacts, steps, post.clone())?;
-    Ok((Prepared { file, opener, signals, post, inbox, console, api, link }, kvm))
+    Ok((Prepared { file, opener, signals, post, inbox, ends: Ends { console, taps }, api, link }, kvm))
 }
 
 /// The VM file at `path`, read once.
@@ -141,7 +151,7 @@ fn live(prepared: Prepared, early: EarlyVm, opened: OpenedRelease, settings: &Se
     let (permit, config) =
         StartPermit::from_release(&opened, &prepared.file).map_err(|e| Failure::of(Exit::File, &e))?;
     steps.step("opened", "the sealed part fits its header, the release stands in the audit log");
-    let Prepared { file, opener, signals, post, inbox, console, api, link } = prepared;
+    let Prepared { file, opener, signals, post, inbox, ends, api, link } = prepared;
     let (machine, volumes) = build(early, &config, &opened, &opener, &link, steps)?;
     drop(opener);
     let volumes = Arc::new(volumes);
@@ -149,7 +159,7 @@ fn live(prepared: Prepared, early: EarlyVm, opened: OpenedRelease, settings: &Se
     let lease = crate::lease::LeaseClock::new(opened.release.lease, opened.asked_ms);
     gate.open_until(lease.quiesce_ms(), lease.end_ms());
 
-    let started = start(machine, &config, &volumes, console, permit, &gate, steps);
+    let started = start(machine, &config, &volumes, ends, permit, &gate, steps);
     let (running, keyboard, typing, raw) = match started {
         Ok(started) => started,
         Err(failure) => {
@@ -258,7 +268,7 @@ fn start(
     mut machine: Machine,
     config: &VmConfig,
     volumes: &Volumes,
-    console: Console,
+    ends: Ends,
     permit: StartPermit,
     gate: &Arc<LeaseGate>,
     steps: Steps,
@@ -271,7 +281,8 @@ fn start(
         };
         machine.add_disk(disk_slot).map_err(|e| machine_failure(&e))?;
     }
-    let (keyboard, typing, raw) = connect(&mut machine, console)?;
+    add_devices(config.devices(), ends.taps, &mut machine)?;
+    let (keyboard, typing, raw) = connect(&mut machine, ends.console)?;
     tell_start(steps, typing, true);
     let running = machine.start(permit, gate.clone(), hook()).map_err(|e| machine_failure(&e))?;
     Ok((running, keyboard, typing, raw))

@@ -15,6 +15,10 @@ pub enum Filter {
     Vcpu,
     /// A disk's queue.
     Disk,
+    /// The source of random numbers.
+    Rng,
+    /// A network card.
+    Net,
     /// The serial line.
     Console,
     /// The control socket.
@@ -29,8 +33,18 @@ type Program = &'static [(u16, u8, u8, u32)];
 
 impl Filter {
     /// Every kind.
-    pub const ALL: [Self; 8] =
-        [Self::Main, Self::Provider, Self::Vcpu, Self::Disk, Self::Console, Self::Api, Self::Opener, Self::Ctl];
+    pub const ALL: [Self; 10] = [
+        Self::Main,
+        Self::Provider,
+        Self::Vcpu,
+        Self::Disk,
+        Self::Rng,
+        Self::Net,
+        Self::Console,
+        Self::Api,
+        Self::Opener,
+        Self::Ctl,
+    ];
 
     fn program(self) -> Program {
         match self {
@@ -38,6 +52,8 @@ impl Filter {
             Self::Provider => &include!(concat!(env!("OUT_DIR"), "/provider.rs")),
             Self::Vcpu => &include!(concat!(env!("OUT_DIR"), "/vcpu.rs")),
             Self::Disk => &include!(concat!(env!("OUT_DIR"), "/disk.rs")),
+            Self::Rng => &include!(concat!(env!("OUT_DIR"), "/rng.rs")),
+            Self::Net => &include!(concat!(env!("OUT_DIR"), "/net.rs")),
             Self::Console => &include!(concat!(env!("OUT_DIR"), "/console.rs")),
             Self::Api => &include!(concat!(env!("OUT_DIR"), "/api.rs")),
             Self::Opener => &include!(concat!(env!("OUT_DIR"), "/opener.rs")),
