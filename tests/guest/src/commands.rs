@@ -22,16 +22,22 @@
 //! | `load:SECONDS` | random writes, flushes and checks for so long | `load started`, `load ok 9000` (blocks compared) |
 //! | `rng` | asks for 32 random bytes | `rng HEX` |
 //! | `net:COUNT` | sends COUNT frames back to where they came from | `net up MAC`, then `net echoed BYTES` for each |
+//! | `hvc` | says `hvc ready` on the virtio console and repeats what it reads there, until that begins with `quit` | `hvc done` |
+//! | `balloon` | gives a page to the balloon, and reports one as free | `balloon target=PAGES`, `balloon kept 0 0`, bytes still there |
 //! | `tick`, `tick:COUNT` | a line each second, for ever or so many | `tick 1` |
 //! | `spin` | computes for ever, without a pause | `spinning` |
 //! | `sleep` | sleeps for ever, taking interrupts | |
 //! | `echo` | repeats each line it reads until `quit` | `echoing`, `echo LINE` |
 //! | `wait-button` | waits for the power button | `waiting for the button`, `button pressed` |
+//! | `generation` | | `generation HEX`, the VM generation id |
+//! | `wait-generation` | waits until it is told of another one | `waiting for a generation`, `generation changed` |
+//! | `say-panic` | tells the panic device, and sleeps | `saying panic` |
 //! | `poweroff`, `reset`, `panic` | ends; `panic` by a triple fault | `powering off`, `resetting`, `panicking` |
 //!
 //! Numbers are decimal or, after `0x`, hexadecimal. A word that fails says `disk error WORD: why` or `failed WORD: why`, and the next
 //! one follows. After the last word the guest prints `done` and sleeps.
 
+mod devices;
 mod load;
 mod rate;
 
@@ -48,7 +54,6 @@ use crate::power::Power;
 use crate::serial::{self, line};
 use crate::tables::triple_fault;
 use crate::virtio::block::{BLOCK, Disk, DiskError, Rings};
-use crate::virtio::net::Net;
 use crate::virtio::rng::Rng;
 use crate::virtio::transport::TransportError;
 
@@ -132,11 +137,22 @@ impl Guest<'_> {
             ("load", [Some(seconds), None]) => load::run(self.disk()?, seconds)?,
             ("rng", [None, _]) => self.random()?,
             ("net", [Some(count), None]) => self.echo_frames(count)?,
+            ("balloon", [None, _]) => self.use_balloon()?,
+            ("hvc", [None, _]) => self.echo_on_console()?,
             ("tick", [count, None]) => tick(count.unwrap_or(u64::MAX)),
             ("spin", [None, _]) => spin(),
             ("sleep", [None, _]) => sleep_forever(),
             ("echo", [None, _]) => echo(),
             ("wait-button", [None, _]) => self.wait_for_button()?,
+            ("generation", [None, _]) => {
+                line(format_args!("generation {}", Hex(&Acpi::find(self.boot.rsdp)?.generation_id()?)));
+            }
+            ("wait-generation", [None, _]) => {
+                line(format_args!("waiting for a generation"));
+                Power::wait_for_generation();
+                line(format_args!("generation changed"));
+            }
+            ("say-panic", [None, _]) => self.say_panic()?,
             ("poweroff", [None, _]) => {
                 line(format_args!("powering off"));
                 self.power_off()
@@ -226,30 +242,6 @@ impl Guest<'_> {
         }
         line(format_args!("disk {number} bytes={}", disk.length));
         Ok(())
-    }
-
-    fn random(&mut self) -> Result<(), CommandError> {
-        if self.rng.is_none() {
-            self.rng = Some(Rng::start(self.ecam()?).ok_or(CommandError::NoDevice)??);
-        }
-        let mut bytes = [0; 32];
-        let length = self.rng.as_ref().map_or(0, |rng| rng.read(&mut bytes));
-        line(format_args!("rng {}", Hex(&bytes[..length])));
-        Ok(())
-    }
-
-    fn echo_frames(&self, count: u64) -> Result<(), CommandError> {
-        let net = Net::start(self.ecam()?).ok_or(CommandError::NoDevice)??;
-        line(format_args!("net up {}", Hex(&net.mac())));
-        for _ in 0..count {
-            let length = net.echo();
-            line(format_args!("net echoed {length}"));
-        }
-        Ok(())
-    }
-
-    fn ecam(&self) -> Result<u64, CommandError> {
-        Ok(Acpi::find(self.boot.rsdp)?.ecam()?)
     }
 
     fn wait_for_button(&self) -> Result<(), CommandError> {
