@@ -2,7 +2,7 @@
 //! configuration where it has them.
 
 use crate::anchor::AnchorMode;
-use crate::device::{Devices, Net, Rng, Whose, check_nets};
+use crate::device::{Balloon, Console, Devices, Net, Rng, Whose, check_nets};
 use crate::encoding::{Base64Url, Digest};
 use crate::id::VolumeId;
 use serde::{Deserialize, Serialize};
@@ -26,6 +26,15 @@ pub struct VmConfig {
     /// A source of random numbers.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub rng: Option<Rng>,
+    /// A memory balloon.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub balloon: Option<Balloon>,
+    /// A virtio console.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub console: Option<Console>,
+    /// Whether there is a device through which a kernel that panics ends the VM (pvpanic).
+    #[serde(default, skip_serializing_if = "is_false")]
+    pub pvpanic: bool,
     /// What the customer's other statements are checked against.
     pub trust: TrustRoots,
 }
@@ -50,6 +59,19 @@ pub struct PlainConfig {
     /// A source of random numbers.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub rng: Option<Rng>,
+    /// A memory balloon.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub balloon: Option<Balloon>,
+    /// A virtio console.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub console: Option<Console>,
+    /// Whether there is a device through which a kernel that panics ends the VM (pvpanic).
+    #[serde(default, skip_serializing_if = "is_false")]
+    pub pvpanic: bool,
+}
+
+fn is_false(flag: &bool) -> bool {
+    !flag
 }
 
 /// Virtual processors.
@@ -389,6 +411,12 @@ pub enum ConfigError {
         /// What is wrong.
         why: &'static str,
     },
+    /// A balloon that does not fit.
+    #[error("balloon size {0} is not a multiple of 4096 below the memory's size")]
+    Balloon(u64),
+    /// A console that can't be.
+    #[error("virtio console: {0}")]
+    Console(&'static str),
     /// The name of a network interface with something in it.
     #[error("an interface's name is 1 to 15 bytes of ASCII without '/', ':', '%' and white space")]
     Interface,
@@ -435,7 +463,13 @@ fn check_disks<'a>(disks: impl Iterator<Item = DiskShape<'a>>) -> Result<(), Con
 impl VmConfig {
     /// What it has beside processors, memory and disks.
     pub fn devices(&self) -> Devices<'_> {
-        Devices { net: &self.net, rng: self.rng }
+        Devices {
+            net: &self.net,
+            rng: self.rng,
+            balloon: self.balloon,
+            console: self.console.as_ref(),
+            pvpanic: self.pvpanic,
+        }
     }
 
     /// Checks what the types alone don't.
@@ -443,6 +477,8 @@ impl VmConfig {
         check_machine(self.cpus, self.memory, &self.payload.cmdline)?;
         check_disks(self.disks.iter().map(|d| d.shape()))?;
         check_nets(&self.net, Whose::Protected)?;
+        self.balloon.map_or(Ok(()), |balloon| balloon.check(self.memory.size))?;
+        self.console.as_ref().map_or(Ok(()), |console| console.check(Whose::Protected))?;
         let mut volumes = std::collections::BTreeSet::new();
         for disk in &self.disks {
             if !volumes.insert(disk.volume) {
@@ -468,14 +504,22 @@ impl VmConfig {
 impl PlainConfig {
     /// What it has beside processors, memory and disks.
     pub fn devices(&self) -> Devices<'_> {
-        Devices { net: &self.net, rng: self.rng }
+        Devices {
+            net: &self.net,
+            rng: self.rng,
+            balloon: self.balloon,
+            console: self.console.as_ref(),
+            pvpanic: self.pvpanic,
+        }
     }
 
     /// Checks what the types alone don't.
     pub fn check(&self) -> Result<(), ConfigError> {
         check_machine(self.cpus, self.memory, &self.payload.cmdline)?;
         check_disks(self.disks.iter().map(|d| d.shape()))?;
-        check_nets(&self.net, Whose::Unprotected)
+        check_nets(&self.net, Whose::Unprotected)?;
+        self.balloon.map_or(Ok(()), |balloon| balloon.check(self.memory.size))?;
+        self.console.as_ref().map_or(Ok(()), |console| console.check(Whose::Unprotected))
     }
 }
 
@@ -508,6 +552,9 @@ mod tests {
             disks: vec![],
             net: vec![],
             rng: None,
+            balloon: None,
+            console: None,
+            pvpanic: false,
         };
         let mut bad = good.clone();
         bad.cpus.boot_vcpus = 0;

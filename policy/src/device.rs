@@ -1,6 +1,6 @@
 //! What a machine may have beside processors, memory and disks. Names follow Cloud Hypervisor's configuration where it has them.
 
-use crate::config::{ConfigError, FileName};
+use crate::config::{ConfigError, FileName, RateLimiterConfig};
 use serde::{Deserialize, Serialize};
 
 /// Networks of one VM, at most.
@@ -15,12 +15,73 @@ pub struct Devices<'a> {
     pub net: &'a [Net],
     /// A source of random numbers.
     pub rng: Option<Rng>,
+    /// A memory balloon.
+    pub balloon: Option<Balloon>,
+    /// A virtio console.
+    pub console: Option<&'a Console>,
+    /// Whether a kernel that panics ends the VM.
+    pub pvpanic: bool,
 }
 
 /// A source of random numbers (virtio-rng). It has no settings: what it gives is the host kernel's.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Rng {}
+
+/// A memory balloon (virtio-balloon): what the guest puts into it, or reports as free, is the host's again.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Balloon {
+    /// Bytes that it is to hold: a multiple of 4096, less than the memory.
+    #[serde(default)]
+    pub size: u64,
+    /// Whether the guest may take memory out of it rather than end a process.
+    #[serde(default)]
+    pub deflate_on_oom: bool,
+    /// Whether the guest is asked to report free pages.
+    #[serde(default)]
+    pub free_page_reporting: bool,
+}
+
+impl Balloon {
+    pub(crate) fn check(&self, memory: u64) -> Result<(), ConfigError> {
+        let good = self.size.is_multiple_of(4096) && self.size < memory;
+        if good { Ok(()) } else { Err(ConfigError::Balloon(self.size)) }
+    }
+}
+
+/// A console (virtio-console) beside the serial line, or in its place.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Console {
+    /// What it is connected to.
+    pub mode: ConsoleMode,
+    /// Path of the socket. For unprotected VMs only: for others the operator says it with `--console-socket PATH`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub socket: Option<String>,
+}
+
+/// Where a console's bytes go.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub enum ConsoleMode {
+    /// Where the serial line's would, which then goes nowhere.
+    Tty,
+    /// To whoever connects to a unix socket, one at a time.
+    Socket,
+}
+
+impl Console {
+    pub(crate) fn check(&self, whose: Whose) -> Result<(), ConfigError> {
+        match (self.mode, &self.socket, whose) {
+            (ConsoleMode::Tty, Some(_), _) => Err(ConfigError::Console("a console in mode Tty has no socket")),
+            (ConsoleMode::Socket, None, Whose::Unprotected) => Err(ConfigError::Console("it has no socket")),
+            (ConsoleMode::Socket, Some(_), Whose::Protected) => Err(ConfigError::Console(
+                "the socket of a protected VM is the operator's to name, with --console-socket",
+            )),
+            _ => Ok(()),
+        }
+    }
+}
 
 /// A network card (virtio-net) on a TAP of the host, which carries frames as the guest sends them: in plain.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
@@ -76,44 +137,10 @@ impl Net {
                 wrong("queue_size is not a power of two from 16 to 1024")
             }
             Self { mtu: Some(mtu), .. } if !(68..=65520).contains(mtu) => wrong("mtu is not between 68 and 65520"),
-            Self { rate_limiter_config: Some(limits), .. } if !limits.sensible() => {
-                wrong("a rate limiter's size and refill_time are at least 1")
-            }
+            Self { rate_limiter_config: Some(limits), id, .. } => limits.check(&format!("network {id}")),
             _ => Ok(()),
         }
     }
-}
-
-/// Limits of one direction of a device.
-#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct RateLimiterConfig {
-    /// In bytes.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub bandwidth: Option<TokenBucket>,
-    /// In frames or requests.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub ops: Option<TokenBucket>,
-}
-
-impl RateLimiterConfig {
-    /// Whether each bucket can hold something and is ever refilled.
-    pub fn sensible(&self) -> bool {
-        [self.bandwidth, self.ops].into_iter().flatten().all(|bucket| bucket.size > 0 && bucket.refill_time > 0)
-    }
-}
-
-/// `size` tokens come in each `refill_time`, spread evenly; unused ones are kept up to `size`.
-#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct TokenBucket {
-    /// Bytes or operations.
-    pub size: u64,
-    /// As many more, once, at the start.
-    #[serde(default)]
-    pub one_time_burst: u64,
-    /// Milliseconds.
-    pub refill_time: u64,
 }
 
 /// The name of a network interface: 1 to 15 bytes of ASCII without '/', ':', '%' and white space, neither "." nor "..".
@@ -277,6 +304,29 @@ mod tests {
         }
         let twice = [net(r#","tap":"a""#).expect("a card"), net(r#","tap":"b""#).expect("a card")];
         assert_eq!(check_nets(&twice, Whose::Unprotected), Err(ConfigError::NetTwice("net0".into())));
+    }
+
+    #[test]
+    fn a_balloon_is_smaller_than_the_memory() {
+        let check = |size| Balloon { size, deflate_on_oom: true, free_page_reporting: true }.check(16 << 20).is_ok();
+        assert_eq!(
+            [0, 4096, 1, (16 << 20) - 4096, 16 << 20, u64::MAX].map(check),
+            [true, true, false, true, false, false]
+        );
+    }
+
+    #[test]
+    fn a_console_has_a_socket_where_it_says_so() {
+        let check = |text: &str, whose| {
+            let console: Console = serde_json::from_str(text).expect("a console");
+            console.check(whose).is_ok()
+        };
+        let (tty, named) = (r#"{"mode":"Tty"}"#, r#"{"mode":"Socket","socket":"s"}"#);
+        let (unnamed, odd) = (r#"{"mode":"Socket"}"#, r#"{"mode":"Tty","socket":"s"}"#);
+        let results = |whose| [tty, named, unnamed, odd].map(|text| check(text, whose));
+        assert_eq!(results(Whose::Unprotected), [true, true, false, false]);
+        assert_eq!(results(Whose::Protected), [true, false, true, false]);
+        assert!(serde_json::from_str::<Console>(r#"{"mode":"Pty"}"#).is_err());
     }
 
     #[test]

@@ -1,12 +1,15 @@
-//! Where the host's side of a VM's networks is: TAPs, opened before the sandbox closes.
+//! The host's ends of a VM's lines: TAPs and sockets, opened before the sandbox closes.
 
+use crate::api::listen;
 use crate::exit::{Exit, Failure};
-use crate::machine::rate::{Rate, RateLimits};
-use crate::machine::{Machine, MachineError, NetSlot, Tap};
+use crate::machine::console::Line;
+use crate::machine::{BalloonSettings, Machine, MachineError, NetSlot, Tap};
+use crate::run::disks::limits;
 use policy::config::FileName;
-use policy::device::{Devices, InterfaceName, MacAddress, Net, QUEUE_PAIRS_MAX, RateLimiterConfig, TokenBucket};
+use policy::device::{Balloon, ConsoleMode, Devices, InterfaceName, MacAddress, Net, QUEUE_PAIRS_MAX};
 use std::collections::BTreeMap;
-use std::time::Duration;
+use std::os::unix::net::UnixListener;
+use std::path::Path;
 
 /// `--attach NAME=TAP[,queues=N]`, parsed: what a network that a VM file names is connected to. The file is sealed, so that
 /// the operator says it before anybody knows what the file says.
@@ -100,22 +103,55 @@ impl Taps {
     }
 }
 
-/// Adds what a configuration has beside disks, which come first, each connected to its end here.
-pub fn add_devices(devices: Devices<'_>, taps: Taps, machine: &mut Machine) -> Result<(), Failure> {
-    taps.into_machine(devices.net, machine)?;
+/// All ends but the serial line's.
+#[derive(Default)]
+pub struct Ends {
+    taps: Taps,
+    console: Option<UnixListener>,
+}
+
+impl Ends {
+    /// Opens what the operator attached.
+    pub fn attached(attachments: &[Attachment], console: Option<&Path>) -> Result<Self, Failure> {
+        Ok(Self { taps: Taps::attached(attachments)?, console: console.map(listen).transpose()? })
+    }
+
+    /// Opens what the configuration of an unprotected VM names; relative paths count from `folder`.
+    pub fn configured(devices: Devices<'_>, folder: &Path) -> Result<Self, Failure> {
+        let console =
+            devices.console.and_then(|console| console.socket.as_ref()).map(|path| listen(&folder.join(path)));
+        Ok(Self { taps: Taps::configured(devices.net)?, console: console.transpose()? })
+    }
+}
+
+/// Adds what a configuration has beside disks, which come first, each connected to its end here. A virtio console that takes
+/// the serial line's place comes later.
+pub fn add_devices(devices: Devices<'_>, ends: Ends, machine: &mut Machine) -> Result<(), Failure> {
+    ends.taps.into_machine(devices.net, machine)?;
+    let wanted = devices.console.is_some_and(|console| console.mode == ConsoleMode::Socket);
+    match (wanted, ends.console) {
+        (true, Some(listener)) => {
+            machine.add_console(Line::socket(listener)).map_err(|e| Failure::of(Exit::Host, &e))?;
+        }
+        (true, None) => {
+            return Err(Failure::new(Exit::Host, "say where its virtio console is, with --console-socket PATH"));
+        }
+        (false, Some(_)) => {
+            return Err(Failure::new(Exit::Usage, "--console-socket: the VM has no console on a socket"));
+        }
+        (false, None) => {}
+    }
     if devices.rng.is_some() {
         machine.add_rng().map_err(|e| Failure::of(Exit::Host, &e))?;
     }
+    if let Some(Balloon { size, deflate_on_oom, free_page_reporting }) = devices.balloon {
+        let settings = BalloonSettings { size, deflate_on_oom, free_page_reporting };
+        machine.add_balloon(settings).map_err(|e| Failure::of(Exit::Host, &e))?;
+    }
+    if devices.pvpanic {
+        machine.add_panic();
+    }
     Ok(())
-}
-
-fn limits(config: RateLimiterConfig) -> RateLimits {
-    let rate = |bucket: TokenBucket| Rate {
-        size: bucket.size,
-        one_time_burst: bucket.one_time_burst,
-        refill: Duration::from_millis(bucket.refill_time),
-    };
-    RateLimits { bandwidth: config.bandwidth.map(rate), operations: config.ops.map(rate) }
 }
 
 fn made_up() -> Result<MacAddress, getrandom::Error> {

@@ -42,7 +42,7 @@ struct Run {
     /// The VM file; with --unprotected a plain JSON configuration
     file: PathBuf,
     /// Run a plain configuration, which has no keys and no provider
-    #[arg(long, conflicts_with_all = ["tcti", "map", "attach", "provider_ca", "runtime_dir"])]
+    #[arg(long, conflicts_with_all = ["tcti", "map", "attach", "console_socket", "provider_ca", "runtime_dir"])]
     unprotected: bool,
     #[command(flatten)]
     host: Host,
@@ -52,6 +52,9 @@ struct Run {
     /// The TAP that a network of the VM is connected to; queues as many as the network has pairs
     #[arg(long, value_name = "NAME=TAP[,queues=N]")]
     attach: Vec<Attachment>,
+    /// Where the socket of the VM's virtio console is to be
+    #[arg(long, value_name = "PATH")]
+    console_socket: Option<PathBuf>,
     /// Serve the control socket here
     #[arg(long, value_name = "PATH")]
     api_socket: Option<PathBuf>,
@@ -165,8 +168,13 @@ fn perform_run(words: Run, steps: Steps) -> Result<Exit, Failure> {
     if words.unprotected {
         return run::unprotected(&words.file, &settings);
     }
-    let start =
-        ProtectedRun { file: words.file, mappings: words.map, attachments: words.attach, host: words.host.into() };
+    let start = ProtectedRun {
+        file: words.file,
+        mappings: words.map,
+        attachments: words.attach,
+        console_socket: words.console_socket,
+        host: words.host.into(),
+    };
     run::protected(&start, &settings)
 }
 

@@ -9,7 +9,10 @@ use fealty_vmm::machine::{Tap, TapError};
 use policy::device::InterfaceName;
 use rustix::net::{RecvFlags, SendFlags, recv, send};
 use serde_json::json;
+use std::io::{Read, Write};
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+use std::process::Stdio;
 use std::time::Instant;
 
 const GUEST: [u8; 6] = [0x02, 0, 0, 0, 0, 0x10];
@@ -177,4 +180,58 @@ fn a_tap_is_what_the_configuration_says_or_nothing_starts() {
             assert!(ended.why().contains("lan") && ended.out.is_empty(), "{}", ended.err);
         }
     });
+}
+
+#[test]
+fn a_panic_has_its_own_exit_code_and_one_line() {
+    let folder = tempfile::tempdir().expect("folder");
+    let path = configuration_with(folder.path(), "say-panic", json!({ "pvpanic": true }));
+    let ended = Program::start(&mut fealty(&["run", "--unprotected", path.to_str().expect("UTF-8")])).end().code(15);
+    assert!(ended.why().contains("panicked"), "{}", ended.err);
+}
+
+#[test]
+fn a_virtio_console_is_on_a_socket_or_in_the_serial_lines_place() {
+    let folder = tempfile::tempdir().expect("folder");
+    let on_socket = json!({ "console": { "mode": "Socket", "socket": "hvc.sock" } });
+    let path = configuration_with(folder.path(), "hvc,poweroff", on_socket);
+    let vm = Program::start(&mut fealty(&["run", "--unprotected", path.to_str().expect("UTF-8")]));
+    let start = Instant::now();
+    let mut client = loop {
+        match UnixStream::connect(folder.path().join("hvc.sock")) {
+            Ok(client) => break client,
+            Err(error) => assert!(start.elapsed() < LIMIT, "{error}"),
+        }
+    };
+    client.write_all(b"good morning").expect("typed");
+    let mut seen = Vec::new();
+    while !seen.ends_with(b"good morning") {
+        let mut bytes = [0; 64];
+        let length = client.read(&mut bytes).expect("read");
+        assert!(length > 0, "{}", String::from_utf8_lossy(&seen));
+        seen.extend(&bytes[..length]);
+    }
+    client.write_all(b"quit").expect("typed");
+    assert!(vm.end().code(0).out.contains("hvc done"), "the serial line goes on beside it");
+
+    let path = configuration_with(folder.path(), "hvc,poweroff", json!({ "console": { "mode": "Tty" } }));
+    let mut command = fealty(&["run", "--unprotected", path.to_str().expect("UTF-8")]);
+    command.stdin(Stdio::piped());
+    let mut vm = Program::start(&mut command);
+    vm.until("hvc ready");
+    let mut keyboard = vm.stdin();
+    keyboard.write_all(b"good evening").expect("typed");
+    vm.until("good evening");
+    keyboard.write_all(b"quit").expect("typed");
+    let ended = vm.end().code(0);
+    assert!(!ended.out.contains("ealty-guest"), "the serial line goes nowhere: {}", ended.out);
+}
+
+#[test]
+fn a_balloon_gives_memory_back() {
+    let folder = tempfile::tempdir().expect("folder");
+    let balloon = json!({ "balloon": { "size": 8 << 20, "free_page_reporting": true } });
+    let path = configuration_with(folder.path(), "balloon,poweroff", balloon);
+    let ended = Program::start(&mut fealty(&["run", "--unprotected", path.to_str().expect("UTF-8")])).end().code(0);
+    assert!(ended.out.contains("balloon target=2048") && ended.out.contains("balloon kept 0 0"), "{}", ended.out);
 }

@@ -1,5 +1,7 @@
 //! The virtio devices of a machine beside its disks.
 
+use super::balloon::{BalloonCounters, BalloonDevice};
+use super::console::{ConsoleCounters, ConsoleDevice};
 use super::net::{NetCounters, NetDevice};
 use super::rng::{RngCounters, RngDevice};
 use super::thread::{Background, Crew};
@@ -11,6 +13,8 @@ use std::sync::Arc;
 #[derive(Default)]
 pub(super) struct Devices {
     pub(super) rng: Option<Arc<RngDevice>>,
+    pub(super) balloon: Option<Arc<BalloonDevice>>,
+    pub(super) console: Option<Arc<ConsoleDevice>>,
     pub(super) nets: Vec<Arc<NetDevice>>,
 }
 
@@ -20,6 +24,12 @@ pub struct DeviceCounters {
     /// The source of random numbers.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub rng: Option<RngCounters>,
+    /// The balloon.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub balloon: Option<BalloonCounters>,
+    /// The virtio console.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub console: Option<ConsoleCounters>,
     /// Each network card, by its name.
     #[serde(skip_serializing_if = "BTreeMap::is_empty")]
     pub net: BTreeMap<String, NetCounters>,
@@ -30,12 +40,16 @@ impl Devices {
     pub(super) fn hire(&self, crew: &Crew) -> std::io::Result<Vec<Arc<dyn Background>>> {
         let rng = self.rng.iter().map(|rng| rng.hire(crew));
         let nets = self.nets.iter().map(|net| net.hire(crew));
-        rng.chain(nets).collect()
+        let console = self.console.iter().map(|console| console.hire(crew));
+        let balloon = self.balloon.iter().map(|balloon| balloon.hire(crew));
+        rng.chain(nets).chain(console).chain(balloon).collect()
     }
 
     pub(super) fn counters(&self) -> DeviceCounters {
         DeviceCounters {
             rng: self.rng.as_ref().map(|rng| rng.counters()),
+            balloon: self.balloon.as_ref().map(|balloon| balloon.counters()),
+            console: self.console.as_ref().map(|console| console.counters()),
             net: self.nets.iter().map(|net| (net.name().to_owned(), net.counters())).collect(),
         }
     }

@@ -10,15 +10,19 @@
 //! writes it to a [`Disk`], and answers through the ring and an MSI ([`pci`], [`wires`]).
 
 mod acpi;
+pub mod balloon;
 pub mod block;
 pub mod boot;
 mod bus;
+pub mod console;
 mod control;
 mod devices;
 mod event;
+mod generation;
 pub mod layout;
 pub mod memory;
 pub mod net;
+mod panic;
 pub mod pci;
 mod power;
 pub mod rate;
@@ -34,14 +38,17 @@ pub mod wires;
 /// Parsers of this room as functions of bytes, for fuzzing: they must return, whatever comes.
 #[doc(hidden)]
 pub mod fuzz {
+    pub use super::balloon::fuzz::fuzz_balloon;
     pub use super::block::fuzz::fuzz_requests;
     pub use super::boot::fuzz_kernel;
     pub use super::pci::fuzz::fuzz_pci;
+    pub use super::console::fuzz::fuzz_console;
     pub use super::net::fuzz::fuzz_net;
     pub use super::rng::fuzz::fuzz_rng;
 }
 
 pub use acpi::AcpiError;
+pub use balloon::{BalloonCounters, BalloonSettings};
 pub use block::{BlockCounters, Disk, DiskError, DiskSettings, RawDisk, serial_number};
 pub use boot::{Boot, BootError, Image};
 pub use devices::DeviceCounters;
@@ -57,16 +64,20 @@ pub use wires::WireError;
 
 use crate::lease::LeaseGate;
 use crate::permit::StartPermit;
+use balloon::BalloonDevice;
 use block::BlockDevice;
 use boot::Loader;
 use bus::Bus;
+use console::{ConsoleDevice, Line};
 use control::Control;
 use devices::Devices;
+use generation::Generation;
 use kvm_bindings::{CpuId, KVM_API_VERSION, KVM_MAX_CPUID_ENTRIES};
 use kvm_ioctls::{Cap, Kvm, VmFd};
 use layout::{KVM_IDENTITY_MAP, KVM_TSS, POWER_GSI, SERIAL_GSI};
 use memory::Memory;
 use net::NetDevice;
+use panic::PanicDevice;
 use pci::{PciBus, SlotsTaken};
 use policy::encoding::Digest;
 use power::Power;
@@ -135,6 +146,9 @@ pub enum MachineError {
     /// Firmware tables.
     #[error(transparent)]
     Acpi(#[from] AcpiError),
+    /// No random numbers.
+    #[error("cannot draw the VM's generation id")]
+    Generation(#[source] std::io::Error),
     /// What is booted.
     #[error(transparent)]
     Boot(#[from] BootError),
@@ -166,6 +180,7 @@ pub struct Machine {
     pci: PciBus,
     disks: Vec<Arc<BlockDevice>>,
     devices: Devices,
+    panic: bool,
     console: Option<ConsoleBackend>,
 }
 
@@ -234,6 +249,27 @@ impl Machine {
         Ok(())
     }
 
+    /// Adds a virtio console at `line`.
+    pub fn add_console(&mut self, line: Line) -> Result<(), MachineError> {
+        let device = Arc::new(ConsoleDevice::new(line)?);
+        self.plug(device.clone())?;
+        self.devices.console = Some(device);
+        Ok(())
+    }
+
+    /// Adds a balloon.
+    pub fn add_balloon(&mut self, settings: BalloonSettings) -> Result<(), MachineError> {
+        let device = Arc::new(BalloonDevice::new(settings)?);
+        self.plug(device.clone())?;
+        self.devices.balloon = Some(device);
+        Ok(())
+    }
+
+    /// Adds the device by which a kernel that panics ends the machine: in the last slot.
+    pub fn add_panic(&mut self) {
+        self.panic = true;
+    }
+
     fn plug(&mut self, device: Arc<dyn VirtioDevice>) -> Result<(), MachineError> {
         let slot = self.pci.next_slot()?;
         let function = VirtioPci::new(device, slot, self.memory.ram().clone(), self.wires.clone())?;
@@ -259,7 +295,13 @@ impl Machine {
         let power = Arc::new(Power::new(control.clone(), self.wires.pin(POWER_GSI)?));
         let console = self.console.unwrap_or(ConsoleBackend { input: None, output: Box::new(std::io::sink()) });
         let serial = Arc::new(SerialPort::new(self.wires.pin(SERIAL_GSI)?, console.output)?);
-        let bus = Arc::new(Bus::new(serial.clone(), power.clone(), self.pci));
+        let mut pci = self.pci;
+        if self.panic {
+            let device = PanicDevice::new(control.clone(), pci.next_slot()?);
+            pci.add(Arc::new(device))?;
+        }
+        let generation = Generation::new(power.clone());
+        let bus = Arc::new(Bus::new(serial.clone(), power.clone(), pci));
 
         let mut background: Vec<Arc<dyn Background>> = vec![];
         for disk in &self.disks {
@@ -276,8 +318,21 @@ impl Machine {
         let (disks, devices) = (self.disks, self.devices);
         let turn = Mutex::new(());
         let _wires = self.wires;
-        let parts =
-            Parts { control, vcpus, exits, background, power, serial, disks, devices, bus, memory, _wires, turn };
+        let parts = Parts {
+            control,
+            vcpus,
+            exits,
+            background,
+            power,
+            generation,
+            serial,
+            disks,
+            devices,
+            bus,
+            memory,
+            _wires,
+            turn,
+        };
         let running = Running(Arc::new(parts));
         if let Err(error) = started {
             running.stop();
@@ -320,6 +375,7 @@ impl EarlyVm {
         let vcpus = (0..shape.vcpus).map(|index| Vcpu::new(&vm, index, &table, memory.clone()));
         let vcpus = vcpus.collect::<Result<Vec<_>, _>>()?;
         acpi::write(memory.ram(), shape.vcpus)?;
+        Generation::write(memory.ram()).map_err(MachineError::Generation)?;
         Ok(Machine {
             vcpus,
             wires: Arc::new(KvmWires::new(vm)),
@@ -329,6 +385,7 @@ impl EarlyVm {
             pci: PciBus::default(),
             disks: vec![],
             devices: Devices::default(),
+            panic: false,
             console: None,
         })
     }

@@ -20,6 +20,10 @@ pub enum ThreadKind {
     Rng,
     /// Carries frames of a network card: poll, read and write, and the ioctls of a TAP that runs.
     Net,
+    /// Carries bytes of a virtio console: poll, read and write, accept and socket calls.
+    VirtioConsole,
+    /// Gives guest memory back to the host: madvise.
+    Balloon,
     /// Carries the console's input: poll, read, writes to event descriptors.
     Console,
 }

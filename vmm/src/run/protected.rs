@@ -7,7 +7,7 @@ use super::{
     Host, Settings, connect, disks, folder_of, hook, machine_failure, outcome, read_file, serve_api, tell_start,
 };
 use crate::api::Api;
-use crate::attach::{Attachment, Taps, add_devices};
+use crate::attach::{Attachment, Ends, add_devices};
 use crate::console::Console;
 use crate::exit::{Exit, Failure, chain};
 use crate::guard::Guard;
@@ -46,6 +46,8 @@ pub struct ProtectedRun {
     pub mappings: Vec<Mapping>,
     /// Where its networks are.
     pub attachments: Vec<Attachment>,
+    /// Where the socket of its virtio console is to be.
+    pub console_socket: Option<PathBuf>,
     /// The host's TPM, and the way to the provider.
     pub host: Host,
 }
@@ -57,15 +59,15 @@ struct Prepared {
     signals: Signals,
     post: Post,
     inbox: Inbox,
-    ends: Ends,
+    lines: Lines,
     api: Option<Api>,
     link: Link,
 }
 
 /// The host's ends of the guest's lines.
-struct Ends {
+struct Lines {
     console: Console,
-    taps: Taps,
+    ends: Ends,
 }
 
 /// Runs the VM of a VM file, to its end.
@@ -113,7 +115,7 @@ fn prepare(start: &ProtectedRun, settings: &Settings) -> Result<(Prepared, std::
     let file = read_vm_file(&start.file)?;
     steps.step("read", &format!("VM {} of {}, file {}", file.header.vm, file.header.customer, file.digest));
     let opener = Opener::start(&folder_of(&start.file), &start.mappings).map_err(|e| Failure::of(Exit::Host, &e))?;
-    let taps = Taps::attached(&start.attachments)?;
+    let ends = Ends::attached(&start.attachments, start.console_socket.as_deref())?;
     let kvm = open_kvm().map_err(|e| machine_failure(&e))?;
     let begun = Instant::now();
     let contacts = register(&file, &start.host)?;
@@ -126,7 +128,7 @@ fn prepare(start: &ProtectedRun, settings: &Settings) -> Result<(Prepared, std::
     harden().map_err(|e| Failure::of(Exit::Host, &e))?;
     let api = serve_api(settings, &post)?;
     let link = Link::start(contacts, steps, post.clone())?;
-    Ok((Prepared { file, opener, signals, post, inbox, ends: Ends { console, taps }, api, link }, kvm))
+    Ok((Prepared { file, opener, signals, post, inbox, lines: Lines { console, ends }, api, link }, kvm))
 }
 
 /// The VM file at `path`, read once.
@@ -151,7 +153,7 @@ fn live(prepared: Prepared, early: EarlyVm, opened: OpenedRelease, settings: &Se
     let (permit, config) =
         StartPermit::from_release(&opened, &prepared.file).map_err(|e| Failure::of(Exit::File, &e))?;
     steps.step("opened", "the sealed part fits its header, the release stands in the audit log");
-    let Prepared { file, opener, signals, post, inbox, ends, api, link } = prepared;
+    let Prepared { file, opener, signals, post, inbox, lines, api, link } = prepared;
     let (machine, volumes) = build(early, &config, &opened, &opener, &link, steps)?;
     drop(opener);
     let volumes = Arc::new(volumes);
@@ -159,7 +161,7 @@ fn live(prepared: Prepared, early: EarlyVm, opened: OpenedRelease, settings: &Se
     let lease = crate::lease::LeaseClock::new(opened.release.lease, opened.asked_ms);
     gate.open_until(lease.quiesce_ms(), lease.end_ms());
 
-    let started = start(machine, &config, &volumes, ends, permit, &gate, steps);
+    let started = start(machine, &config, &volumes, lines, permit, &gate, steps);
     let (running, keyboard, typing, raw) = match started {
         Ok(started) => started,
         Err(failure) => {
@@ -268,7 +270,7 @@ fn start(
     mut machine: Machine,
     config: &VmConfig,
     volumes: &Volumes,
-    ends: Ends,
+    lines: Lines,
     permit: StartPermit,
     gate: &Arc<LeaseGate>,
     steps: Steps,
@@ -281,8 +283,8 @@ fn start(
         };
         machine.add_disk(disk_slot).map_err(|e| machine_failure(&e))?;
     }
-    add_devices(config.devices(), ends.taps, &mut machine)?;
-    let (keyboard, typing, raw) = connect(&mut machine, ends.console)?;
+    add_devices(config.devices(), lines.ends, &mut machine)?;
+    let (keyboard, typing, raw) = connect(&mut machine, lines.console, config.devices())?;
     tell_start(steps, typing, true);
     let running = machine.start(permit, gate.clone(), hook()).map_err(|e| machine_failure(&e))?;
     Ok((running, keyboard, typing, raw))

@@ -19,6 +19,10 @@ pub enum Filter {
     Rng,
     /// A network card.
     Net,
+    /// A balloon.
+    Balloon,
+    /// A virtio console.
+    VirtioConsole,
     /// The serial line.
     Console,
     /// The control socket.
@@ -33,13 +37,15 @@ type Program = &'static [(u16, u8, u8, u32)];
 
 impl Filter {
     /// Every kind.
-    pub const ALL: [Self; 10] = [
+    pub const ALL: [Self; 12] = [
         Self::Main,
         Self::Provider,
         Self::Vcpu,
         Self::Disk,
         Self::Rng,
         Self::Net,
+        Self::Balloon,
+        Self::VirtioConsole,
         Self::Console,
         Self::Api,
         Self::Opener,
@@ -54,6 +60,8 @@ impl Filter {
             Self::Disk => &include!(concat!(env!("OUT_DIR"), "/disk.rs")),
             Self::Rng => &include!(concat!(env!("OUT_DIR"), "/rng.rs")),
             Self::Net => &include!(concat!(env!("OUT_DIR"), "/net.rs")),
+            Self::Balloon => &include!(concat!(env!("OUT_DIR"), "/balloon.rs")),
+            Self::VirtioConsole => &include!(concat!(env!("OUT_DIR"), "/virtio-console.rs")),
             Self::Console => &include!(concat!(env!("OUT_DIR"), "/console.rs")),
             Self::Api => &include!(concat!(env!("OUT_DIR"), "/api.rs")),
             Self::Opener => &include!(concat!(env!("OUT_DIR"), "/opener.rs")),

@@ -1,7 +1,8 @@
 //! What the guest sees of the source.
 
 use super::counters::{RngCounters, Tally};
-use super::worker::Source;
+use super::worker::{LIMIT, Source};
+use crate::machine::rate::Rate;
 use crate::machine::thread::{Background, Crew, ThreadKind};
 use crate::machine::virtio::{DeviceConfig, Service, Session, VirtioDevice};
 use crate::machine::wires::WireError;
@@ -16,12 +17,17 @@ pub struct RngDevice {
     config: DeviceConfig,
     service: Service,
     tally: Arc<Tally>,
+    limit: Rate,
 }
 
 impl RngDevice {
     /// The device.
     pub fn new() -> Result<Self, WireError> {
-        Ok(Self { config: DeviceConfig::new(vec![]), service: Service::new()?, tally: Arc::default() })
+        Self::with_limit(LIMIT)
+    }
+
+    pub(super) fn with_limit(limit: Rate) -> Result<Self, WireError> {
+        Ok(Self { config: DeviceConfig::new(vec![]), service: Service::new()?, tally: Arc::default(), limit })
     }
 
     /// What it did.
@@ -31,7 +37,7 @@ impl RngDevice {
 
     /// Starts its thread.
     pub fn hire(&self, crew: &Crew) -> std::io::Result<Arc<dyn Background>> {
-        self.service.hire(ThreadKind::Rng, "rng".into(), Source::new(self.tally.clone()), crew)
+        self.service.hire(ThreadKind::Rng, "rng".into(), Source::new(self.tally.clone(), self.limit), crew)
     }
 }
 

@@ -1,7 +1,7 @@
 //! The source's queue as a function of bytes, for fuzzing: guest memory in, whatever the driver wrote there.
 
 use super::counters::Tally;
-use super::worker::Source;
+use super::worker::{LIMIT, Source};
 use crate::machine::virtio::fuzzing::{Hostile, QUEUE};
 use std::sync::Arc;
 
@@ -13,7 +13,7 @@ pub fn fuzz_rng(data: &[u8]) {
 /// How many requests were answered.
 fn serve(data: &[u8]) -> usize {
     let Some(mut hostile) = Hostile::new(data, &[QUEUE]) else { return 0 };
-    let mut source = Source::new(Arc::new(Tally::default()));
+    let mut source = Source::new(Arc::new(Tally::default()), LIMIT);
     let queue = &mut hostile.queues[0];
     // A queue holds no more at once, and nobody adds any.
     (0..QUEUE.size).take_while(|_| matches!(source.serve_next(queue), Ok(true))).count()

@@ -12,7 +12,7 @@ use zeroize::{Zeroize, Zeroizing};
 const PIECE: usize = 4096;
 /// A MiB a second, of which a guest at its start may take 256 KiB at once: what a kernel asks for is a fraction of it, and a
 /// guest that wants more computes it from what it has.
-const LIMIT: Rate = Rate { size: 256 << 10, one_time_burst: 0, refill: Duration::from_millis(250) };
+pub(super) const LIMIT: Rate = Rate { size: 256 << 10, one_time_burst: 0, refill: Duration::from_millis(250) };
 
 /// What serves the queue.
 pub(super) struct Source {
@@ -26,8 +26,8 @@ pub(super) struct Source {
 }
 
 impl Source {
-    pub(super) fn new(tally: Arc<Tally>) -> Self {
-        let limiter = RateLimiter::new(RateLimits { bandwidth: Some(LIMIT), operations: None });
+    pub(super) fn new(tally: Arc<Tally>, limit: Rate) -> Self {
+        let limiter = RateLimiter::new(RateLimits { bandwidth: Some(limit), operations: None });
         Self { tally, limiter, chain: Chain::default(), bytes: Zeroizing::new([0; PIECE]), closed: None }
     }
 

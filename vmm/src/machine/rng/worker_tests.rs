@@ -1,13 +1,19 @@
 //! The source with a mock driver.
 
 use crate::machine::pci::PciFunction;
+use crate::machine::rate::Rate;
 use crate::machine::rng::RngDevice;
 use crate::machine::virtio::mock::WRITE;
 use crate::machine::virtio::rig::{Rig, eventually};
 use std::sync::Arc;
+use std::time::Duration;
 
 fn rig() -> (Arc<RngDevice>, Rig) {
-    let device = Arc::new(RngDevice::new().expect("eventfd"));
+    put(RngDevice::new().expect("eventfd"))
+}
+
+fn put(device: RngDevice) -> (Arc<RngDevice>, Rig) {
+    let device = Arc::new(device);
     let rig = Rig::new(device.clone(), |crew| device.hire(crew));
     rig.bring_up(0);
     (device, rig)
@@ -51,10 +57,14 @@ fn a_large_request_gets_a_piece() {
 
 #[test]
 fn a_greedy_guest_waits_and_still_gets_its_bytes() {
-    let (device, rig) = rig();
-    for _ in 0..200 {
-        rig.offer(0, &[(Rig::FREE, 4096, WRITE)]);
-        assert_eq!(rig.await_used(0).length, 4096);
+    let limit = Rate { size: 100, one_time_burst: 0, refill: Duration::from_secs(2) };
+    let (device, rig) = put(RngDevice::with_limit(limit).expect("eventfd"));
+    for n in 0..3 {
+        rig.offer(0, &[(Rig::FREE + n * 0x100, 100, WRITE)]);
+    }
+    for n in 0..3 {
+        assert_eq!(rig.await_used(0).length, 100);
+        assert_ne!(rig.bytes(Rig::FREE + n * 0x100, 100), [0; 100]);
     }
     assert!(device.counters().throttled > 0, "{:?}", device.counters());
 }
@@ -64,7 +74,7 @@ fn a_pause_holds_requests_and_a_reset_forgets_them() {
     let (device, rig) = rig();
     rig.worker.pause();
     rig.offer(0, &[(Rig::FREE, 16, WRITE)]);
-    std::thread::sleep(std::time::Duration::from_millis(50));
+    std::thread::sleep(Duration::from_millis(50));
     assert_eq!((rig.used(0), device.counters().requests), (None, 0));
     rig.worker.resume();
     assert_eq!(rig.await_used(0).length, 16);

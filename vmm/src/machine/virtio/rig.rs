@@ -113,6 +113,11 @@ impl Rig {
         self.read::<N>(0x2000 + at)
     }
 
+    /// Writes the device configuration at `at`.
+    pub(crate) fn pci_write_config(&self, at: u64, data: &[u8]) {
+        self.pci.bar_write(0x2000 + at, data);
+    }
+
     fn read<const N: usize>(&self, at: u64) -> u32 {
         let mut data = [0; N];
         self.pci.bar_read(at, &mut data);
