@@ -24,6 +24,7 @@
 //! | `net:COUNT` | sends COUNT frames back to where they came from | `net up MAC`, then `net echoed BYTES` for each |
 //! | `hvc` | says `hvc ready` on the virtio console and repeats what it reads there, until that begins with `quit` | `hvc done` |
 //! | `balloon` | gives a page to the balloon, and reports one as free | `balloon target=PAGES`, `balloon kept 0 0`, bytes still there |
+//! | `vsock` | takes one connection and sends back what comes | `vsock cid=3`, `vsock echoed BYTES` |
 //! | `tick`, `tick:COUNT` | a line each second, for ever or so many | `tick 1` |
 //! | `spin` | computes for ever, without a pause | `spinning` |
 //! | `sleep` | sleeps for ever, taking interrupts | |
@@ -138,6 +139,7 @@ impl Guest<'_> {
             ("rng", [None, _]) => self.random()?,
             ("net", [Some(count), None]) => self.echo_frames(count)?,
             ("balloon", [None, _]) => self.use_balloon()?,
+            ("vsock", [None, _]) => self.echo_on_vsock()?,
             ("hvc", [None, _]) => self.echo_on_console()?,
             ("tick", [count, None]) => tick(count.unwrap_or(u64::MAX)),
             ("spin", [None, _]) => spin(),

@@ -8,6 +8,7 @@ use crate::virtio::balloon::Balloon;
 use crate::virtio::console::{self, Console};
 use crate::virtio::net::Net;
 use crate::virtio::rng::Rng;
+use crate::virtio::vsock::Vsock;
 
 use super::{CommandError, Guest, Hex};
 
@@ -52,6 +53,13 @@ impl Guest<'_> {
         line(format_args!("balloon target={}", balloon.target()));
         let kept = [balloon.inflate(), balloon.report()];
         line(format_args!("balloon kept {} {}", kept[0], kept[1]));
+        Ok(())
+    }
+
+    pub(super) fn echo_on_vsock(&self) -> Result<(), CommandError> {
+        let vsock = Vsock::start(self.ecam()?).ok_or(CommandError::NoDevice)??;
+        line(format_args!("vsock cid={}", vsock.cid()));
+        line(format_args!("vsock echoed {}", vsock.echo()));
         Ok(())
     }
 

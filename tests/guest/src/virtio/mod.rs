@@ -7,3 +7,4 @@ pub mod net;
 mod queue;
 pub mod rng;
 pub mod transport;
+pub mod vsock;
