@@ -7,6 +7,9 @@ use std::io::{self, Write};
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixListener;
 
+/// Bytes that are written at once to what may block.
+const BACKEND_PIECE: usize = 256;
+
 /// The other end of a console.
 pub enum Line {
     /// What the serial port would have.
@@ -70,8 +73,8 @@ impl Line {
     /// where nobody takes them.
     pub(super) fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
         match self {
-            // It waits for its reader, but not for ever.
-            Self::Backend(backend) => match backend.output.write(bytes) {
+            // It waits for its reader, but not for ever; and a terminal that takes a little may not take more.
+            Self::Backend(backend) => match backend.output.write(&bytes[..bytes.len().min(BACKEND_PIECE)]) {
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => Err(io::ErrorKind::TimedOut.into()),
                 answer => answer,
             },
