@@ -18,8 +18,21 @@ use std::collections::HashMap;
 use std::fmt::Write as _;
 use std::path::Path;
 
-const LISTS: [&str; 12] =
-    ["main", "provider", "vcpu", "disk", "rng", "net", "balloon", "virtio-console", "console", "api", "opener", "ctl"];
+const LISTS: [&str; 13] = [
+    "main",
+    "provider",
+    "vcpu",
+    "disk",
+    "rng",
+    "net",
+    "balloon",
+    "virtio-console",
+    "vsock",
+    "console",
+    "api",
+    "opener",
+    "ctl",
+];
 
 fn main() {
     println!("cargo::rerun-if-changed=seccomp");

@@ -2,7 +2,7 @@
 //! configuration where it has them.
 
 use crate::anchor::AnchorMode;
-use crate::device::{Balloon, Console, Devices, Net, Rng, Whose, check_nets};
+use crate::device::{Balloon, Console, Devices, Net, Rng, Vsock, Whose, check_nets};
 use crate::encoding::{Base64Url, Digest};
 use crate::id::VolumeId;
 use serde::{Deserialize, Serialize};
@@ -26,6 +26,9 @@ pub struct VmConfig {
     /// A source of random numbers.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub rng: Option<Rng>,
+    /// Sockets between guest and host.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub vsock: Option<Vsock>,
     /// A memory balloon.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub balloon: Option<Balloon>,
@@ -59,6 +62,9 @@ pub struct PlainConfig {
     /// A source of random numbers.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub rng: Option<Rng>,
+    /// Sockets between guest and host.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub vsock: Option<Vsock>,
     /// A memory balloon.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub balloon: Option<Balloon>,
@@ -414,6 +420,9 @@ pub enum ConfigError {
     /// A balloon that does not fit.
     #[error("balloon size {0} is not a multiple of 4096 below the memory's size")]
     Balloon(u64),
+    /// Sockets that can't be.
+    #[error("vsock: {0}")]
+    Vsock(&'static str),
     /// A console that can't be.
     #[error("virtio console: {0}")]
     Console(&'static str),
@@ -466,6 +475,7 @@ impl VmConfig {
         Devices {
             net: &self.net,
             rng: self.rng,
+            vsock: self.vsock.as_ref(),
             balloon: self.balloon,
             console: self.console.as_ref(),
             pvpanic: self.pvpanic,
@@ -478,6 +488,7 @@ impl VmConfig {
         check_disks(self.disks.iter().map(|d| d.shape()))?;
         check_nets(&self.net, Whose::Protected)?;
         self.balloon.map_or(Ok(()), |balloon| balloon.check(self.memory.size))?;
+        self.vsock.as_ref().map_or(Ok(()), |vsock| vsock.check(Whose::Protected))?;
         self.console.as_ref().map_or(Ok(()), |console| console.check(Whose::Protected))?;
         let mut volumes = std::collections::BTreeSet::new();
         for disk in &self.disks {
@@ -507,6 +518,7 @@ impl PlainConfig {
         Devices {
             net: &self.net,
             rng: self.rng,
+            vsock: self.vsock.as_ref(),
             balloon: self.balloon,
             console: self.console.as_ref(),
             pvpanic: self.pvpanic,
@@ -519,6 +531,7 @@ impl PlainConfig {
         check_disks(self.disks.iter().map(|d| d.shape()))?;
         check_nets(&self.net, Whose::Unprotected)?;
         self.balloon.map_or(Ok(()), |balloon| balloon.check(self.memory.size))?;
+        self.vsock.as_ref().map_or(Ok(()), |vsock| vsock.check(Whose::Unprotected))?;
         self.console.as_ref().map_or(Ok(()), |console| console.check(Whose::Unprotected))
     }
 }
@@ -552,6 +565,7 @@ mod tests {
             disks: vec![],
             net: vec![],
             rng: None,
+            vsock: None,
             balloon: None,
             console: None,
             pvpanic: false,

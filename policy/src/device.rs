@@ -15,6 +15,8 @@ pub struct Devices<'a> {
     pub net: &'a [Net],
     /// A source of random numbers.
     pub rng: Option<Rng>,
+    /// Sockets between guest and host.
+    pub vsock: Option<&'a Vsock>,
     /// A memory balloon.
     pub balloon: Option<Balloon>,
     /// A virtio console.
@@ -47,6 +49,30 @@ impl Balloon {
     pub(crate) fn check(&self, memory: u64) -> Result<(), ConfigError> {
         let good = self.size.is_multiple_of(4096) && self.size < memory;
         if good { Ok(()) } else { Err(ConfigError::Balloon(self.size)) }
+    }
+}
+
+/// Sockets between guest and host (virtio-vsock).
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Vsock {
+    /// The guest's address: from 3 to 2^32 - 2.
+    pub cid: u32,
+    /// Path of the host's unix socket. For unprotected VMs only: for others the operator says it with `--vsock-socket PATH`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub socket: Option<String>,
+}
+
+impl Vsock {
+    pub(crate) fn check(&self, whose: Whose) -> Result<(), ConfigError> {
+        match (self.cid, &self.socket, whose) {
+            (0..=2 | u32::MAX, ..) => Err(ConfigError::Vsock("cid is not between 3 and 4294967294")),
+            (_, None, Whose::Unprotected) => Err(ConfigError::Vsock("it has no socket")),
+            (_, Some(_), Whose::Protected) => {
+                Err(ConfigError::Vsock("the socket of a protected VM is the operator's to name, with --vsock-socket"))
+            }
+            _ => Ok(()),
+        }
     }
 }
 
@@ -304,6 +330,17 @@ mod tests {
         }
         let twice = [net(r#","tap":"a""#).expect("a card"), net(r#","tap":"b""#).expect("a card")];
         assert_eq!(check_nets(&twice, Whose::Unprotected), Err(ConfigError::NetTwice("net0".into())));
+    }
+
+    #[test]
+    fn a_guests_address_is_no_reserved_one() {
+        let check =
+            |cid, socket: Option<&str>, whose| Vsock { cid, socket: socket.map(Into::into) }.check(whose).is_ok();
+        for cid in [0, 1, 2, u32::MAX] {
+            assert!(!check(cid, Some("s"), Whose::Unprotected) && !check(cid, None, Whose::Protected), "{cid}");
+        }
+        assert!(check(3, Some("s"), Whose::Unprotected) && check(3, None, Whose::Protected));
+        assert!(!check(3, None, Whose::Unprotected) && !check(3, Some("s"), Whose::Protected));
     }
 
     #[test]

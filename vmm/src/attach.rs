@@ -108,19 +108,22 @@ impl Taps {
 pub struct Ends {
     taps: Taps,
     console: Option<UnixListener>,
+    vsock: Option<UnixListener>,
 }
 
 impl Ends {
     /// Opens what the operator attached.
-    pub fn attached(attachments: &[Attachment], console: Option<&Path>) -> Result<Self, Failure> {
-        Ok(Self { taps: Taps::attached(attachments)?, console: console.map(listen).transpose()? })
+    pub fn attached(attachments: &[Attachment], console: Option<&Path>, vsock: Option<&Path>) -> Result<Self, Failure> {
+        let taps = Taps::attached(attachments)?;
+        Ok(Self { taps, console: console.map(listen).transpose()?, vsock: vsock.map(listen).transpose()? })
     }
 
     /// Opens what the configuration of an unprotected VM names; relative paths count from `folder`.
     pub fn configured(devices: Devices<'_>, folder: &Path) -> Result<Self, Failure> {
-        let console =
-            devices.console.and_then(|console| console.socket.as_ref()).map(|path| listen(&folder.join(path)));
-        Ok(Self { taps: Taps::configured(devices.net)?, console: console.transpose()? })
+        let socket = |path: Option<&String>| path.map(|path| listen(&folder.join(path))).transpose();
+        let console = socket(devices.console.and_then(|console| console.socket.as_ref()))?;
+        let vsock = socket(devices.vsock.and_then(|vsock| vsock.socket.as_ref()))?;
+        Ok(Self { taps: Taps::configured(devices.net)?, console, vsock })
     }
 }
 
@@ -143,6 +146,14 @@ pub fn add_devices(devices: Devices<'_>, ends: Ends, machine: &mut Machine) -> R
     }
     if devices.rng.is_some() {
         machine.add_rng().map_err(|e| Failure::of(Exit::Host, &e))?;
+    }
+    match (devices.vsock, ends.vsock) {
+        (Some(vsock), Some(listener)) => {
+            machine.add_vsock(vsock.cid, listener).map_err(|e| Failure::of(Exit::Host, &e))?;
+        }
+        (Some(_), None) => return Err(Failure::new(Exit::Host, "say where its vsock is, with --vsock-socket PATH")),
+        (None, Some(_)) => return Err(Failure::new(Exit::Usage, "--vsock-socket: the VM has no vsock")),
+        (None, None) => {}
     }
     if let Some(Balloon { size, deflate_on_oom, free_page_reporting }) = devices.balloon {
         let settings = BalloonSettings { size, deflate_on_oom, free_page_reporting };

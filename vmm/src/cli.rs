@@ -42,7 +42,7 @@ struct Run {
     /// The VM file; with --unprotected a plain JSON configuration
     file: PathBuf,
     /// Run a plain configuration, which has no keys and no provider
-    #[arg(long, conflicts_with_all = ["tcti", "map", "attach", "console_socket", "provider_ca", "runtime_dir"])]
+    #[arg(long, conflicts_with_all = ["tcti", "map", "attach", "console_socket", "vsock_socket", "provider_ca", "runtime_dir"])]
     unprotected: bool,
     #[command(flatten)]
     host: Host,
@@ -55,6 +55,9 @@ struct Run {
     /// Where the socket of the VM's virtio console is to be
     #[arg(long, value_name = "PATH")]
     console_socket: Option<PathBuf>,
+    /// Where the socket of the VM's vsock is to be
+    #[arg(long, value_name = "PATH")]
+    vsock_socket: Option<PathBuf>,
     /// Serve the control socket here
     #[arg(long, value_name = "PATH")]
     api_socket: Option<PathBuf>,
@@ -173,6 +176,7 @@ fn perform_run(words: Run, steps: Steps) -> Result<Exit, Failure> {
         mappings: words.map,
         attachments: words.attach,
         console_socket: words.console_socket,
+        vsock_socket: words.vsock_socket,
         host: words.host.into(),
     };
     run::protected(&start, &settings)

@@ -9,7 +9,8 @@ use fealty_vmm::machine::{Tap, TapError};
 use policy::device::InterfaceName;
 use rustix::net::{RecvFlags, SendFlags, recv, send};
 use serde_json::json;
-use std::io::{Read, Write};
+use std::io::{BufRead, BufReader, Read, Write};
+use std::net::Shutdown;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::process::Stdio;
@@ -234,4 +235,30 @@ fn a_balloon_gives_memory_back() {
     let path = configuration_with(folder.path(), "balloon,poweroff", balloon);
     let ended = Program::start(&mut fealty(&["run", "--unprotected", path.to_str().expect("UTF-8")])).end().code(0);
     assert!(ended.out.contains("balloon target=2048") && ended.out.contains("balloon kept 0 0"), "{}", ended.out);
+}
+
+#[test]
+fn a_client_of_the_host_speaks_with_the_guest() {
+    let folder = tempfile::tempdir().expect("folder");
+    let vsock = json!({ "vsock": { "cid": 77, "socket": "vsock" } });
+    let path = configuration_with(folder.path(), "vsock,poweroff", vsock);
+    let mut vm = Program::start(&mut fealty(&["run", "--unprotected", path.to_str().expect("UTF-8")]));
+    vm.until("vsock cid=77");
+    let mut client = UnixStream::connect(folder.path().join("vsock")).expect("connected");
+    client.write_all(b"CONNECT 1234\n").expect("asked");
+    let mut answer = BufReader::new(client.try_clone().expect("a descriptor"));
+    let mut line = String::new();
+    answer.read_line(&mut line).expect("read");
+    assert!(line.starts_with("OK "), "{line}");
+    let text: Vec<u8> = (0..100_000_u32).map(|i| (i % 251) as u8).collect();
+    let sent = text.clone();
+    let writer = std::thread::spawn(move || {
+        client.write_all(&sent).expect("sent");
+        client.shutdown(Shutdown::Write).expect("shut down");
+    });
+    let mut back = Vec::new();
+    answer.read_to_end(&mut back).expect("read");
+    writer.join().expect("sent");
+    assert!(back == text);
+    assert!(vm.end().code(0).out.contains("vsock echoed 100000"));
 }

@@ -46,6 +46,7 @@ const TARGETS: &[(&str, Target)] = &[
     ("vmm/net", fealty_vmm::machine::fuzz::fuzz_net),
     ("vmm/plain", fealty_vmm::fuzz::fuzz_plain),
     ("vmm/rng", fealty_vmm::machine::fuzz::fuzz_rng),
+    ("vmm/vsock", fealty_vmm::machine::fuzz::fuzz_vsock),
 ];
 
 static CHOSEN: LazyLock<Target> = LazyLock::new(|| {

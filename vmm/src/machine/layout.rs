@@ -34,8 +34,9 @@
 //! # PCI
 //!
 //! Slot 0 is the host bridge (1b36:0008). Devices follow from slot 1 in the order in which they were added: disk N (from
-//! 0) is virtio-blk 1af4:1042 in slot N+1. BAR 0 is a 32-bit memory BAR of 32 KiB that already holds its address at
-//! reset; memory decoding and bus mastering are off until the guest sets them in the command register. No INTx. Where
+//! 0) is virtio-blk 1af4:1042 in slot N+1; then what there is of network cards (1041), console on a socket (1043), entropy (1044),
+//! sockets (1053), balloon (1045), console in the serial line's place (1043), and the panic device 1b36:0011. BAR 0 is a 32-bit
+//! memory BAR of 32 KiB (the panic device's: 16 bytes) that already holds its address at reset; memory decoding and bus mastering are off until the guest sets them in the command register. No INTx. Where
 //! the virtio structures lie in the BAR is said by the capabilities; today: common configuration 0x0, ISR 0x1000, device
 //! configuration 0x2000, notifications 0x3000 (4 bytes a queue), MSI-X table 0x4000, MSI-X pending bits 0x5000.
 //!

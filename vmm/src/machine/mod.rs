@@ -33,6 +33,7 @@ mod sync;
 mod thread;
 mod vcpu;
 pub mod virtio;
+pub mod vsock;
 pub mod wires;
 
 /// Parsers of this room as functions of bytes, for fuzzing: they must return, whatever comes.
@@ -41,10 +42,11 @@ pub mod fuzz {
     pub use super::balloon::fuzz::fuzz_balloon;
     pub use super::block::fuzz::fuzz_requests;
     pub use super::boot::fuzz_kernel;
-    pub use super::pci::fuzz::fuzz_pci;
     pub use super::console::fuzz::fuzz_console;
     pub use super::net::fuzz::fuzz_net;
+    pub use super::pci::fuzz::fuzz_pci;
     pub use super::rng::fuzz::fuzz_rng;
+    pub use super::vsock::fuzz::fuzz_vsock;
 }
 
 pub use acpi::AcpiError;
@@ -86,10 +88,12 @@ use running::Parts;
 use serial::{ConsoleInput, SerialPort};
 use std::fs::File;
 use std::os::fd::{FromRawFd, IntoRawFd, OwnedFd};
+use std::os::unix::net::UnixListener;
 use std::sync::{Arc, Mutex};
 use thread::{Background, Crew};
 use vcpu::{Vcpu, cpuid};
 use virtio::{VirtioDevice, VirtioPci};
+use vsock::VsockDevice;
 use wires::KvmWires;
 
 /// What must be known before memory is mapped.
@@ -262,6 +266,14 @@ impl Machine {
         let device = Arc::new(BalloonDevice::new(settings)?);
         self.plug(device.clone())?;
         self.devices.balloon = Some(device);
+        Ok(())
+    }
+
+    /// Adds sockets between the guest, whose address is `cid`, and clients of `listener`, which must not block.
+    pub fn add_vsock(&mut self, cid: u32, listener: UnixListener) -> Result<(), MachineError> {
+        let device = Arc::new(VsockDevice::new(cid, listener)?);
+        self.plug(device.clone())?;
+        self.devices.vsock = Some(device);
         Ok(())
     }
 

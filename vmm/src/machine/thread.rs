@@ -24,6 +24,8 @@ pub enum ThreadKind {
     VirtioConsole,
     /// Gives guest memory back to the host: madvise.
     Balloon,
+    /// Carries bytes of sockets between guest and host: poll, accept and socket calls.
+    Vsock,
     /// Carries the console's input: poll, read, writes to event descriptors.
     Console,
 }

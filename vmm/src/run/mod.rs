@@ -94,6 +94,7 @@ fn hook() -> ThreadHook {
             ThreadKind::Rng => Filter::Rng,
             ThreadKind::Net => Filter::Net,
             ThreadKind::Balloon => Filter::Balloon,
+            ThreadKind::Vsock => Filter::Vsock,
             ThreadKind::VirtioConsole => Filter::VirtioConsole,
             ThreadKind::Console => Filter::Console,
         };

@@ -48,6 +48,8 @@ pub struct ProtectedRun {
     pub attachments: Vec<Attachment>,
     /// Where the socket of its virtio console is to be.
     pub console_socket: Option<PathBuf>,
+    /// Where the socket of its vsock is to be.
+    pub vsock_socket: Option<PathBuf>,
     /// The host's TPM, and the way to the provider.
     pub host: Host,
 }
@@ -115,7 +117,7 @@ fn prepare(start: &ProtectedRun, settings: &Settings) -> Result<(Prepared, std::
     let file = read_vm_file(&start.file)?;
     steps.step("read", &format!("VM {} of {}, file {}", file.header.vm, file.header.customer, file.digest));
     let opener = Opener::start(&folder_of(&start.file), &start.mappings).map_err(|e| Failure::of(Exit::Host, &e))?;
-    let ends = Ends::attached(&start.attachments, start.console_socket.as_deref())?;
+    let ends = Ends::attached(&start.attachments, start.console_socket.as_deref(), start.vsock_socket.as_deref())?;
     let kvm = open_kvm().map_err(|e| machine_failure(&e))?;
     let begun = Instant::now();
     let contacts = register(&file, &start.host)?;

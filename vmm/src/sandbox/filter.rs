@@ -21,6 +21,8 @@ pub enum Filter {
     Net,
     /// A balloon.
     Balloon,
+    /// Sockets between guest and host.
+    Vsock,
     /// A virtio console.
     VirtioConsole,
     /// The serial line.
@@ -37,7 +39,7 @@ type Program = &'static [(u16, u8, u8, u32)];
 
 impl Filter {
     /// Every kind.
-    pub const ALL: [Self; 12] = [
+    pub const ALL: [Self; 13] = [
         Self::Main,
         Self::Provider,
         Self::Vcpu,
@@ -45,6 +47,7 @@ impl Filter {
         Self::Rng,
         Self::Net,
         Self::Balloon,
+        Self::Vsock,
         Self::VirtioConsole,
         Self::Console,
         Self::Api,
@@ -61,6 +64,7 @@ impl Filter {
             Self::Rng => &include!(concat!(env!("OUT_DIR"), "/rng.rs")),
             Self::Net => &include!(concat!(env!("OUT_DIR"), "/net.rs")),
             Self::Balloon => &include!(concat!(env!("OUT_DIR"), "/balloon.rs")),
+            Self::Vsock => &include!(concat!(env!("OUT_DIR"), "/vsock.rs")),
             Self::VirtioConsole => &include!(concat!(env!("OUT_DIR"), "/virtio-console.rs")),
             Self::Console => &include!(concat!(env!("OUT_DIR"), "/console.rs")),
             Self::Api => &include!(concat!(env!("OUT_DIR"), "/api.rs")),

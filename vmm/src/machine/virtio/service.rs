@@ -55,11 +55,6 @@ impl Service {
         self.0.stop()
     }
 
-    /// Has the thread look, as a doorbell does.
-    pub fn ring(&self) {
-        self.0.ring();
-    }
-
     /// Starts the thread, called `name`.
     pub fn hire(
         &self,
