@@ -18,7 +18,21 @@ use std::collections::HashMap;
 use std::fmt::Write as _;
 use std::path::Path;
 
-const LISTS: [&str; 8] = ["main", "provider", "vcpu", "disk", "console", "api", "opener", "ctl"];
+const LISTS: [&str; 13] = [
+    "main",
+    "provider",
+    "vcpu",
+    "disk",
+    "rng",
+    "net",
+    "balloon",
+    "virtio-console",
+    "vsock",
+    "console",
+    "api",
+    "opener",
+    "ctl",
+];
 
 fn main() {
     println!("cargo::rerun-if-changed=seccomp");
@@ -104,7 +118,7 @@ fn number(path: &str, text: &str) -> u64 {
 }
 
 /// Values of Linux' headers for x86_64.
-const NAMES: [(&str, u64); 42] = [
+const NAMES: [(&str, u64); 44] = [
     ("AT_EMPTY_PATH", 0x1000),
     ("AF_UNIX", 1),
     ("AF_INET", 2),
@@ -139,6 +153,8 @@ const NAMES: [(&str, u64); 42] = [
     ("KVM_IOEVENTFD", 0x4040_ae79),
     ("KVM_SET_GSI_ROUTING", 0x4008_ae6a),
     ("IORING_REGISTER_ENABLE_RINGS", 12),
+    ("TUNSETOFFLOAD", 0x4004_54d0),
+    ("TUNSETQUEUE", 0x4004_54d9),
     ("F_GETFD", 1),
     ("F_SETFD", 2),
     ("F_GETFL", 3),

@@ -2,6 +2,7 @@
 //! configuration where it has them.
 
 use crate::anchor::AnchorMode;
+use crate::device::{Balloon, Console, Devices, Net, Rng, Vsock, Whose, check_nets};
 use crate::encoding::{Base64Url, Digest};
 use crate::id::VolumeId;
 use serde::{Deserialize, Serialize};
@@ -19,6 +20,24 @@ pub struct VmConfig {
     /// Protected disks, in the order in which the guest sees them; at most 16.
     #[serde(default)]
     pub disks: Vec<Disk>,
+    /// Network cards on TAPs, in plain by the customer's word; at most 8.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub net: Vec<Net>,
+    /// A source of random numbers.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub rng: Option<Rng>,
+    /// Sockets between guest and host.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub vsock: Option<Vsock>,
+    /// A memory balloon.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub balloon: Option<Balloon>,
+    /// A virtio console.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub console: Option<Console>,
+    /// Whether there is a device through which a kernel that panics ends the VM (pvpanic).
+    #[serde(default, skip_serializing_if = "is_false")]
+    pub pvpanic: bool,
     /// What the customer's other statements are checked against.
     pub trust: TrustRoots,
 }
@@ -37,6 +56,28 @@ pub struct PlainConfig {
     /// Raw disks.
     #[serde(default)]
     pub disks: Vec<PlainDisk>,
+    /// Network cards on TAPs; at most 8.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub net: Vec<Net>,
+    /// A source of random numbers.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub rng: Option<Rng>,
+    /// Sockets between guest and host.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub vsock: Option<Vsock>,
+    /// A memory balloon.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub balloon: Option<Balloon>,
+    /// A virtio console.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub console: Option<Console>,
+    /// Whether there is a device through which a kernel that panics ends the VM (pvpanic).
+    #[serde(default, skip_serializing_if = "is_false")]
+    pub pvpanic: bool,
+}
+
+fn is_false(flag: &bool) -> bool {
+    !flag
 }
 
 /// Virtual processors.
@@ -362,6 +403,35 @@ pub enum ConfigError {
     /// A volume twice.
     #[error("two disks are volume {0}")]
     VolumeTwice(VolumeId),
+    /// More networks than a VM has.
+    #[error("a VM has at most 8 networks")]
+    Nets,
+    /// A network twice.
+    #[error("two networks are called {0}")]
+    NetTwice(String),
+    /// A network card that can't be.
+    #[error("network {id}: {why}")]
+    Net {
+        /// Its name.
+        id: String,
+        /// What is wrong.
+        why: &'static str,
+    },
+    /// A balloon that does not fit.
+    #[error("balloon size {0} is not a multiple of 4096 below the memory's size")]
+    Balloon(u64),
+    /// Sockets that can't be.
+    #[error("vsock: {0}")]
+    Vsock(&'static str),
+    /// A console that can't be.
+    #[error("virtio console: {0}")]
+    Console(&'static str),
+    /// The name of a network interface with something in it.
+    #[error("an interface's name is 1 to 15 bytes of ASCII without '/', ':', '%' and white space")]
+    Interface,
+    /// No address of a network card.
+    #[error("a MAC address is six hexadecimal bytes with colons, and no group's")]
+    Mac,
     /// A key of the wrong length.
     #[error("{0} in the trust roots is not an Ed25519 public key of 32 bytes")]
     Key(&'static str),
@@ -400,10 +470,26 @@ fn check_disks<'a>(disks: impl Iterator<Item = DiskShape<'a>>) -> Result<(), Con
 }
 
 impl VmConfig {
+    /// What it has beside processors, memory and disks.
+    pub fn devices(&self) -> Devices<'_> {
+        Devices {
+            net: &self.net,
+            rng: self.rng,
+            vsock: self.vsock.as_ref(),
+            balloon: self.balloon,
+            console: self.console.as_ref(),
+            pvpanic: self.pvpanic,
+        }
+    }
+
     /// Checks what the types alone don't.
     pub fn check(&self) -> Result<(), ConfigError> {
         check_machine(self.cpus, self.memory, &self.payload.cmdline)?;
         check_disks(self.disks.iter().map(|d| d.shape()))?;
+        check_nets(&self.net, Whose::Protected)?;
+        self.balloon.map_or(Ok(()), |balloon| balloon.check(self.memory.size))?;
+        self.vsock.as_ref().map_or(Ok(()), |vsock| vsock.check(Whose::Protected))?;
+        self.console.as_ref().map_or(Ok(()), |console| console.check(Whose::Protected))?;
         let mut volumes = std::collections::BTreeSet::new();
         for disk in &self.disks {
             if !volumes.insert(disk.volume) {
@@ -427,10 +513,26 @@ impl VmConfig {
 }
 
 impl PlainConfig {
+    /// What it has beside processors, memory and disks.
+    pub fn devices(&self) -> Devices<'_> {
+        Devices {
+            net: &self.net,
+            rng: self.rng,
+            vsock: self.vsock.as_ref(),
+            balloon: self.balloon,
+            console: self.console.as_ref(),
+            pvpanic: self.pvpanic,
+        }
+    }
+
     /// Checks what the types alone don't.
     pub fn check(&self) -> Result<(), ConfigError> {
         check_machine(self.cpus, self.memory, &self.payload.cmdline)?;
-        check_disks(self.disks.iter().map(|d| d.shape()))
+        check_disks(self.disks.iter().map(|d| d.shape()))?;
+        check_nets(&self.net, Whose::Unprotected)?;
+        self.balloon.map_or(Ok(()), |balloon| balloon.check(self.memory.size))?;
+        self.vsock.as_ref().map_or(Ok(()), |vsock| vsock.check(Whose::Unprotected))?;
+        self.console.as_ref().map_or(Ok(()), |console| console.check(Whose::Unprotected))
     }
 }
 
@@ -446,7 +548,7 @@ mod tests {
     fn a_plain_configuration_can_carry_nothing_protected() {
         let good = r#"{"cpus":{"boot_vcpus":1},"memory":{"size":134217728},"payload":{"kernel":"k"}}"#;
         assert!(plain(good).is_ok_and(|c| c.check().is_ok()));
-        for field in ["customer", "provider", "providers", "trust", "key", "volume", "net"] {
+        for field in ["customer", "provider", "providers", "trust", "key", "volume", "networks"] {
             let bad = good.replacen('{', &format!("{{\"{field}\":\"x\","), 1);
             assert!(plain(&bad).is_err(), "{field}");
         }
@@ -461,6 +563,12 @@ mod tests {
             memory: Memory { size: 128 << 20, hotplug_size: 0 },
             payload: PlainPayload { kernel: "k".into(), initramfs: None, cmdline: String::new() },
             disks: vec![],
+            net: vec![],
+            rng: None,
+            vsock: None,
+            balloon: None,
+            console: None,
+            pvpanic: false,
         };
         let mut bad = good.clone();
         bad.cpus.boot_vcpus = 0;

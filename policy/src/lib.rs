@@ -8,6 +8,7 @@
 //! | [`id`] | names and numbers: customers, VMs, hosts, volumes, instances, keys |
 //! | [`encoding`] | digests and binary fields as they stand in JSON |
 //! | [`header`], [`config`] | the two halves of a VM file, and the plain configuration of an unprotected VM |
+//! | [`device`] | what a machine may have beside processors, memory and disks |
 //! | [`operation`] | what can be done to a VM, and which of it needs the customer |
 //! | [`lease`] | how long keys live, and what happens then |
 //! | [`reference`] | which software a host may run: reference values and the verdict |
@@ -19,6 +20,7 @@
 pub mod anchor;
 pub mod audit;
 pub mod config;
+pub mod device;
 pub mod disk;
 pub mod document;
 pub mod encoding;

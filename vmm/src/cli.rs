@@ -1,5 +1,6 @@
 //! The command line.
 
+use crate::attach::Attachment;
 use crate::commands;
 use crate::commands::ctl::Action;
 use crate::console::Target;
@@ -41,13 +42,22 @@ struct Run {
     /// The VM file; with --unprotected a plain JSON configuration
     file: PathBuf,
     /// Run a plain configuration, which has no keys and no provider
-    #[arg(long, conflicts_with_all = ["tcti", "map", "provider_ca", "runtime_dir"])]
+    #[arg(long, conflicts_with_all = ["tcti", "map", "attach", "console_socket", "vsock_socket", "provider_ca", "runtime_dir"])]
     unprotected: bool,
     #[command(flatten)]
     host: Host,
     /// Where a file that the VM names lies; default: beside the VM file
     #[arg(long, value_name = "NAME=PATH")]
     map: Vec<Mapping>,
+    /// The TAP that a network of the VM is connected to; queues as many as the network has pairs
+    #[arg(long, value_name = "NAME=TAP[,queues=N]")]
+    attach: Vec<Attachment>,
+    /// Where the socket of the VM's virtio console is to be
+    #[arg(long, value_name = "PATH")]
+    console_socket: Option<PathBuf>,
+    /// Where the socket of the VM's vsock is to be
+    #[arg(long, value_name = "PATH")]
+    vsock_socket: Option<PathBuf>,
     /// Serve the control socket here
     #[arg(long, value_name = "PATH")]
     api_socket: Option<PathBuf>,
@@ -161,7 +171,15 @@ fn perform_run(words: Run, steps: Steps) -> Result<Exit, Failure> {
     if words.unprotected {
         return run::unprotected(&words.file, &settings);
     }
-    run::protected(&ProtectedRun { file: words.file, mappings: words.map, host: words.host.into() }, &settings)
+    let start = ProtectedRun {
+        file: words.file,
+        mappings: words.map,
+        attachments: words.attach,
+        console_socket: words.console_socket,
+        vsock_socket: words.vsock_socket,
+        host: words.host.into(),
+    };
+    run::protected(&start, &settings)
 }
 
 impl From<Host> for run::Host {
@@ -188,6 +206,8 @@ mod tests {
         assert!(parse(&["run", "--unprotected", "plain.json", "--map", "a=b"]).is_err());
         assert!(parse(&["run", "a.vm", "--map", "a=b", "--map", "c=d", "--grace", "0"]).is_ok());
         assert!(parse(&["run", "a.vm", "--map", "../a=b"]).is_err());
+        assert!(parse(&["run", "--unprotected", "plain.json", "--attach", "net0=tap0"]).is_err());
+        assert!(parse(&["run", "a.vm", "--attach", "net0=tap0,queues=2"]).is_ok());
         assert!(parse(&["attest", "a.vm"]).is_err());
     }
 }

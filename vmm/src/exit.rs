@@ -37,6 +37,8 @@ pub enum Exit {
     Host = 13,
     /// The VM was stopped by a signal without the guest's own power-off; its volumes are flushed.
     Stopped = 14,
+    /// The guest's kernel panicked, and said so through its panic device.
+    Panic = 15,
 }
 
 /// The table of exit codes, for `--help`.
@@ -56,7 +58,8 @@ Exit codes:
   11  the lease ended
   12  the guest asked for a reset: start it again
   13  the host lacks something (memory, a socket's path, the sandbox)
-  14  stopped by a signal before the guest powered off; volumes are flushed";
+  14  stopped by a signal before the guest powered off; volumes are flushed
+  15  the guest's kernel panicked";
 
 /// Why the program ends early: one line for the one who has to act on it.
 #[derive(Debug)]
@@ -114,7 +117,7 @@ mod tests {
 
     #[test]
     fn the_help_lists_each_code_once() {
-        for code in 0..=14 {
+        for code in 0..=15 {
             let lines = EXIT_CODES.lines().filter(|l| l.starts_with(&format!("{code:4}  "))).count();
             assert_eq!(lines, 1, "{code}");
         }

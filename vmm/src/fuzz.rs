@@ -78,7 +78,11 @@ mod tests {
     #[test]
     fn plain_configurations_are_total() {
         run(
-            &[include_bytes!("../fuzz/plain/small.json"), include_bytes!("../fuzz/plain/disks.json")],
+            &[
+                include_bytes!("../fuzz/plain/small.json"),
+                include_bytes!("../fuzz/plain/disks.json"),
+                include_bytes!("../fuzz/plain/devices.json"),
+            ],
             super::fuzz_plain,
         );
     }

@@ -12,6 +12,7 @@
 //! | [`permit`], [`lease`], [`guard`] | leave to start vCPUs, and how long it lasts |
 //! | [`provider`] | the thread that talks to the key provider; reports |
 //! | [`volumes`], [`opener`] | disks: volumes with released keys, files by descriptor |
+//! | [`attach`] | where the host's side of a VM's networks is |
 //! | [`operations`], [`dump`], [`core_file`], [`api`] | what can be done to a running VM, and the socket that asks for it |
 //! | [`watch`], [`helm`], [`post`], [`signals`], [`console`] | the thread that watches, and what it watches |
 //! | [`sandbox`] | system calls and everything else a process can give up |
@@ -19,6 +20,7 @@
 //! | [`threads`], [`fuzz`] | how threads are started; parsers as fuzz targets |
 
 pub mod api;
+pub mod attach;
 pub mod cli;
 pub mod commands;
 pub mod console;

@@ -24,6 +24,8 @@ pub enum End {
     PowerOff,
     /// The guest asked for a reset.
     Reset,
+    /// The guest's kernel panicked, and said so.
+    Panicked,
     /// The guest, or the machine under it, failed; one line.
     Failed(String),
     /// The operator ended it through the socket.
@@ -91,6 +93,7 @@ impl Watch {
                 return match event {
                     MachineEvent::PowerOff => End::PowerOff,
                     MachineEvent::Reset => End::Reset,
+                    MachineEvent::Panicked => End::Panicked,
                     MachineEvent::Failed(why) => End::Failed(why),
                 };
             }

@@ -40,11 +40,16 @@ const TARGETS: &[(&str, Target)] = &[
     ("keyprovider/certificate", fealty_keyprovider::fuzz::fuzz_certificate),
     ("keyprovider/tool", fealty_keyprovider::fuzz::fuzz_tool),
     ("netcrypt/open", fealty_netcrypt::fuzz::fuzz_open),
+    ("vmm/balloon", fealty_vmm::machine::fuzz::fuzz_balloon),
     ("vmm/block", fealty_vmm::machine::fuzz::fuzz_requests),
+    ("vmm/console", fealty_vmm::machine::fuzz::fuzz_console),
     ("vmm/http", fealty_vmm::fuzz::fuzz_http),
     ("vmm/keys", fealty_vmm::fuzz::fuzz_keys),
     ("vmm/pci", fealty_vmm::machine::fuzz::fuzz_pci),
+    ("vmm/net", fealty_vmm::machine::fuzz::fuzz_net),
     ("vmm/plain", fealty_vmm::fuzz::fuzz_plain),
+    ("vmm/rng", fealty_vmm::machine::fuzz::fuzz_rng),
+    ("vmm/vsock", fealty_vmm::machine::fuzz::fuzz_vsock),
 ];
 
 static CHOSEN: LazyLock<Target> = LazyLock::new(|| {

@@ -2,7 +2,7 @@
 
 use core::fmt;
 
-use crate::memory::{left_by_firmware, number};
+use crate::memory::{Registers, left_by_firmware, number};
 
 /// Tables longer than this are not believed.
 const LONGEST_TABLE: u64 = 1 << 20;
@@ -67,11 +67,28 @@ impl Acpi {
         first.map(|entry| number::<8>(entry, 0)).ok_or(AcpiError::Missing("MCFG"))
     }
 
-    /// The sleep type that means "off": the first number of the package `\_S5` in the DSDT.
-    pub fn off_sleep_type(self) -> Result<u8, AcpiError> {
+    /// The VM generation id: 16 bytes where the package ADDR of its device says, below 4 GiB.
+    pub fn generation_id(self) -> Result<[u8; 16], AcpiError> {
+        let dsdt = self.dsdt()?;
+        let missing = AcpiError::Missing("VM generation id");
+        let name = dsdt.windows(5).position(|window| window == b"ADDR\x12").ok_or(missing)?;
+        // Length, two elements, a number of 32 bits.
+        let package = dsdt.get(name + 5..name + 12).filter(|package| package[1..3] == [2, 0x0c]).ok_or(missing)?;
+        let address = number::<4>(package, 3);
+        left_by_firmware(address, 16);
+        // The host changes it, so it is read anew each time.
+        Ok(core::array::from_fn(|at| Registers::at(address).read8(at as u64)))
+    }
+
+    fn dsdt(self) -> Result<&'static [u8], AcpiError> {
         let fadt = self.table("FACP")?;
         let wide = number::<8>(fadt, 140);
-        let dsdt = table(if wide != 0 { wide } else { number::<4>(fadt, 40) })?;
+        table(if wide != 0 { wide } else { number::<4>(fadt, 40) })
+    }
+
+    /// The sleep type that means "off": the first number of the package `\_S5` in the DSDT.
+    pub fn off_sleep_type(self) -> Result<u8, AcpiError> {
+        let dsdt = self.dsdt()?;
         let missing = AcpiError::Missing("_S5");
         let name = dsdt.windows(5).position(|window| window == b"_S5_\x12").ok_or(missing)?;
         let package = &dsdt[name + 5..];

@@ -20,16 +20,25 @@
 //! | `reads:DEPTH:COUNT`, `writes:DEPTH:COUNT` | so many random requests of 4 KiB, up to 32 of them at once | `reads started`, `reads done 100000` |
 //! | `storm:COUNT` | so many random writes, 32 at once, then a flush and a check of all | `storm ok 512` (blocks compared) |
 //! | `load:SECONDS` | random writes, flushes and checks for so long | `load started`, `load ok 9000` (blocks compared) |
+//! | `rng` | asks for 32 random bytes | `rng HEX` |
+//! | `net:COUNT` | sends COUNT frames back to where they came from | `net up MAC`, then `net echoed BYTES` for each |
+//! | `hvc` | says `hvc ready` on the virtio console and repeats what it reads there, until that begins with `quit` | `hvc done` |
+//! | `balloon` | gives a page to the balloon, and reports one as free | `balloon target=PAGES`, `balloon kept 0 0`, bytes still there |
+//! | `vsock` | takes one connection and sends back what comes | `vsock cid=3`, `vsock echoed BYTES` |
 //! | `tick`, `tick:COUNT` | a line each second, for ever or so many | `tick 1` |
 //! | `spin` | computes for ever, without a pause | `spinning` |
 //! | `sleep` | sleeps for ever, taking interrupts | |
 //! | `echo` | repeats each line it reads until `quit` | `echoing`, `echo LINE` |
 //! | `wait-button` | waits for the power button | `waiting for the button`, `button pressed` |
+//! | `generation` | | `generation HEX`, the VM generation id |
+//! | `wait-generation` | waits until it is told of another one | `waiting for a generation`, `generation changed` |
+//! | `say-panic` | tells the panic device, and sleeps | `saying panic` |
 //! | `poweroff`, `reset`, `panic` | ends; `panic` by a triple fault | `powering off`, `resetting`, `panicking` |
 //!
 //! Numbers are decimal or, after `0x`, hexadecimal. A word that fails says `disk error WORD: why` or `failed WORD: why`, and the next
 //! one follows. After the last word the guest prints `done` and sleeps.
 
+mod devices;
 mod load;
 mod rate;
 
@@ -46,6 +55,8 @@ use crate::power::Power;
 use crate::serial::{self, line};
 use crate::tables::triple_fault;
 use crate::virtio::block::{BLOCK, Disk, DiskError, Rings};
+use crate::virtio::rng::Rng;
+use crate::virtio::transport::TransportError;
 
 /// Longest line that `echo` repeats.
 const LONGEST_LINE: usize = 128;
@@ -57,7 +68,7 @@ pub fn run(boot: &BootInfo) {
     let Ok(list) = core::str::from_utf8(list.unwrap_or_default()) else {
         return line(format_args!("failed: the command line is not text"));
     };
-    let mut guest = Guest { boot, disks: [const { None }; DISKS], chosen: 0, rings: Rings::Full };
+    let mut guest = Guest { boot, disks: [const { None }; DISKS], chosen: 0, rings: Rings::Full, rng: None };
     for word in list.split(',').filter(|word| !word.is_empty()) {
         match guest.carry_out(word) {
             Ok(()) => {}
@@ -75,6 +86,7 @@ struct Guest<'a> {
     chosen: usize,
     /// How disks are begun.
     rings: Rings,
+    rng: Option<Rng>,
 }
 
 enum CommandError {
@@ -83,6 +95,8 @@ enum CommandError {
     NoInitrd,
     Acpi(AcpiError),
     Disk(DiskError),
+    NoDevice,
+    Device(TransportError),
 }
 
 impl Guest<'_> {
@@ -122,11 +136,25 @@ impl Guest<'_> {
             ("reads" | "writes", [Some(depth), Some(count)]) => rate::run(self.disk()?, name, depth as usize, count)?,
             ("storm", [Some(count), None]) => rate::storm(self.disk()?, count)?,
             ("load", [Some(seconds), None]) => load::run(self.disk()?, seconds)?,
+            ("rng", [None, _]) => self.random()?,
+            ("net", [Some(count), None]) => self.echo_frames(count)?,
+            ("balloon", [None, _]) => self.use_balloon()?,
+            ("vsock", [None, _]) => self.echo_on_vsock()?,
+            ("hvc", [None, _]) => self.echo_on_console()?,
             ("tick", [count, None]) => tick(count.unwrap_or(u64::MAX)),
             ("spin", [None, _]) => spin(),
             ("sleep", [None, _]) => sleep_forever(),
             ("echo", [None, _]) => echo(),
             ("wait-button", [None, _]) => self.wait_for_button()?,
+            ("generation", [None, _]) => {
+                line(format_args!("generation {}", Hex(&Acpi::find(self.boot.rsdp)?.generation_id()?)));
+            }
+            ("wait-generation", [None, _]) => {
+                line(format_args!("waiting for a generation"));
+                Power::wait_for_generation();
+                line(format_args!("generation changed"));
+            }
+            ("say-panic", [None, _]) => self.say_panic()?,
             ("poweroff", [None, _]) => {
                 line(format_args!("powering off"));
                 self.power_off()
@@ -263,6 +291,12 @@ impl From<AcpiError> for CommandError {
     }
 }
 
+impl From<TransportError> for CommandError {
+    fn from(error: TransportError) -> Self {
+        Self::Device(error)
+    }
+}
+
 impl From<DiskError> for CommandError {
     fn from(error: DiskError) -> Self {
         Self::Disk(error)
@@ -277,6 +311,8 @@ impl fmt::Display for CommandError {
             Self::NoInitrd => write!(f, "the loader gave no initial ramdisk"),
             Self::Acpi(error) => error.fmt(f),
             Self::Disk(error) => error.fmt(f),
+            Self::NoDevice => write!(f, "there is no such device"),
+            Self::Device(error) => error.fmt(f),
         }
     }
 }

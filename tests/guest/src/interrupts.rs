@@ -20,6 +20,8 @@ pub enum Source {
     Serial,
     /// The ACPI event device or the power management block.
     Acpi,
+    /// Any other virtio device.
+    Device,
     /// Disk 0 to 3 finished requests.
     Disk(u8),
 }
@@ -46,6 +48,7 @@ impl Source {
             Source::Timer => 0,
             Source::Serial => 1,
             Source::Acpi => 2,
+            Source::Device => 3,
             Source::Disk(n) => SOURCES - DISKS + usize::from(n) % DISKS,
         }
     }

@@ -21,6 +21,8 @@ const FLAG_HARDWARE_REDUCED: u64 = 1 << 20;
 const EVENT_PORT: u16 = 0x603;
 const EVENT_LINE: u8 = 16;
 const EVENT_BUTTON: u8 = 1;
+/// And bit 1 says that the generation id is another one.
+const EVENT_GENERATION: u8 = 1 << 1;
 /// The button's bit in a PC's PM1 status, and in the enable register after it.
 const PM1_BUTTON: u16 = 1 << 8;
 const PM1_ENABLE: u16 = 2;
@@ -92,11 +94,7 @@ impl Power {
     pub fn wait_for_button(&self) {
         match self.button {
             Button::EventPort => {
-                apic::route(EVENT_LINE, Source::Acpi);
-                while port::read8(EVENT_PORT) & EVENT_BUTTON == 0 {
-                    Source::Acpi.sleep();
-                    Source::Acpi.take();
-                }
+                wait_for_event(EVENT_BUTTON);
             }
             Button::Pm1(status) => {
                 port::write16(status + PM1_ENABLE, PM1_BUTTON);
@@ -111,11 +109,24 @@ impl Power {
         }
     }
 
+    /// Waits until the generation id is another one.
+    pub fn wait_for_generation() {
+        wait_for_event(EVENT_GENERATION);
+    }
+
     /// Powers off without having read any table, as fealty and QEMU's q35 do it: for a guest that is lost anyway.
     pub fn last_resort() -> ! {
         port::write8(0x600, 5 << 2 | 1 << 5);
         port::write16(0x604, 1 << 13);
         sleep_forever()
+    }
+}
+
+fn wait_for_event(event: u8) {
+    apic::route(EVENT_LINE, Source::Acpi);
+    while port::read8(EVENT_PORT) & event == 0 {
+        Source::Acpi.sleep();
+        Source::Acpi.take();
     }
 }
 

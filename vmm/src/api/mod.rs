@@ -16,4 +16,5 @@ pub mod http;
 mod routes;
 mod server;
 
+pub(crate) use server::listen;
 pub use server::{Api, Socket};

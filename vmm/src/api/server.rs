@@ -25,26 +25,9 @@ const LOOK: Timespec = Timespec { tv_sec: 5, tv_nsec: 0 };
 pub struct Socket(UnixListener);
 
 impl Socket {
-    /// Binds the socket at `path`, for its owner only. A socket that a dead process left there is replaced; anything else
-    /// stays, and is an error.
+    /// Binds the socket at `path`, as [`listen`] does; who connects is looked at by the peer's credentials later.
     pub fn bind(path: &Path) -> Result<Self, Failure> {
-        let bad = |what: &str| Failure::new(Exit::Host, format!("cannot serve {}: {what}", path.display()));
-        if let Ok(there) = std::fs::symlink_metadata(path) {
-            if !there.file_type().is_socket() {
-                return Err(bad("something that is no socket is there"));
-            }
-            if UnixStream::connect(path).is_ok() {
-                return Err(bad("another process serves it"));
-            }
-            std::fs::remove_file(path).map_err(|e| bad(&e.to_string()))?;
-        }
-        // Only the owner may connect: by the mode here, and by the peer's credentials later.
-        let before = rustix::process::umask(rustix::fs::Mode::from_raw_mode(0o177));
-        let bound = UnixListener::bind(path);
-        rustix::process::umask(before);
-        let listener = bound.map_err(|e| bad(&e.to_string()))?;
-        listener.set_nonblocking(true).map_err(|e| bad(&e.to_string()))?;
-        Ok(Self(listener))
+        listen(path).map(Self)
     }
 
     /// Starts the thread that serves it. Until `api` is told of a VM that runs, it answers that there is none yet.
@@ -61,6 +44,28 @@ impl Socket {
         })?;
         Ok(api)
     }
+}
+
+/// A socket that listens at `path`, without blocking, for its owner only. A socket that a dead process left there is replaced;
+/// anything else stays, and is an error.
+pub(crate) fn listen(path: &Path) -> Result<UnixListener, Failure> {
+    let bad = |what: &str| Failure::new(Exit::Host, format!("cannot serve {}: {what}", path.display()));
+    if let Ok(there) = std::fs::symlink_metadata(path) {
+        if !there.file_type().is_socket() {
+            return Err(bad("something that is no socket is there"));
+        }
+        if UnixStream::connect(path).is_ok() {
+            return Err(bad("another process serves it"));
+        }
+        std::fs::remove_file(path).map_err(|e| bad(&e.to_string()))?;
+    }
+    // Only the owner may connect.
+    let before = rustix::process::umask(rustix::fs::Mode::from_raw_mode(0o177));
+    let bound = UnixListener::bind(path);
+    rustix::process::umask(before);
+    let listener = bound.map_err(|e| bad(&e.to_string()))?;
+    listener.set_nonblocking(true).map_err(|e| bad(&e.to_string()))?;
+    Ok(listener)
 }
 
 /// The served socket.

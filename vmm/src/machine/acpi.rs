@@ -1,12 +1,13 @@
 //! ACPI tables of reduced hardware (ACPI 6.5, 4.1): no fixed registers, no PIT, RTC or 8042; what is there is a local APIC for
-//! each processor, an I/O APIC, a PCI host bridge with ECAM, COM1, and a power button.
+//! each processor, an I/O APIC, a PCI host bridge with ECAM, COM1, a power button, and the VM generation id.
 
+use super::generation::{ADDRESS_NAME, COMPATIBLE};
 use super::layout::{
-    ACPI_TABLES, ACPI_TABLES_END, ECAM, ECAM_SIZE, IO_APIC, LOCAL_APIC, PCI_CONFIG_PORT, PCI_CONFIG_PORTS, PCI_WINDOW,
+    ACPI_TABLES, ECAM, ECAM_SIZE, GENERATION_ID, IO_APIC, LOCAL_APIC, PCI_CONFIG_PORT, PCI_CONFIG_PORTS, PCI_WINDOW,
     PCI_WINDOW_SIZE, POWER_GSI, POWER_PORT, SERIAL_GSI, SERIAL_PORT, SERIAL_PORTS,
 };
 use super::memory::GuestRam;
-use super::power::{EVENT_BUTTON, RESET_VALUE, SLEEP_TYPE_OFF};
+use super::power::{EVENT_BUTTON, EVENT_GENERATION, RESET_VALUE, SLEEP_TYPE_OFF};
 use acpi_tables::aml::{
     AddressSpace, AddressSpaceCacheable, And, Device, EISAName, Field, FieldAccessType, FieldEntry, FieldLockRule,
     FieldUpdateRule, IO, If, Interrupt, Local, Memory32Fixed, Method, Name, Notify, ONE, OpRegion, OpRegionSpace,
@@ -37,7 +38,7 @@ pub struct AcpiError(usize);
 /// Writes all tables for `processors` processors, the RSDP at [`ACPI_TABLES`].
 pub(super) fn write(ram: &GuestRam, processors: u8) -> Result<(), AcpiError> {
     let tables = build(processors);
-    let room = (ACPI_TABLES_END - ACPI_TABLES) as usize;
+    let room = (GENERATION_ID - ACPI_TABLES) as usize;
     let fits = tables.len() <= room && ram.write_slice(&tables, GuestAddress(ACPI_TABLES)).is_ok();
     fits.then_some(()).ok_or(AcpiError(tables.len()))
 }
@@ -99,7 +100,7 @@ fn mcfg() -> impl Aml {
 
 fn dsdt() -> impl Aml {
     let mut body = vec![];
-    for object in [host_bridge, ecam_reservation, serial, power_button, power_events, power_off] {
+    for object in [host_bridge, ecam_reservation, serial, power_button, generation, power_events, power_off] {
         object(&mut body);
     }
     let mut dsdt = Sdt::new(*b"DSDT", 36, 6, OEM, OEM_TABLE, OEM_REVISION);
@@ -174,6 +175,23 @@ fn power_button(out: &mut Vec<u8>) {
     device(out, "PWRB", vec![&Name::new("_HID".into(), &EISAName::new("PNP0C0C")), &Name::new("_UID".into(), &ZERO)]);
 }
 
+/// The VM generation id, by the document's object and ids. Its own id is nobody's standard.
+fn generation(out: &mut Vec<u8>) {
+    let compatible = Package::new(COMPATIBLE.iter().map(|id| id as &dyn Aml).collect());
+    let (low, high) = (GENERATION_ID as u32, (GENERATION_ID >> 32) as u32);
+    let address = Package::new(vec![&low, &high]);
+    device(
+        out,
+        "VGEN",
+        vec![
+            &Name::new("_HID".into(), &"FEALTYVG"),
+            &Name::new("_CID".into(), &compatible),
+            &Name::new("_DDN".into(), &COMPATIBLE[0]),
+            &Name::new(ADDRESS_NAME.into(), &address),
+        ],
+    );
+}
+
 /// The generic event device (ACPI 6.5, 5.6.9): its method reads the event register, which clears it, and tells each device.
 fn power_events(out: &mut Vec<u8>) {
     let interrupt = Interrupt::new(true, true, false, false, POWER_GSI);
@@ -188,11 +206,16 @@ fn power_events(out: &mut Vec<u8>) {
     );
     let events = Path::new("EVTS");
     let read = Store::new(&Local(0), &events);
-    let test = And::new(&Local(1), &Local(0), &EVENT_BUTTON);
+    let test_button = And::new(&Local(1), &Local(0), &EVENT_BUTTON);
     let button = Path::new("\\_SB_.PWRB");
-    let tell = Notify::new(&button, &0x80_u8);
-    let pressed = If::new(&Local(1), vec![&tell]);
-    let method = Method::new("_EVT".into(), 1, true, vec![&read, &test, &pressed]);
+    let tell_button = Notify::new(&button, &0x80_u8);
+    let pressed = If::new(&Local(1), vec![&tell_button]);
+    let test_generation = And::new(&Local(1), &Local(0), &EVENT_GENERATION);
+    let generation = Path::new("\\_SB_.VGEN");
+    let tell_generation = Notify::new(&generation, &0x80_u8);
+    let renewed = If::new(&Local(1), vec![&tell_generation]);
+    let steps: Vec<&dyn Aml> = vec![&read, &test_button, &pressed, &test_generation, &renewed];
+    let method = Method::new("_EVT".into(), 1, true, steps);
     device(
         out,
         "GED_",
@@ -243,6 +266,9 @@ mod tests {
         assert_eq!(entries[1].len(), 44 + 4 * 8 + 12);
         assert_eq!(quad(entries[2], 44), ECAM);
         assert!(tables.len() < 4096, "{}", tables.len());
+        // Name, package of two, DWord, zero.
+        let address = [&b"\x08ADDR\x12"[..], &[0x08, 2, 0x0c], &(GENERATION_ID as u32).to_le_bytes(), &[0]].concat();
+        assert!(dsdt.windows(address.len()).any(|window| window == address), "{dsdt:02x?}");
     }
 
     #[test]

@@ -14,6 +14,8 @@ pub enum MachineEvent {
     PowerOff,
     /// The guest asked for a reset.
     Reset,
+    /// The guest's kernel panicked, and said so.
+    Panicked,
     /// Something went wrong; one line, with the state of the vCPU where there is one.
     Failed(String),
 }

@@ -9,6 +9,7 @@
 //!     0x7000   zero page      0x9000  page tables (0x9000 PML4, 0xa000 PDPT, 0xb000..0xf000 PDs)
 //!   0x2_0000   command line (NUL-terminated, at most 2047 bytes)
 //!   0xe_0000   ACPI tables, RSDP first (reserved in the memory map, up to 0x10_0000)
+//!   0xf_f000   the VM generation id, 16 bytes
 //!  0x10_0000   kernel: a bzImage's protected-mode part, or where an ELF file's segments say
 //!        top   initrd, page-aligned, at the end of low RAM (below the kernel's initrd_addr_max)
 //! 0xc000_0000  PCI memory window, 512 MiB: BAR 0 of the device in slot S is at 0xc000_0000 + S * 0x1_0000
@@ -26,15 +27,16 @@
 //! 0x600         sleep control, byte: 0x34 (SLP_TYP 5, SLP_EN) powers off
 //! 0x601         sleep status, byte: reads 0
 //! 0x602         reset register, byte: 0x01 resets
-//! 0x603         event status, byte, cleared by the read: bit 0 power button. Its interrupt is GSI 16 (edge)
+//! 0x603         event status, byte, cleared by the read: bit 0 power button, bit 1 another VM generation id. Its interrupt is GSI 16 (edge)
 //! 0xcf8, 0xcfc  PCI configuration mechanism 1, as an alternative to ECAM
 //! ```
 //!
 //! # PCI
 //!
 //! Slot 0 is the host bridge (1b36:0008). Devices follow from slot 1 in the order in which they were added: disk N (from
-//! 0) is virtio-blk 1af4:1042 in slot N+1. BAR 0 is a 32-bit memory BAR of 32 KiB that already holds its address at
-//! reset; memory decoding and bus mastering are off until the guest sets them in the command register. No INTx. Where
+//! 0) is virtio-blk 1af4:1042 in slot N+1; then what there is of network cards (1041), console on a socket (1043), entropy (1044),
+//! sockets (1053), balloon (1045), console in the serial line's place (1043), and the panic device 1b36:0011. BAR 0 is a 32-bit
+//! memory BAR of 32 KiB (the panic device's: 16 bytes) that already holds its address at reset; memory decoding and bus mastering are off until the guest sets them in the command register. No INTx. Where
 //! the virtio structures lie in the BAR is said by the capabilities; today: common configuration 0x0, ISR 0x1000, device
 //! configuration 0x2000, notifications 0x3000 (4 bytes a queue), MSI-X table 0x4000, MSI-X pending bits 0x5000.
 //!
@@ -74,6 +76,8 @@ pub const COMMAND_LINE_MAX: usize = 2047;
 pub const LOW_RAM_END: u64 = 0x9_fc00;
 /// ACPI's tables, the RSDP first.
 pub const ACPI_TABLES: u64 = 0xe_0000;
+/// The VM generation id: the last page of the space that is reserved for firmware tables.
+pub const GENERATION_ID: u64 = 0xf_f000;
 /// End of the space for ACPI's tables.
 pub const ACPI_TABLES_END: u64 = 0x10_0000;
 /// Where kernels may begin.

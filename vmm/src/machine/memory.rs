@@ -7,7 +7,10 @@ use kvm_bindings::kvm_userspace_memory_region;
 use kvm_ioctls::VmFd;
 use rustix::mm::{Advice, ProtFlags, madvise};
 use vm_memory::mmap::MmapRegionBuilder;
-use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion, GuestRegionMmap, MmapRegion};
+use vm_memory::{
+    GuestAddress, GuestMemory, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion, GuestRegionMmap, MmapRegion,
+    Permissions,
+};
 
 /// RAM as devices see it. Accesses are bounds-checked and volatile; the type parameter is where a dirty bitmap goes.
 pub type GuestRam = GuestMemoryMmap<()>;
@@ -107,6 +110,21 @@ impl Memory {
     pub fn window(&self) -> Option<(u64, u64)> {
         self.window.as_ref().map(|window| (window.start, window.mapping.size() as u64))
     }
+}
+
+/// Gives the host back `length` bytes of RAM from `address` on, whole pages that the guest does not need: they read as zeroes
+/// afterwards. The range must lie in RAM.
+pub fn discard(ram: &GuestRam, address: GuestAddress, length: u64) -> std::io::Result<()> {
+    let length = usize::try_from(length).map_err(std::io::Error::other)?;
+    let slices = GuestMemory::get_slices(ram, address, length, Permissions::Write).map_err(std::io::Error::other)?;
+    for slice in slices {
+        let slice = slice.map_err(std::io::Error::other)?;
+        // SAFETY: the slice lies in one live mapping of guest memory, private and anonymous, and the advice leaves it mapped: it
+        // reads as zeroes from now on. Nothing but the guest relies on its contents: this process reads and writes guest memory
+        // volatilely, and holds no reference into it.
+        unsafe { madvise(slice.ptr_guard_mut().as_ptr().cast(), slice.len(), Advice::LinuxDontNeed) }?;
+    }
+    Ok(())
 }
 
 fn window_start(ram_end: u64) -> u64 {

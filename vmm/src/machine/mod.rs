@@ -10,37 +10,54 @@
 //! writes it to a [`Disk`], and answers through the ring and an MSI ([`pci`], [`wires`]).
 
 mod acpi;
+pub mod balloon;
 pub mod block;
 pub mod boot;
 mod bus;
+pub mod console;
 mod control;
+mod devices;
 mod event;
+mod generation;
 pub mod layout;
 pub mod memory;
+pub mod net;
+mod panic;
 pub mod pci;
 mod power;
 pub mod rate;
+pub mod rng;
 mod running;
 mod serial;
 mod sync;
 mod thread;
 mod vcpu;
 pub mod virtio;
+pub mod vsock;
 pub mod wires;
 
 /// Parsers of this room as functions of bytes, for fuzzing: they must return, whatever comes.
 #[doc(hidden)]
 pub mod fuzz {
+    pub use super::balloon::fuzz::fuzz_balloon;
     pub use super::block::fuzz::fuzz_requests;
     pub use super::boot::fuzz_kernel;
+    pub use super::console::fuzz::fuzz_console;
+    pub use super::net::fuzz::fuzz_net;
     pub use super::pci::fuzz::fuzz_pci;
+    pub use super::rng::fuzz::fuzz_rng;
+    pub use super::vsock::fuzz::fuzz_vsock;
 }
 
 pub use acpi::AcpiError;
+pub use balloon::{BalloonCounters, BalloonSettings};
 pub use block::{BlockCounters, Disk, DiskError, DiskSettings, RawDisk, serial_number};
 pub use boot::{Boot, BootError, Image};
+pub use devices::DeviceCounters;
 pub use event::{Events, MachineEvent};
 pub use memory::MemoryError;
+pub use net::{NetCounters, NetSlot, Tap, TapError};
+pub use rng::RngCounters;
 pub use running::{Counters, Frozen, InspectError, Running};
 pub use serial::ConsoleBackend;
 pub use thread::{ThreadHook, ThreadKind};
@@ -49,25 +66,34 @@ pub use wires::WireError;
 
 use crate::lease::LeaseGate;
 use crate::permit::StartPermit;
+use balloon::BalloonDevice;
 use block::BlockDevice;
 use boot::Loader;
 use bus::Bus;
+use console::{ConsoleDevice, Line};
 use control::Control;
+use devices::Devices;
+use generation::Generation;
 use kvm_bindings::{CpuId, KVM_API_VERSION, KVM_MAX_CPUID_ENTRIES};
 use kvm_ioctls::{Cap, Kvm, VmFd};
 use layout::{KVM_IDENTITY_MAP, KVM_TSS, POWER_GSI, SERIAL_GSI};
 use memory::Memory;
+use net::NetDevice;
+use panic::PanicDevice;
 use pci::{PciBus, SlotsTaken};
 use policy::encoding::Digest;
 use power::Power;
+use rng::RngDevice;
 use running::Parts;
 use serial::{ConsoleInput, SerialPort};
 use std::fs::File;
 use std::os::fd::{FromRawFd, IntoRawFd, OwnedFd};
+use std::os::unix::net::UnixListener;
 use std::sync::{Arc, Mutex};
 use thread::{Background, Crew};
 use vcpu::{Vcpu, cpuid};
-use virtio::VirtioPci;
+use virtio::{VirtioDevice, VirtioPci};
+use vsock::VsockDevice;
 use wires::KvmWires;
 
 /// What must be known before memory is mapped.
@@ -124,6 +150,9 @@ pub enum MachineError {
     /// Firmware tables.
     #[error(transparent)]
     Acpi(#[from] AcpiError),
+    /// No random numbers.
+    #[error("cannot draw the VM's generation id")]
+    Generation(#[source] std::io::Error),
     /// What is booted.
     #[error(transparent)]
     Boot(#[from] BootError),
@@ -154,6 +183,8 @@ pub struct Machine {
     entry: Option<vcpu::Entry>,
     pci: PciBus,
     disks: Vec<Arc<BlockDevice>>,
+    devices: Devices,
+    panic: bool,
     console: Option<ConsoleBackend>,
 }
 
@@ -201,11 +232,60 @@ impl Machine {
     /// Adds a disk: the next PCI slot.
     pub fn add_disk(&mut self, slot: DiskSlot) -> Result<(), MachineError> {
         let device = Arc::new(BlockDevice::new(&slot.id, slot.disk, &slot.settings)?);
-        let number = self.pci.next_slot()?;
-        let function = VirtioPci::new(device.clone(), number, self.memory.ram().clone(), self.wires.clone())?;
-        self.pci.add(Arc::new(function))?;
+        self.plug(device.clone())?;
         self.disks.push(device);
         Ok(())
+    }
+
+    /// Adds the source of random numbers.
+    pub fn add_rng(&mut self) -> Result<(), MachineError> {
+        let device = Arc::new(RngDevice::new()?);
+        self.plug(device.clone())?;
+        self.devices.rng = Some(device);
+        Ok(())
+    }
+
+    /// Adds a network card.
+    pub fn add_net(&mut self, slot: NetSlot) -> Result<(), MachineError> {
+        let device = Arc::new(NetDevice::new(slot)?);
+        self.plug(device.clone())?;
+        self.devices.nets.push(device);
+        Ok(())
+    }
+
+    /// Adds a virtio console at `line`.
+    pub fn add_console(&mut self, line: Line) -> Result<(), MachineError> {
+        let device = Arc::new(ConsoleDevice::new(line)?);
+        self.plug(device.clone())?;
+        self.devices.console = Some(device);
+        Ok(())
+    }
+
+    /// Adds a balloon.
+    pub fn add_balloon(&mut self, settings: BalloonSettings) -> Result<(), MachineError> {
+        let device = Arc::new(BalloonDevice::new(settings)?);
+        self.plug(device.clone())?;
+        self.devices.balloon = Some(device);
+        Ok(())
+    }
+
+    /// Adds sockets between the guest, whose address is `cid`, and clients of `listener`, which must not block.
+    pub fn add_vsock(&mut self, cid: u32, listener: UnixListener) -> Result<(), MachineError> {
+        let device = Arc::new(VsockDevice::new(cid, listener)?);
+        self.plug(device.clone())?;
+        self.devices.vsock = Some(device);
+        Ok(())
+    }
+
+    /// Adds the device by which a kernel that panics ends the machine: in the last slot.
+    pub fn add_panic(&mut self) {
+        self.panic = true;
+    }
+
+    fn plug(&mut self, device: Arc<dyn VirtioDevice>) -> Result<(), MachineError> {
+        let slot = self.pci.next_slot()?;
+        let function = VirtioPci::new(device, slot, self.memory.ram().clone(), self.wires.clone())?;
+        Ok(self.pci.add(Arc::new(function))?)
     }
 
     /// Connects the serial line; without this nobody types and what the guest sends is lost.
@@ -227,12 +307,19 @@ impl Machine {
         let power = Arc::new(Power::new(control.clone(), self.wires.pin(POWER_GSI)?));
         let console = self.console.unwrap_or(ConsoleBackend { input: None, output: Box::new(std::io::sink()) });
         let serial = Arc::new(SerialPort::new(self.wires.pin(SERIAL_GSI)?, console.output)?);
-        let bus = Arc::new(Bus::new(serial.clone(), power.clone(), self.pci));
+        let mut pci = self.pci;
+        if self.panic {
+            let device = PanicDevice::new(control.clone(), pci.next_slot()?);
+            pci.add(Arc::new(device))?;
+        }
+        let generation = Generation::new(power.clone());
+        let bus = Arc::new(Bus::new(serial.clone(), power.clone(), pci));
 
         let mut background: Vec<Arc<dyn Background>> = vec![];
         for disk in &self.disks {
             background.extend(disk.hire(&crew).map_err(MachineError::Thread)?);
         }
+        background.extend(self.devices.hire(&crew).map_err(MachineError::Thread)?);
         if let Some(input) = console.input {
             background.push(ConsoleInput::hire(serial.clone(), input, &crew)?);
         }
@@ -240,10 +327,24 @@ impl Machine {
         let vcpus: Vec<_> = self.vcpus.into_iter().map(|vcpu| Arc::new(Mutex::new(vcpu))).collect();
         let started = run_vcpus(&vcpus, &bus, &control, &gate, &crew, permit);
         let memory = self.memory;
-        let disks = self.disks;
+        let (disks, devices) = (self.disks, self.devices);
         let turn = Mutex::new(());
         let _wires = self.wires;
-        let parts = Parts { control, vcpus, exits, background, power, serial, disks, bus, memory, _wires, turn };
+        let parts = Parts {
+            control,
+            vcpus,
+            exits,
+            background,
+            power,
+            generation,
+            serial,
+            disks,
+            devices,
+            bus,
+            memory,
+            _wires,
+            turn,
+        };
         let running = Running(Arc::new(parts));
         if let Err(error) = started {
             running.stop();
@@ -286,6 +387,7 @@ impl EarlyVm {
         let vcpus = (0..shape.vcpus).map(|index| Vcpu::new(&vm, index, &table, memory.clone()));
         let vcpus = vcpus.collect::<Result<Vec<_>, _>>()?;
         acpi::write(memory.ram(), shape.vcpus)?;
+        Generation::write(memory.ram()).map_err(MachineError::Generation)?;
         Ok(Machine {
             vcpus,
             wires: Arc::new(KvmWires::new(vm)),
@@ -294,6 +396,8 @@ impl EarlyVm {
             entry: None,
             pci: PciBus::default(),
             disks: vec![],
+            devices: Devices::default(),
+            panic: false,
             console: None,
         })
     }

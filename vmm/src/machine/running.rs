@@ -3,7 +3,9 @@
 use super::block::{BlockCounters, BlockDevice};
 use super::bus::Bus;
 use super::control::Control;
+use super::devices::{DeviceCounters, Devices};
 use super::event::Events;
+use super::generation::Generation;
 use super::memory::Memory;
 use super::power::Power;
 use super::serial::SerialPort;
@@ -28,8 +30,10 @@ pub(super) struct Parts {
     pub(super) exits: Vec<Arc<AtomicU64>>,
     pub(super) background: Vec<Arc<dyn Background>>,
     pub(super) power: Arc<Power>,
+    pub(super) generation: Generation,
     pub(super) serial: Arc<SerialPort>,
     pub(super) disks: Vec<Arc<BlockDevice>>,
+    pub(super) devices: Devices,
     pub(super) bus: Arc<Bus>,
     pub(super) memory: Arc<Memory>,
     /// Never used again, but interrupts end with it.
@@ -49,6 +53,9 @@ pub struct Counters {
     pub console_bytes_lost: u64,
     /// Each disk, by its name.
     pub disks: BTreeMap<String, BlockCounters>,
+    /// The other virtio devices.
+    #[serde(flatten)]
+    pub devices: DeviceCounters,
 }
 
 /// Why a machine can't be inspected.
@@ -60,6 +67,9 @@ pub enum InspectError {
     /// KVM gives no registers.
     #[error("the registers of a vCPU can't be read")]
     Registers(#[from] VcpuError),
+    /// No random numbers.
+    #[error("cannot draw another generation id")]
+    Generation(#[source] std::io::Error),
     /// Not RAM.
     #[error("there is no memory at {0:#x}")]
     Address(u64),
@@ -91,6 +101,20 @@ impl Running {
         self.0.power.press();
     }
 
+    /// Asks the guest to put so many bytes (a multiple of 4096) into its balloon; false if it has none.
+    pub fn resize_balloon(&self, size: u64) -> bool {
+        self.0.devices.balloon.as_ref().map(|balloon| balloon.resize(size)).is_some()
+    }
+
+    /// Gives the guest another generation id, and tells it: for a machine that goes on from a saved state. It must be paused.
+    pub fn renew_generation(&self) -> Result<(), InspectError> {
+        let _turn = lock(&self.0.turn);
+        if !self.0.control.resting() {
+            return Err(InspectError::Runs);
+        }
+        self.0.generation.renew(self.0.memory.ram()).map_err(InspectError::Generation)
+    }
+
     /// Ends vCPUs and devices; returns when all their threads have ended. Requests in hand are finished, others stay
     /// unanswered. No event follows.
     pub fn stop(&self) {
@@ -112,6 +136,7 @@ impl Running {
             stray_accesses: parts.bus.stray(),
             console_bytes_lost: parts.serial.lost(),
             disks: parts.disks.iter().map(|disk| (disk.name().to_owned(), disk.counters())).collect(),
+            devices: parts.devices.counters(),
         }
     }
 

@@ -16,6 +16,16 @@ pub enum ThreadKind {
     Vcpu,
     /// Serves a disk: event descriptors, and whatever the disk behind it needs.
     Disk,
+    /// Gives random numbers.
+    Rng,
+    /// Carries frames of a network card: poll, read and write, and the ioctls of a TAP that runs.
+    Net,
+    /// Carries bytes of a virtio console: poll, read and write, accept and socket calls.
+    VirtioConsole,
+    /// Gives guest memory back to the host: madvise.
+    Balloon,
+    /// Carries bytes of sockets between guest and host: poll, accept and socket calls.
+    Vsock,
     /// Carries the console's input: poll, read, writes to event descriptors.
     Console,
 }

@@ -17,7 +17,7 @@ pub(super) fn settings(shape: &DiskShape<'_>) -> DiskSettings {
 }
 
 /// Limits of a disk or another device.
-pub(super) fn limits(config: RateLimiterConfig) -> RateLimits {
+pub(crate) fn limits(config: RateLimiterConfig) -> RateLimits {
     RateLimits { bandwidth: config.bandwidth.map(rate), operations: config.ops.map(rate) }
 }
 

@@ -5,7 +5,7 @@
 //! unprotected  file, kernel, disks, machine                     ─ sandbox closes ─          StartPermit ─ load          ─ run
 //! ```
 
-mod disks;
+pub(crate) mod disks;
 pub mod plain;
 mod protected;
 mod unprotected;
@@ -17,11 +17,13 @@ use crate::api::{Api, Socket};
 use crate::console::terminal::RawMode;
 use crate::console::{Console, Target};
 use crate::exit::{Exit, Failure};
+use crate::machine::console::Line;
 use crate::machine::{ConsoleBackend, Machine, MachineError, ThreadHook, ThreadKind};
 use crate::post::Post;
 use crate::sandbox::{Filter, close_thread};
 use crate::steps::Steps;
 use crate::watch::{End, Typing};
+use policy::device::{ConsoleMode, Devices};
 use policy::report::EndReason;
 use std::fs::File;
 use std::path::{Path, PathBuf};
@@ -89,16 +91,31 @@ fn hook() -> ThreadHook {
         let filter = match kind {
             ThreadKind::Vcpu => Filter::Vcpu,
             ThreadKind::Disk => Filter::Disk,
+            ThreadKind::Rng => Filter::Rng,
+            ThreadKind::Net => Filter::Net,
+            ThreadKind::Balloon => Filter::Balloon,
+            ThreadKind::Vsock => Filter::Vsock,
+            ThreadKind::VirtioConsole => Filter::VirtioConsole,
             ThreadKind::Console => Filter::Console,
         };
         close_thread(filter).map_err(std::io::Error::other)
     })
 }
 
-/// Connects the serial line and, where a terminal is typed on, makes it raw for as long as the returned value lives.
-fn connect(machine: &mut Machine, console: Console) -> Result<(File, Typing, Option<RawMode>), Failure> {
+/// Connects the serial line, or the virtio console in its place, and where a terminal is typed on, makes it raw for as long as the returned value lives.
+fn connect(
+    machine: &mut Machine,
+    console: Console,
+    devices: Devices<'_>,
+) -> Result<(File, Typing, Option<RawMode>), Failure> {
     let Console { output, input, keyboard, typed } = console;
-    machine.set_console(ConsoleBackend { input: Some(input), output });
+    let backend = ConsoleBackend { input: Some(input), output };
+    match devices.console {
+        Some(virtio) if virtio.mode == ConsoleMode::Tty => {
+            machine.add_console(Line::Backend(backend)).map_err(|e| machine_failure(&e))?;
+        }
+        _ => machine.set_console(backend),
+    }
     if !typed {
         return Ok((keyboard, Typing::No, None));
     }
@@ -133,6 +150,10 @@ fn outcome(end: End) -> (Result<Exit, Failure>, EndReason, String) {
         End::Reset => {
             let failure = Failure::new(Exit::Reset, "the guest asked for a reset; start it again");
             (Err(failure), EndReason::Reset, String::new())
+        }
+        End::Panicked => {
+            let why = "the guest's kernel panicked";
+            (Err(Failure::new(Exit::Panic, format!("{why}; its console says why"))), EndReason::Failed, why.into())
         }
         End::Stopped => {
             let failure = Failure::new(Exit::Stopped, "stopped before the guest powered off; its volumes are flushed");

@@ -7,6 +7,7 @@ use super::{
     Host, Settings, connect, disks, folder_of, hook, machine_failure, outcome, read_file, serve_api, tell_start,
 };
 use crate::api::Api;
+use crate::attach::{Attachment, Ends, add_devices};
 use crate::console::Console;
 use crate::exit::{Exit, Failure, chain};
 use crate::guard::Guard;
@@ -43,6 +44,12 @@ pub struct ProtectedRun {
     pub file: PathBuf,
     /// Where its files lie.
     pub mappings: Vec<Mapping>,
+    /// Where its networks are.
+    pub attachments: Vec<Attachment>,
+    /// Where the socket of its virtio console is to be.
+    pub console_socket: Option<PathBuf>,
+    /// Where the socket of its vsock is to be.
+    pub vsock_socket: Option<PathBuf>,
     /// The host's TPM, and the way to the provider.
     pub host: Host,
 }
@@ -54,9 +61,15 @@ struct Prepared {
     signals: Signals,
     post: Post,
     inbox: Inbox,
-    console: Console,
+    lines: Lines,
     api: Option<Api>,
     link: Link,
+}
+
+/// The host's ends of the guest's lines.
+struct Lines {
+    console: Console,
+    ends: Ends,
 }
 
 /// Runs the VM of a VM file, to its end.
@@ -110,6 +123,7 @@ fn prepare(start: &ProtectedRun, settings: &Settings) -> Result<(Prepared, std::
     let (registration, registered) = channel();
     let contacts = contacts(&file, &start.host, registered)?;
     let link = Signals::kept_from(|| Link::start(contacts, steps, post.clone()))?;
+    let ends = Ends::attached(&start.attachments, start.console_socket.as_deref(), start.vsock_socket.as_deref())?;
     let kvm = open_kvm().map_err(|e| machine_failure(&e))?;
     let begun = Instant::now();
     let service = register(&file, &start.host)?;
@@ -121,7 +135,7 @@ fn prepare(start: &ProtectedRun, settings: &Settings) -> Result<(Prepared, std::
     let api = serve_api(settings, &post)?;
     // A thread that is gone says so when it is asked.
     let _ = registration.send(service);
-    Ok((Prepared { file, opener, signals, post, inbox, console, api, link }, kvm))
+    Ok((Prepared { file, opener, signals, post, inbox, lines: Lines { console, ends }, api, link }, kvm))
 }
 
 /// The VM file at `path`, read once.
@@ -146,7 +160,7 @@ fn live(prepared: Prepared, early: EarlyVm, opened: OpenedRelease, settings: &Se
     let (permit, config, established) =
         StartPermit::from_release(&opened, &prepared.file).map_err(|e| Failure::of(Exit::File, &e))?;
     steps.step("opened", "the sealed part fits its header, the release stands in the audit log");
-    let Prepared { file, opener, signals, post, inbox, console, api, link } = prepared;
+    let Prepared { file, opener, signals, post, inbox, lines, api, link } = prepared;
     link.establish(established);
     let lease = LeaseClock::new(opened.release.lease, opened.asked_ms);
     // Until the guard watches: a store that hangs must not keep keys in memory past the lease.
@@ -157,7 +171,7 @@ fn live(prepared: Prepared, early: EarlyVm, opened: OpenedRelease, settings: &Se
     let gate = Arc::new(LeaseGate::closed());
     gate.open_until(lease.quiesce_ms(), lease.end_ms());
 
-    let started = start(machine, &config, &volumes, console, permit, &gate, steps);
+    let started = start(machine, &config, &volumes, lines, permit, &gate, steps);
     let (running, keyboard, typing, raw) = match started {
         Ok(started) => started,
         Err(failure) => {
@@ -283,7 +297,7 @@ fn start(
     mut machine: Machine,
     config: &VmConfig,
     volumes: &Volumes,
-    console: Console,
+    lines: Lines,
     permit: StartPermit,
     gate: &Arc<LeaseGate>,
     steps: Steps,
@@ -296,7 +310,8 @@ fn start(
         };
         machine.add_disk(disk_slot).map_err(|e| machine_failure(&e))?;
     }
-    let (keyboard, typing, raw) = connect(&mut machine, console)?;
+    add_devices(config.devices(), lines.ends, &mut machine)?;
+    let (keyboard, typing, raw) = connect(&mut machine, lines.console, config.devices())?;
     tell_start(steps, typing, true);
     let running = machine.start(permit, gate.clone(), hook()).map_err(|e| machine_failure(&e))?;
     Ok((running, keyboard, typing, raw))

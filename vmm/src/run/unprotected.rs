@@ -3,6 +3,7 @@
 use super::disks::settings as disk_settings;
 use super::plain::{CONFIG_LIMIT, parse};
 use super::{Settings, connect, folder_of, hook, machine_failure, outcome, read_file, serve_api, tell_start};
+use crate::attach::{Ends, add_devices};
 use crate::console::Console;
 use crate::exit::{Exit, Failure};
 use crate::helm::Helm;
@@ -29,6 +30,7 @@ pub fn run(file: &Path, settings: &Settings) -> Result<Exit, Failure> {
     let config = parse(&bytes)
         .map_err(|e| Failure::new(Exit::File, format!("{}: {}", file.display(), crate::exit::chain(&e))))?;
     let files = Files::open(&config, &folder_of(file), steps)?;
+    let ends = Ends::configured(config.devices(), &folder_of(file))?;
     let kvm = open_kvm().map_err(|e| machine_failure(&e))?;
     let host = |what: &str, e: std::io::Error| Failure::new(Exit::Host, format!("cannot {what}: {e}"));
     let signals = Signals::take().map_err(|e| host("receive signals", e))?;
@@ -43,7 +45,8 @@ pub fn run(file: &Path, settings: &Settings) -> Result<Exit, Failure> {
         Shape { vcpus: config.cpus.boot_vcpus, memory: config.memory.size, hotplug: config.memory.hotplug_size };
     let mut machine = Machine::prepare(kvm, shape).map_err(|e| machine_failure(&e))?;
     let facts = files.into_machine(&mut machine, &config)?;
-    let (keyboard, typing, raw) = connect(&mut machine, console)?;
+    add_devices(config.devices(), ends, &mut machine)?;
+    let (keyboard, typing, raw) = connect(&mut machine, console, config.devices())?;
     let permit = StartPermit::from_plain(&config);
     let gate = Arc::new(LeaseGate::unlimited());
     tell_start(steps, typing, true);

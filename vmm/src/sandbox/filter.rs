@@ -15,6 +15,16 @@ pub enum Filter {
     Vcpu,
     /// A disk's queue.
     Disk,
+    /// The source of random numbers.
+    Rng,
+    /// A network card.
+    Net,
+    /// A balloon.
+    Balloon,
+    /// Sockets between guest and host.
+    Vsock,
+    /// A virtio console.
+    VirtioConsole,
     /// The serial line.
     Console,
     /// The control socket.
@@ -29,8 +39,21 @@ type Program = &'static [(u16, u8, u8, u32)];
 
 impl Filter {
     /// Every kind.
-    pub const ALL: [Self; 8] =
-        [Self::Main, Self::Provider, Self::Vcpu, Self::Disk, Self::Console, Self::Api, Self::Opener, Self::Ctl];
+    pub const ALL: [Self; 13] = [
+        Self::Main,
+        Self::Provider,
+        Self::Vcpu,
+        Self::Disk,
+        Self::Rng,
+        Self::Net,
+        Self::Balloon,
+        Self::Vsock,
+        Self::VirtioConsole,
+        Self::Console,
+        Self::Api,
+        Self::Opener,
+        Self::Ctl,
+    ];
 
     fn program(self) -> Program {
         match self {
@@ -38,6 +61,11 @@ impl Filter {
             Self::Provider => &include!(concat!(env!("OUT_DIR"), "/provider.rs")),
             Self::Vcpu => &include!(concat!(env!("OUT_DIR"), "/vcpu.rs")),
             Self::Disk => &include!(concat!(env!("OUT_DIR"), "/disk.rs")),
+            Self::Rng => &include!(concat!(env!("OUT_DIR"), "/rng.rs")),
+            Self::Net => &include!(concat!(env!("OUT_DIR"), "/net.rs")),
+            Self::Balloon => &include!(concat!(env!("OUT_DIR"), "/balloon.rs")),
+            Self::Vsock => &include!(concat!(env!("OUT_DIR"), "/vsock.rs")),
+            Self::VirtioConsole => &include!(concat!(env!("OUT_DIR"), "/virtio-console.rs")),
             Self::Console => &include!(concat!(env!("OUT_DIR"), "/console.rs")),
             Self::Api => &include!(concat!(env!("OUT_DIR"), "/api.rs")),
             Self::Opener => &include!(concat!(env!("OUT_DIR"), "/opener.rs")),

@@ -1,6 +1,8 @@
 //! What tests of `fealty run` share: the small guest, a running program, bounded waits.
 #![allow(dead_code, reason = "each test binary uses its part")]
 
+pub(crate) mod namespace;
+
 use std::io::Read;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
@@ -24,12 +26,18 @@ pub(crate) fn guest() -> &'static Path {
 
 /// A plain configuration in `folder` whose guest does `words`; its path.
 pub(crate) fn configuration(folder: &Path, words: &str, disks: serde_json::Value) -> PathBuf {
-    let config = serde_json::json!({
+    configuration_with(folder, words, serde_json::json!({ "disks": disks }))
+}
+
+/// A plain configuration with the fields of `more`.
+pub(crate) fn configuration_with(folder: &Path, words: &str, more: serde_json::Value) -> PathBuf {
+    let mut config = serde_json::json!({
         "cpus": { "boot_vcpus": 1 },
         "memory": { "size": 64u64 << 20 },
         "payload": { "kernel": guest(), "cmdline": format!("console=ttyS0 fealty.do={words}") },
-        "disks": disks,
     });
+    let fields = config.as_object_mut().expect("an object");
+    fields.extend(more.as_object().expect("an object").clone());
     let path = folder.join("plain.json");
     std::fs::write(&path, config.to_string()).expect("written");
     path

@@ -37,6 +37,9 @@ pub(crate) fn images() -> &'static Images {
     })
 }
 
+/// Adds something to a machine.
+type Add = Box<dyn FnOnce(&mut Machine)>;
+
 /// What a test's machine is made of.
 pub(crate) struct Plan {
     pub(crate) kernel: File,
@@ -44,6 +47,8 @@ pub(crate) struct Plan {
     pub(crate) words: String,
     pub(crate) shape: Shape,
     pub(crate) disks: Vec<DiskSlot>,
+    /// What else goes into the machine.
+    pub(crate) more: Option<Add>,
     pub(crate) gate: Arc<LeaseGate>,
 }
 
@@ -56,6 +61,7 @@ impl Plan {
             words: words.into(),
             shape: Shape { vcpus: 1, memory: 64 << 20, hotplug: 0 },
             disks: vec![],
+            more: None,
             gate: Arc::new(LeaseGate::unlimited()),
         }
     }
@@ -72,6 +78,12 @@ impl Plan {
         self
     }
 
+    /// With what `add` puts into the machine.
+    pub(crate) fn with(mut self, add: impl FnOnce(&mut Machine) + 'static) -> Self {
+        self.more = Some(Box::new(add));
+        self
+    }
+
     /// Boots it.
     pub(crate) fn boot(self) -> Guest {
         let kvm = open_kvm().expect("these tests need /dev/kvm");
@@ -81,6 +93,9 @@ impl Plan {
         let boot = Boot { kernel: image(&self.kernel), initrd: self.initrd.as_ref().map(image), cmdline: &cmdline };
         machine.load(&boot).expect("the guest fits");
         self.disks.into_iter().for_each(|disk| machine.add_disk(disk).expect("a slot"));
+        if let Some(add) = self.more {
+            add(&mut machine);
+        }
         let (input, keyboard) = io::pipe().expect("a pipe");
         let screen = Screen::default();
         machine.set_console(ConsoleBackend { input: Some(input.into()), output: Box::new(screen.clone()) });

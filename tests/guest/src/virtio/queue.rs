@@ -110,6 +110,12 @@ impl Queue {
         self.publish(slot * 3);
     }
 
+    /// Offers one buffer as request `slot`, to be read by the device or, with `device_writes`, written.
+    pub fn offer_one(&self, slot: usize, data: Piece, device_writes: bool) {
+        describe(&self.descriptors[slot * 3], data, if device_writes { WRITE } else { 0 }, 0);
+        self.publish(slot * 3);
+    }
+
     /// Whether the device wants a doorbell for what was offered since this was asked last (2.7.10).
     pub fn wants_doorbell(&self) -> bool {
         let now = self.available_index.load(Ordering::Relaxed);

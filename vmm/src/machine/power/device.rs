@@ -18,6 +18,9 @@ pub(in crate::machine) const RESET_VALUE: u8 = 1;
 /// The event register's bit for the power button.
 pub(in crate::machine) const EVENT_BUTTON: u8 = 1;
 
+/// The event register's bit for another VM generation id.
+pub(in crate::machine) const EVENT_GENERATION: u8 = 1 << 1;
+
 /// The power switch.
 pub(crate) struct Power {
     control: Arc<Control>,
@@ -33,7 +36,16 @@ impl Power {
 
     /// Presses the button.
     pub(crate) fn press(&self) {
-        self.events.fetch_or(EVENT_BUTTON, Ordering::SeqCst);
+        self.tell(EVENT_BUTTON);
+    }
+
+    /// Tells the guest that its generation id is another one.
+    pub(crate) fn tell_generation(&self) {
+        self.tell(EVENT_GENERATION);
+    }
+
+    fn tell(&self, event: u8) {
+        self.events.fetch_or(event, Ordering::SeqCst);
         // The counter can't overflow: KVM drains it.
         let _ = self.interrupt.write(1);
     }

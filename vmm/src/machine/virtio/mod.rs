@@ -7,12 +7,16 @@
 
 mod chain;
 mod config;
+pub(crate) mod fuzzing;
 mod link;
 #[cfg(test)]
 pub(crate) mod mock;
 mod queue;
+#[cfg(test)]
+pub(crate) mod rig;
 mod ring;
 mod seat;
+mod service;
 mod transport;
 
 pub use chain::{Chain, Segment, pieces};
@@ -21,6 +25,7 @@ pub use link::Link;
 pub use queue::Virtqueue;
 pub use ring::{Ring, RingError};
 pub use seat::{Seat, Turn};
+pub use service::{Serve, Service};
 pub use transport::VirtioPci;
 
 use std::sync::Arc;

@@ -400,7 +400,8 @@ fn add_capabilities(config: &mut ConfigSpace, device: &dyn VirtioDevice, vectors
         (CONFIG_ISR, ISR, 1),
         (CONFIG_DEVICE, DEVICE, device.config().length() as u32),
     ];
-    for (kind, at, size) in structures {
+    // A device without configuration has no such structure (4.1.4.6): Linux refuses one of no length.
+    for (kind, at, size) in structures.into_iter().filter(|(_, _, size)| *size > 0) {
         let body = structure(kind, at, size, &[]);
         config.add_capability(CAPABILITY_VENDOR, &body, &vec![0; body.len()]);
     }

@@ -1,0 +1,66 @@
+//! The console driver (virtio 1.3, 5.3): one port.
+
+use core::cell::UnsafeCell;
+
+use crate::interrupts::Source;
+use crate::pci::Device;
+
+use super::queue::Queue;
+use super::transport::{Transport, TransportError};
+
+/// The most bytes that are written or read at once.
+pub const LONGEST: usize = 128;
+
+#[repr(C, align(64))]
+struct Buffer(UnsafeCell<[u8; LONGEST]>);
+
+// SAFETY: one processor, one thread: only the driver below touches them, and only while the device does not.
+unsafe impl Sync for Buffer {}
+
+static RECEIVE: Queue = Queue::new();
+static TRANSMIT: Queue = Queue::new();
+static INPUT: Buffer = Buffer(UnsafeCell::new([0; LONGEST]));
+static OUTPUT: Buffer = Buffer(UnsafeCell::new([0; LONGEST]));
+
+/// The console.
+pub struct Console {
+    transport: Transport,
+}
+
+impl Console {
+    /// Starts it; nothing where there is none. At most once.
+    pub fn start(ecam: u64) -> Option<Result<Self, TransportError>> {
+        let device = Device::find(ecam, 0x1af4, 0x1043).next()?;
+        let started = Transport::start(device, 0, Source::Device, &[&RECEIVE, &TRANSMIT]);
+        Some(started.map(|transport| Self { transport }))
+    }
+
+    /// Writes `bytes`, at most [`LONGEST`]; returns once the other end has them.
+    pub fn write(&self, bytes: &[u8]) {
+        let length = bytes.len().min(LONGEST);
+        // SAFETY: nothing is being sent (this waits for its own), so the buffer is ours; the length keeps within both.
+        unsafe { core::ptr::copy_nonoverlapping(bytes.as_ptr(), OUTPUT.0.get().cast(), length) };
+        TRANSMIT.offer_one(0, (OUTPUT.0.get() as u64, length as u32), false);
+        self.transport.notify(1);
+        while TRANSMIT.finished().is_none() {
+            Source::Device.sleep();
+            Source::Device.take();
+        }
+    }
+
+    /// Waits for some bytes; gives how many.
+    pub fn read(&self, into: &mut [u8; LONGEST]) -> usize {
+        RECEIVE.offer_one(0, (INPUT.0.get() as u64, LONGEST as u32), true);
+        self.transport.notify(0);
+        let length = loop {
+            Source::Device.take();
+            if let Some((_, length)) = RECEIVE.finished_with_length() {
+                break length;
+            }
+            Source::Device.sleep();
+        };
+        // SAFETY: the device is done with the buffer, and nobody else refers to it.
+        *into = unsafe { INPUT.0.get().read_volatile() };
+        (length as usize).min(LONGEST)
+    }
+}
