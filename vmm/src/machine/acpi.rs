@@ -2,8 +2,8 @@
 //! each processor, an I/O APIC, a PCI host bridge with ECAM, COM1, and a power button.
 
 use super::layout::{
-    ACPI_TABLES, ACPI_TABLES_END, ECAM, ECAM_SIZE, IO_APIC, LOCAL_APIC, PCI_CONFIG_PORT, PCI_CONFIG_PORTS, PCI_WINDOW,
-    PCI_WINDOW_SIZE, POWER_GSI, POWER_PORT, SERIAL_GSI, SERIAL_PORT, SERIAL_PORTS,
+    ACPI_TABLES, ECAM, ECAM_SIZE, IO_APIC, LOCAL_APIC, PCI_CONFIG_PORT, PCI_CONFIG_PORTS, PCI_WINDOW, PCI_WINDOW_SIZE,
+    POWER_GSI, POWER_PORT, RESET_VECTOR, SERIAL_GSI, SERIAL_PORT, SERIAL_PORTS,
 };
 use super::memory::GuestRam;
 use super::power::{EVENT_BUTTON, RESET_VALUE, SLEEP_TYPE_OFF};
@@ -37,7 +37,7 @@ pub struct AcpiError(usize);
 /// Writes all tables for `processors` processors, the RSDP at [`ACPI_TABLES`].
 pub(super) fn write(ram: &GuestRam, processors: u8) -> Result<(), AcpiError> {
     let tables = build(processors);
-    let room = (ACPI_TABLES_END - ACPI_TABLES) as usize;
+    let room = (RESET_VECTOR - ACPI_TABLES) as usize;
     let fits = tables.len() <= room && ram.write_slice(&tables, GuestAddress(ACPI_TABLES)).is_ok();
     fits.then_some(()).ok_or(AcpiError(tables.len()))
 }

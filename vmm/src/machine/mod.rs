@@ -19,6 +19,7 @@ pub mod layout;
 pub mod memory;
 pub mod pci;
 mod power;
+mod reset;
 mod running;
 mod serial;
 mod sync;
@@ -284,6 +285,7 @@ impl EarlyVm {
         let vcpus = (0..shape.vcpus).map(|index| Vcpu::new(&vm, index, &table, memory.clone()));
         let vcpus = vcpus.collect::<Result<Vec<_>, _>>()?;
         acpi::write(memory.ram(), shape.vcpus)?;
+        reset::write(memory.ram());
         Ok(Machine {
             vcpus,
             wires: Arc::new(KvmWires::new(vm)),
