@@ -42,7 +42,6 @@ const KVM_A: Word = (0x4000_0001, 0, A);
 /// Features by level: register, bit, name. A level has those of the levels below.
 const FEATURES: &[(u8, Word, u32, &str)] = &[
     (2, ONE_D, 0, "fpu"),
-    (2, ONE_D, 1, "vme"),
     (2, ONE_D, 2, "de"),
     (2, ONE_D, 3, "pse"),
     (2, ONE_D, 4, "tsc"),
