@@ -86,6 +86,45 @@ fn is_false(flag: &bool) -> bool {
 pub struct Cpus {
     /// How many the guest starts with: 1 to 16.
     pub boot_vcpus: u8,
+    /// What they can do.
+    #[serde(default, skip_serializing_if = "CpuBaseline::is_host")]
+    pub baseline: CpuBaseline,
+}
+
+/// What a guest's processors can do. With a named baseline a VM sees the same processor on every host of one maker that has at
+/// least that, and can move between them; a host that has less does not start it.
+#[derive(Clone, Copy, PartialEq, Eq, Default, Debug, Serialize, Deserialize)]
+pub enum CpuBaseline {
+    /// Everything that this host's processor and its KVM offer: fastest, and tied to hosts like this one.
+    #[default]
+    #[serde(rename = "host")]
+    Host,
+    /// SSE4.2, POPCNT: processors from 2009 on (x86-64 psABI, microarchitecture levels).
+    #[serde(rename = "x86-64-v2")]
+    V2,
+    /// AVX2, BMI, FMA, and AES: from 2013 on.
+    #[serde(rename = "x86-64-v3")]
+    V3,
+    /// AVX-512 F, BW, CD, DQ, VL: servers from 2017 on.
+    #[serde(rename = "x86-64-v4")]
+    V4,
+}
+
+impl CpuBaseline {
+    fn is_host(&self) -> bool {
+        *self == Self::Host
+    }
+}
+
+impl std::fmt::Display for CpuBaseline {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Self::Host => "host",
+            Self::V2 => "x86-64-v2",
+            Self::V3 => "x86-64-v3",
+            Self::V4 => "x86-64-v4",
+        })
+    }
 }
 
 /// Guest memory, in bytes.
@@ -97,6 +136,15 @@ pub struct Memory {
     /// Address space reserved for memory added later, in bytes: a multiple of 2 MiB.
     #[serde(default)]
     pub hotplug_size: u64,
+    /// Take the memory from the host's pool of huge pages, which must hold enough free ones of `hugepage_size`.
+    #[serde(default, skip_serializing_if = "is_false")]
+    pub hugepages: bool,
+    /// Size of a huge page: 2 MiB (the default) or 1 GiB, of which `size` and `hotplug_size` must then be multiples.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub hugepage_size: Option<u64>,
+    /// Ask the host's kernel for transparent huge pages, where it gives them only to who asks.
+    #[serde(default, skip_serializing_if = "is_false")]
+    pub thp: bool,
 }
 
 /// What is booted.
@@ -377,6 +425,14 @@ pub enum ConfigError {
     /// A hotplug window that does not fit.
     #[error("memory hotplug_size {0} is not a multiple of 2 MiB up to 1 TiB")]
     Hotplug(u64),
+    /// Huge pages of another size, or memory that they don't fill, or a size without them.
+    #[error(
+        "hugepage_size is 2 MiB or 1 GiB, goes with hugepages, and memory size and hotplug_size are multiples of it"
+    )]
+    HugePages,
+    /// Two kinds of huge pages.
+    #[error("memory has hugepages or thp, not both")]
+    TwoKinds,
     /// A command line that the boot protocol can't carry.
     #[error("the kernel's command line is longer than 2047 bytes or holds a NUL")]
     CommandLine,
@@ -451,6 +507,15 @@ fn check_machine(cpus: Cpus, memory: Memory, cmdline: &str) -> Result<(), Config
     }
     if !memory.hotplug_size.is_multiple_of(UNIT) || memory.hotplug_size > TIB {
         return Err(ConfigError::Hotplug(memory.hotplug_size));
+    }
+    if let Some(page) = memory.hugepage_size {
+        let fills = memory.size.is_multiple_of(page) && memory.hotplug_size.is_multiple_of(page);
+        if !memory.hugepages || ![UNIT, 1 << 30].contains(&page) || !fills {
+            return Err(ConfigError::HugePages);
+        }
+    }
+    if memory.hugepages && memory.thp {
+        return Err(ConfigError::TwoKinds);
     }
     if cmdline.len() > 2047 || cmdline.contains('\0') {
         return Err(ConfigError::CommandLine);
@@ -559,8 +624,8 @@ mod tests {
     #[test]
     fn what_no_machine_has_is_refused() {
         let good = PlainConfig {
-            cpus: Cpus { boot_vcpus: 1 },
-            memory: Memory { size: 128 << 20, hotplug_size: 0 },
+            cpus: Cpus { boot_vcpus: 1, baseline: CpuBaseline::Host },
+            memory: Memory { size: 128 << 20, hotplug_size: 0, hugepages: false, hugepage_size: None, thp: false },
             payload: PlainPayload { kernel: "k".into(), initramfs: None, cmdline: String::new() },
             disks: vec![],
             net: vec![],
@@ -622,6 +687,31 @@ mod tests {
             }
         }
         assert!(check(r#","rate_limiter_config":{"bytes":{}}"#).is_err());
+    }
+
+    #[test]
+    fn baselines_and_pages_have_names_and_bounds() {
+        let with = |cpus: &str, memory: &str| {
+            let text =
+                format!(r#"{{"cpus":{{"boot_vcpus":1{cpus}}},"memory":{{{memory}}},"payload":{{"kernel":"k"}}}}"#);
+            plain(&text).map_err(|_| None).and_then(|c| c.check().map_err(Some))
+        };
+        let small = r#""size":134217728"#;
+        for name in ["host", "x86-64-v2", "x86-64-v3", "x86-64-v4"] {
+            assert_eq!(with(&format!(r#","baseline":"{name}""#), small), Ok(()));
+        }
+        assert_eq!(with(r#","baseline":"x86-64-v5""#, small), Err(None));
+        for good in [r#","hugepages":true"#, r#","hugepages":true,"hugepage_size":2097152"#, r#","thp":true"#] {
+            assert_eq!(with("", &format!("{small}{good}")), Ok(()));
+        }
+        for bad in [
+            r#","hugepage_size":2097152"#,
+            r#","hugepages":true,"hugepage_size":4096"#,
+            r#","hugepages":true,"hugepage_size":1073741824"#,
+        ] {
+            assert_eq!(with("", &format!("{small}{bad}")), Err(Some(ConfigError::HugePages)), "{bad}");
+        }
+        assert_eq!(with("", &format!(r#"{small},"hugepages":true,"thp":true"#)), Err(Some(ConfigError::TwoKinds)));
     }
 
     #[test]

@@ -172,6 +172,29 @@ mod tests {
     }
 
     #[test]
+    fn a_unified_kernel_images_log_replays_to_what_the_machines_own_tpm_quoted() {
+        // OVMF 2022.11 that boots a unified kernel image with systemd's stub 252: what the kernel showed as
+        // binary_bios_measurements in a machine whose TPM then quoted these values.
+        let log = include_bytes!("../../tests/corpus/firmware-log/ovmf-uki");
+        let replay = replay(log).expect("good");
+        let values = [
+            (0, "1119fe2cc2550e9294b01a6355bfeb7ac1507139f07c0afec49f6644002acca9"),
+            (4, "279fbc98035d2b948e8091ba31a0acd565d472634e9e2f3490196e4d8bfb87af"),
+            (5, "a5ceb755d043f32431d63e39f5161464620a3437280494b5850dc1b47cc074e0"),
+            (7, "65caf8dd1e0ea7a6347b635d2b379c93b9a1351edc2afc3ecda700e534eb3068"),
+            (9, "46284b3786bc503ae5f999cb6f8b90c83d8d15a6b3d5ad2c1552947642fc070a"),
+            (11, "667ee28cf0fb62d745d42bc16364685c9ff45ad59221c133a283c6178dff299e"),
+        ];
+        for (pcr, value) in values {
+            assert_eq!(replay.value(pcr).to_string(), value, "PCR {pcr}");
+        }
+        // The image and the kernel in it; command line and initrd; name and content of the stub's four sections. What
+        // firmware says as it starts and leaves the boot loader (PCR 5) tells nothing.
+        let of = |pcr| replay.measurements.iter().filter(|m| m.pcr == pcr).count();
+        assert_eq!([of(4), of(5), of(9), of(11)], [2, 0, 2, 8]);
+    }
+
+    #[test]
     fn attack_19_no_action_extends_nothing_and_start_values_are_the_specifications() {
         let mut with = FirmwareLog::new();
         with.measured(0, EV_NO_ACTION, Digest([7; 32]), b"anything");

@@ -10,6 +10,7 @@
 //!   0x2_0000   command line (NUL-terminated, at most 2047 bytes)
 //!   0xe_0000   ACPI tables, RSDP first (reserved in the memory map, up to 0x10_0000)
 //!   0xf_f000   the VM generation id, 16 bytes
+//!   0xf_fff0   reset vector: real-mode code that writes the reset register
 //!  0x10_0000   kernel: a bzImage's protected-mode part, or where an ELF file's segments say
 //!        top   initrd, page-aligned, at the end of low RAM (below the kernel's initrd_addr_max)
 //! 0xc000_0000  PCI memory window, 512 MiB: BAR 0 of the device in slot S is at 0xc000_0000 + S * 0x1_0000
@@ -80,6 +81,8 @@ pub const ACPI_TABLES: u64 = 0xe_0000;
 pub const GENERATION_ID: u64 = 0xf_f000;
 /// End of the space for ACPI's tables.
 pub const ACPI_TABLES_END: u64 = 0x10_0000;
+/// Where a processor in real mode begins after a reset, and where Linux jumps to when it reboots "by BIOS".
+pub const RESET_VECTOR: u64 = 0xf_fff0;
 /// Where kernels may begin.
 pub const KERNEL: u64 = 0x10_0000;
 

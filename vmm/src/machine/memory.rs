@@ -6,7 +6,7 @@ use super::layout::{HOLE, HOLE_END, HOTPLUG_ALIGNMENT};
 use kvm_bindings::kvm_userspace_memory_region;
 use kvm_ioctls::VmFd;
 use rustix::mm::{Advice, ProtFlags, madvise};
-use vm_memory::mmap::MmapRegionBuilder;
+use vm_memory::mmap::{MmapRegionBuilder, MmapRegionError};
 use vm_memory::{
     GuestAddress, GuestMemory, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion, GuestRegionMmap, MmapRegion,
     Permissions,
@@ -28,6 +28,20 @@ struct Window {
     mapping: MmapRegion,
 }
 
+/// What pages of the host guest memory lies in.
+#[derive(Clone, Copy, PartialEq, Eq, Default, Debug)]
+pub enum Pages {
+    /// Whatever the host's kernel gives.
+    #[default]
+    Usual,
+    /// Transparent huge pages, asked for.
+    Transparent,
+    /// The host's pool of huge pages of 2 MiB.
+    Huge2M,
+    /// Those of 1 GiB.
+    Huge1G,
+}
+
 /// Why guest memory can't be had.
 #[derive(Debug, thiserror::Error)]
 pub enum MemoryError {
@@ -39,6 +53,23 @@ pub enum MemoryError {
         /// What failed.
         #[source]
         source: Box<dyn std::error::Error + Send + Sync>,
+    },
+    /// The pool of huge pages is too small.
+    #[error("the host has not enough free huge pages for {bytes} bytes of guest memory; raise vm.nr_hugepages")]
+    Pool {
+        /// How many bytes were asked for.
+        bytes: u64,
+        /// What the kernel said.
+        #[source]
+        source: std::io::Error,
+    },
+    /// More than the host has.
+    #[error("the VM is to have {asked} bytes of memory, but this host has {has}")]
+    Host {
+        /// What the VM's configuration says.
+        asked: u64,
+        /// The host's RAM.
+        has: u64,
     },
     /// The kernel would not keep the mapping out of dumps and children.
     #[error("cannot keep guest memory out of core dumps and children of this process")]
@@ -65,15 +96,25 @@ pub enum MemoryError {
 impl Memory {
     /// Maps `size` bytes of RAM, up to 3 GiB of it below the hole, the rest above, and reserves `hotplug` bytes after it.
     pub fn new(size: u64, hotplug: u64) -> Result<Self, MemoryError> {
+        Self::of(Pages::Usual, size, hotplug)
+    }
+
+    /// [`new`](Self::new) in pages of this kind. No more than the host has: pages are taken as the guest touches them, so that
+    /// the kernel alone would let it start, and kill something later.
+    pub fn of(pages: Pages, size: u64, hotplug: u64) -> Result<Self, MemoryError> {
+        let has = host_memory();
+        if size > has {
+            return Err(MemoryError::Host { asked: size, has });
+        }
         let low = size.min(HOLE);
-        let mut regions = vec![ram_region(0, low)?];
+        let mut regions = vec![ram_region(0, low, pages)?];
         if size > low {
-            regions.push(ram_region(HOLE_END, size - low)?);
+            regions.push(ram_region(HOLE_END, size - low, pages)?);
         }
         let end = regions.last().map_or(0, |r| r.start_addr().0 + r.len());
         let window = match hotplug {
             0 => None,
-            _ => Some(Window { start: window_start(end), mapping: map(hotplug, ProtFlags::empty())? }),
+            _ => Some(Window { start: window_start(end), mapping: map(hotplug, ProtFlags::empty(), Pages::Usual)? }),
         };
         let ram = GuestRam::from_regions(regions)
             .map_err(|source| MemoryError::Map { bytes: size, source: Box::new(source) })?;
@@ -131,26 +172,48 @@ fn window_start(ram_end: u64) -> u64 {
     ram_end.max(HOLE_END).next_multiple_of(HOTPLUG_ALIGNMENT)
 }
 
-fn ram_region(guest: u64, bytes: u64) -> Result<GuestRegionMmap, MemoryError> {
-    let mapping = map(bytes, ProtFlags::READ | ProtFlags::WRITE)?;
+/// The host's RAM in bytes; without bound where the kernel does not say.
+fn host_memory() -> u64 {
+    let mut info = std::mem::MaybeUninit::<libc::sysinfo>::zeroed();
+    // SAFETY: the pointer is to a writable `sysinfo`, which the kernel fills; all zeros are one too.
+    let info = unsafe { (libc::sysinfo(info.as_mut_ptr()) == 0).then(|| info.assume_init()) };
+    info.map_or(u64::MAX, |info| info.totalram.saturating_mul(info.mem_unit.into()))
+}
+
+fn ram_region(guest: u64, bytes: u64, pages: Pages) -> Result<GuestRegionMmap, MemoryError> {
+    let mapping = map(bytes, ProtFlags::READ | ProtFlags::WRITE, pages)?;
     GuestRegionMmap::new(mapping, GuestAddress(guest))
         .ok_or_else(|| MemoryError::Map { bytes, source: "it does not fit in the guest's address space".into() })
 }
 
-fn map(bytes: u64, access: ProtFlags) -> Result<MmapRegion, MemoryError> {
+fn map(bytes: u64, access: ProtFlags, pages: Pages) -> Result<MmapRegion, MemoryError> {
     let length = usize::try_from(bytes).unwrap_or(usize::MAX);
+    // Pages of the pool are reserved at once: a guest that found none later would die of it.
+    let (kind, advice) = match pages {
+        Pages::Usual => (libc::MAP_NORESERVE, None),
+        Pages::Transparent => (libc::MAP_NORESERVE, Some(Advice::LinuxHugepage)),
+        Pages::Huge2M => (libc::MAP_HUGETLB | libc::MAP_HUGE_2MB, None),
+        Pages::Huge1G => (libc::MAP_HUGETLB | libc::MAP_HUGE_1GB, None),
+    };
     let mapping = MmapRegionBuilder::new(length)
         .with_mmap_prot(access.bits().cast_signed())
-        .with_mmap_flags(libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE)
+        .with_mmap_flags(libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | kind)
         .build()
-        .map_err(|source| MemoryError::Map { bytes, source: Box::new(source) })?;
-    for advice in [Advice::LinuxDontDump, Advice::LinuxDontFork] {
-        // SAFETY: the range is exactly the mapping made above, and neither advice changes its contents or validity in this
+        .map_err(|source| unmapped(bytes, pages, source))?;
+    for advice in [Advice::LinuxDontDump, Advice::LinuxDontFork].into_iter().chain(advice) {
+        // SAFETY: the range is exactly the mapping made above, and no advice here changes its contents or validity in this
         // process.
         unsafe { madvise(mapping.as_ptr().cast(), mapping.size(), advice) }
             .map_err(|source| MemoryError::Advise(source.into()))?;
     }
     Ok(mapping)
+}
+
+fn unmapped(bytes: u64, pages: Pages, source: MmapRegionError) -> MemoryError {
+    match (pages, source) {
+        (Pages::Huge2M | Pages::Huge1G, MmapRegionError::Mmap(source)) => MemoryError::Pool { bytes, source },
+        (_, source) => MemoryError::Map { bytes, source: Box::new(source) },
+    }
 }
 
 /// The one function that shows host memory to a guest. It refuses memory that holds keys: memfd_secret alone does not
@@ -193,6 +256,25 @@ mod tests {
         assert_eq!(window(128 << 20, 0), None);
         assert_eq!(window(128 << 20, GIB), Some((4 * GIB, GIB)));
         assert_eq!(window(4 * GIB + (2 << 20), GIB), Some((6 * GIB, GIB)));
+    }
+
+    #[test]
+    fn more_than_the_host_has_is_refused() {
+        let refused = Memory::new(1 << 50, 0).err();
+        assert!(
+            matches!(refused, Some(MemoryError::Host { asked, has }) if asked == 1 << 50 && has > 1 << 28),
+            "{refused:?}"
+        );
+    }
+
+    #[test]
+    fn huge_pages_come_from_the_pool_or_not_at_all() {
+        let pool = std::fs::read_to_string("/proc/sys/vm/nr_hugepages").unwrap_or_default();
+        let pages: u64 = pool.trim().parse().unwrap_or(0);
+        let asked = (pages + 8).max(8) << 21;
+        let refused = Memory::of(Pages::Huge2M, asked, 0).err();
+        assert!(matches!(refused, Some(MemoryError::Pool { bytes, .. }) if bytes == asked.min(HOLE)), "{refused:?}");
+        Memory::of(Pages::Transparent, 16 << 20, 0).expect("a kernel with transparent huge pages");
     }
 
     #[test]

@@ -26,6 +26,7 @@ mod panic;
 pub mod pci;
 mod power;
 pub mod rate;
+mod reset;
 pub mod rng;
 mod running;
 mod serial;
@@ -55,13 +56,13 @@ pub use block::{BlockCounters, Disk, DiskError, DiskSettings, RawDisk, serial_nu
 pub use boot::{Boot, BootError, Image};
 pub use devices::DeviceCounters;
 pub use event::{Events, MachineEvent};
-pub use memory::MemoryError;
+pub use memory::{MemoryError, Pages};
 pub use net::{NetCounters, NetSlot, Tap, TapError};
 pub use rng::RngCounters;
 pub use running::{Counters, Frozen, InspectError, Running};
 pub use serial::ConsoleBackend;
 pub use thread::{ThreadHook, ThreadKind};
-pub use vcpu::{VcpuError, VcpuState};
+pub use vcpu::{BaselineError, VcpuError, VcpuState};
 pub use wires::WireError;
 
 use crate::lease::LeaseGate;
@@ -81,6 +82,7 @@ use memory::Memory;
 use net::NetDevice;
 use panic::PanicDevice;
 use pci::{PciBus, SlotsTaken};
+use policy::config::CpuBaseline;
 use policy::encoding::Digest;
 use power::Power;
 use rng::RngDevice;
@@ -105,6 +107,28 @@ pub struct Shape {
     pub memory: u64,
     /// Address space in bytes for memory added later; a multiple of 2 MiB.
     pub hotplug: u64,
+}
+
+/// What a machine may be told beside its shape.
+#[derive(Clone, Copy, PartialEq, Eq, Default, Debug)]
+pub struct Traits {
+    /// What its processors can do.
+    pub baseline: CpuBaseline,
+    /// Where its memory lies.
+    pub pages: Pages,
+}
+
+impl Traits {
+    /// What a configuration says of them.
+    pub fn of(cpus: policy::config::Cpus, memory: policy::config::Memory) -> Self {
+        let pages = match (memory.hugepages, memory.hugepage_size, memory.thp) {
+            (true, Some(size), _) if size == layout::GIB => Pages::Huge1G,
+            (true, _, _) => Pages::Huge2M,
+            (false, _, true) => Pages::Transparent,
+            (false, _, false) => Pages::Usual,
+        };
+        Self { baseline: cpus.baseline, pages }
+    }
 }
 
 /// A disk to add.
@@ -144,6 +168,9 @@ pub enum MachineError {
     /// A vCPU.
     #[error(transparent)]
     Vcpu(#[from] VcpuError),
+    /// A processor that is less than the configuration asks for.
+    #[error(transparent)]
+    Baseline(#[from] BaselineError),
     /// Interrupts and doorbells.
     #[error(transparent)]
     Wire(#[from] WireError),
@@ -171,6 +198,7 @@ pub enum MachineError {
 pub struct EarlyVm {
     vm: VmFd,
     supported: CpuId,
+    traits: Traits,
 }
 
 /// A machine that does not run yet.
@@ -199,7 +227,7 @@ impl Machine {
         vm.set_identity_map_address(KVM_IDENTITY_MAP).map_err(error("the identity map"))?;
         vm.set_tss_address(KVM_TSS as usize).map_err(error("the task state segment"))?;
         let supported = kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES).map_err(error("its CPUID table"))?;
-        Ok(EarlyVm { vm, supported })
+        Ok(EarlyVm { vm, supported, traits: Traits::default() })
     }
 
     /// [`open`](Self::open) and [`prepare`](EarlyVm::prepare) in one.
@@ -370,6 +398,12 @@ fn run_vcpus(
 }
 
 impl EarlyVm {
+    /// Tells it more than its shape.
+    pub fn with(mut self, traits: Traits) -> Self {
+        self.traits = traits;
+        self
+    }
+
     /// Gives the VM its memory, interrupt controller, vCPUs and firmware tables. No byte of a guest, and no key.
     pub fn prepare(self, shape: Shape) -> Result<Machine, MachineError> {
         const STEP: u64 = 2 << 20;
@@ -378,16 +412,23 @@ impl EarlyVm {
             return Err(MachineError::Shape);
         }
         let vm = Arc::new(self.vm);
-        let memory = Arc::new(Memory::new(shape.memory, shape.hotplug)?);
+        let facts = cpuid::Facts {
+            baseline: self.traits.baseline,
+            count: shape.vcpus,
+            tsc_deadline: vm.check_extension(Cap::TscDeadlineTimer),
+        };
+        let table = cpuid::common(&self.supported, facts)?;
+        let memory = Arc::new(Memory::of(self.traits.pages, shape.memory, shape.hotplug)?);
         // All slots before the interrupt controller: each one after it costs milliseconds.
         memory.register(&vm)?;
         vm.create_irq_chip().map_err(|source| MachineError::Kvm { what: "an interrupt controller", source })?;
-        let facts = cpuid::Facts { count: shape.vcpus, tsc_deadline: vm.check_extension(Cap::TscDeadlineTimer) };
-        let table = cpuid::common(&self.supported, facts);
+        vcpu::msr::filter(&vm)
+            .map_err(|source| MachineError::Kvm { what: "a filter of model-specific registers", source })?;
         let vcpus = (0..shape.vcpus).map(|index| Vcpu::new(&vm, index, &table, memory.clone()));
         let vcpus = vcpus.collect::<Result<Vec<_>, _>>()?;
         acpi::write(memory.ram(), shape.vcpus)?;
         Generation::write(memory.ram()).map_err(MachineError::Generation)?;
+        reset::write(memory.ram());
         Ok(Machine {
             vcpus,
             wires: Arc::new(KvmWires::new(vm)),
@@ -428,6 +469,7 @@ fn check(kvm: &Kvm) -> Result<(), MachineError> {
         (Cap::SignalMsi, "message-signalled interrupts"),
         (Cap::ImmediateExit, "immediate exit"),
         (Cap::ExtCpuid, "CPUID tables"),
+        (Cap::X86MsrFilter, "a filter of model-specific registers"),
     ];
     match needed.into_iter().find(|(cap, _)| !kvm.check_extension(*cap)) {
         Some((_, what)) => Err(MachineError::Lacks(what)),

@@ -13,7 +13,7 @@ use crate::exit::{Exit, Failure, chain};
 use crate::guard::Guard;
 use crate::helm::Helm;
 use crate::lease::{Deadline, LeaseClock, LeaseGate};
-use crate::machine::{Boot, Disk, DiskSlot, EarlyVm, Image, Machine, Running, Shape, open_kvm};
+use crate::machine::{Boot, Disk, DiskSlot, EarlyVm, Image, Machine, Running, Shape, Traits, open_kvm};
 use crate::opener::{Access, Mapping, Opener};
 use crate::operations::{Facts, Operations, Protected};
 use crate::permit::StartPermit;
@@ -279,6 +279,7 @@ fn load(
     let begun = Instant::now();
     let shape =
         Shape { vcpus: config.cpus.boot_vcpus, memory: config.memory.size, hotplug: config.memory.hotplug_size };
+    let early = early.with(Traits::of(config.cpus, config.memory));
     let mut machine = early.prepare(shape).map_err(|e| machine_failure(&e))?;
     let initramfs = config.payload.initramfs.as_ref();
     let boot = Boot {

@@ -8,7 +8,7 @@ use crate::console::Console;
 use crate::exit::{Exit, Failure};
 use crate::helm::Helm;
 use crate::lease::LeaseGate;
-use crate::machine::{Boot, DiskSlot, Image, Machine, RawDisk, Shape, open_kvm};
+use crate::machine::{Boot, DiskSlot, Image, Machine, RawDisk, Shape, Traits, open_kvm};
 use crate::operations::{Facts, Operations};
 use crate::permit::StartPermit;
 use crate::post::office;
@@ -43,7 +43,8 @@ pub fn run(file: &Path, settings: &Settings) -> Result<Exit, Failure> {
 
     let shape =
         Shape { vcpus: config.cpus.boot_vcpus, memory: config.memory.size, hotplug: config.memory.hotplug_size };
-    let mut machine = Machine::prepare(kvm, shape).map_err(|e| machine_failure(&e))?;
+    let early = Machine::open(kvm).map_err(|e| machine_failure(&e))?.with(Traits::of(config.cpus, config.memory));
+    let mut machine = early.prepare(shape).map_err(|e| machine_failure(&e))?;
     let facts = files.into_machine(&mut machine, &config)?;
     add_devices(config.devices(), ends, &mut machine)?;
     let (keyboard, typing, raw) = connect(&mut machine, console, config.devices())?;

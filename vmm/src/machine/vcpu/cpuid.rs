@@ -1,6 +1,8 @@
 //! What the guest learns of its processors: what KVM supports, with numbers and places put right.
 
+use super::baseline::{self, BaselineError};
 use kvm_bindings::{CpuId, KVM_CPUID_FLAG_SIGNIFCANT_INDEX, kvm_cpuid_entry2};
+use policy::config::CpuBaseline;
 
 const ECX1_VMX: u32 = 1 << 5;
 const ECX1_TSC_DEADLINE: u32 = 1 << 24;
@@ -15,6 +17,8 @@ const APIC_BUS_KHZ: u32 = 1_000_000;
 /// What stands behind the table.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Facts {
+    /// What the guest's processors are to be.
+    pub baseline: CpuBaseline,
     /// Processors of the machine.
     pub count: u8,
     /// Whether KVM's local APIC has the TSC deadline timer.
@@ -22,16 +26,17 @@ pub(crate) struct Facts {
 }
 
 /// The table for all vCPUs, from what KVM supports: one package, a core for each processor, no nested virtualization.
-pub(crate) fn common(supported: &CpuId, facts: Facts) -> Vec<kvm_cpuid_entry2> {
+pub(crate) fn common(supported: &CpuId, facts: Facts) -> Result<Vec<kvm_cpuid_entry2>, BaselineError> {
     let topology = |entry: &kvm_cpuid_entry2| matches!(entry.function, 0xb | 0x1f | KVM_TIMING);
     let mut entries: Vec<_> = supported.as_slice().iter().copied().filter(|entry| !topology(entry)).collect();
+    baseline::apply(&mut entries, facts.baseline)?;
     entries.iter_mut().for_each(|entry| adapt(entry, facts));
     // Two levels each: a thread a core, and all cores (Intel SDM 2A, CPUID).
     let shift = id_bits(facts.count);
     entries.push(level(0, 0, 1, 1));
     entries.push(level(1, shift, facts.count.into(), 2));
     entries.push(level(2, 0, 0, 0));
-    entries
+    Ok(entries)
 }
 
 /// Puts the APIC id of vCPU `index` into its table, and the frequency of its TSC where KVM knows it, so that no guest needs
@@ -118,7 +123,8 @@ mod tests {
             entry(KVM_BASE, 0x4000_0001, 0),
         ];
         let supported = CpuId::from_entries(&supported).expect("a small table");
-        let mut entries = common(&supported, Facts { count, tsc_deadline: true });
+        let facts = Facts { baseline: CpuBaseline::Host, count, tsc_deadline: true };
+        let mut entries = common(&supported, facts).expect("the host's own");
         personalize(&mut entries, 2, Some(2_000_000));
         entries
     }

@@ -1,10 +1,13 @@
 //! One virtual processor and the thread that runs it.
 
+mod baseline;
 pub(super) mod cpuid;
 mod exit;
 pub(super) mod kick;
+pub(super) mod msr;
 mod state;
 
+pub use baseline::BaselineError;
 pub use state::VcpuState;
 pub(super) use state::{Entry, boot_gdt};
 
