@@ -23,6 +23,11 @@ impl BlockSet {
         Self { pages: std::iter::repeat_with(|| None).take(pages).collect(), len: 0 }
     }
 
+    /// Blocks of `pages` bitmap pages, not fewer than so far, may be in it from now on.
+    pub(crate) fn lengthen(&mut self, pages: usize) {
+        self.pages.resize_with(pages.max(self.pages.len()), || None);
+    }
+
     pub(crate) fn len(&self) -> usize {
         self.len
     }
