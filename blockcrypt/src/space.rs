@@ -238,7 +238,10 @@ impl Space {
     pub(crate) fn lengthen(&mut self, geometry: &Geometry) {
         self.pool = geometry.pool();
         self.zone = geometry.zone();
-        self.clear.resize(usize::try_from(geometry.bitmaps()).unwrap_or(usize::MAX), UNKNOWN);
+        let pages = usize::try_from(geometry.bitmaps()).unwrap_or(usize::MAX);
+        self.clear.resize(pages, UNKNOWN);
+        self.held.lengthen(pages);
+        self.reserved.lengthen(pages);
     }
 
     /// Blocks that lay behind the end are free, others are not any more: neither counts as used.
