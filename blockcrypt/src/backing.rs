@@ -2,6 +2,7 @@
 //!
 //! Keys have a lock of their own, held for a computation and never over I/O: they can be wiped whatever the store does.
 
+use crate::crypto::wipe_registers;
 use crate::format::geometry::Geometry;
 use crate::format::page::{Child, Entry, Header};
 use crate::format::{BLOCK, Block, zero_block};
@@ -41,7 +42,7 @@ impl Backing {
         *self.geometry.write().unwrap_or_else(PoisonError::into_inner) = geometry;
     }
 
-    /// Computes something with the keys; not to be held over I/O.
+    /// Computes something with the keys, and wipes stack and vector registers after it; not to be held over I/O.
     pub(crate) fn with_keys<R>(
         &self,
         f: impl FnOnce(&KeyRing, &VolumeKey) -> Result<R, VolumeError>,
@@ -49,7 +50,9 @@ impl Backing {
         let held = self.keys.read().unwrap_or_else(PoisonError::into_inner);
         let ring = held.as_ref().ok_or(VolumeError::NoKeys)?;
         let current = ring.current().ok_or(VolumeError::NoKeys)?;
-        wiping_stack(|| f(ring, current))
+        let result = wiping_stack(|| f(ring, current));
+        wipe_registers();
+        result
     }
 
     /// Whether the keys are there.

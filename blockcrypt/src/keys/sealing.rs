@@ -11,7 +11,7 @@
 //! between the two would choose what is decrypted.
 
 use super::{KeyRing, VolumeKey};
-use crate::crypto::{BATCH, Message, TWEAKS, wipe_registers};
+use crate::crypto::{BATCH, Message, TWEAKS};
 use crate::format::page::Entry;
 use crate::format::{Block, MAC};
 use std::array::from_fn;
@@ -58,7 +58,6 @@ impl VolumeKey {
                 seal.tag = tag;
             }
         }
-        wipe_registers();
     }
 
     /// Half of the work on up to [`BATCH`] blocks, for benchmarks.
@@ -72,14 +71,11 @@ impl VolumeKey {
         } else {
             std::hint::black_box(self.tags(blocks.iter().map(|block| (0, 0, block))));
         }
-        wipe_registers();
     }
 
     /// Whether `block` is the ciphertext that `entry` names for `lba`.
     fn verify(&self, lba: u64, entry: &Entry, block: &Block) -> bool {
-        let tags = self.tags([(lba, entry.generation, block)].into_iter());
-        wipe_registers();
-        tags[0].ct_eq(&entry.tag).into()
+        self.tags([(lba, entry.generation, block)].into_iter())[0].ct_eq(&entry.tag).into()
     }
 
     /// Verifies [`BATCH`] blocks at most, all of this key.
@@ -136,7 +132,6 @@ impl KeyRing {
     pub(crate) fn verify_blocks(&self, batch: &mut [Open]) -> bool {
         batch.iter_mut().for_each(|open| open.good = false);
         self.by_key(batch, VolumeKey::verify_group);
-        wipe_registers();
         batch.iter().all(|open| open.good)
     }
 
@@ -144,7 +139,6 @@ impl KeyRing {
     pub(crate) fn open_blocks(&self, batch: &mut [Open]) -> bool {
         let good = self.verify_blocks(batch);
         self.by_key(batch, VolumeKey::decrypt_group);
-        wipe_registers();
         good
     }
 
