@@ -1,6 +1,6 @@
 //! What the servers lend.
 
-use blockcrypt::{Volume, VolumeError};
+use blockcrypt::VolumeError;
 
 /// A disk as its users see it: 512-byte sectors. Requests come from several threads at once.
 pub trait Disk: Send + Sync {
@@ -55,35 +55,5 @@ impl From<&VolumeError> for Fault {
             VolumeError::NoKeys | VolumeError::Closed => Self::Gone,
             _ => Self::Io,
         }
-    }
-}
-
-impl Disk for Volume {
-    fn size(&self) -> u64 {
-        self.size()
-    }
-
-    fn read_only(&self) -> bool {
-        self.read_only()
-    }
-
-    fn read(&self, offset: u64, buffer: &mut [u8]) -> Result<(), Fault> {
-        self.read(offset, buffer).map_err(|e| Fault::from(&e))
-    }
-
-    fn write(&self, offset: u64, data: &[u8]) -> Result<(), Fault> {
-        self.write(offset, data).map_err(|e| Fault::from(&e))
-    }
-
-    fn flush(&self) -> Result<(), Fault> {
-        self.flush().map_err(|e| Fault::from(&e))
-    }
-
-    fn discard(&self, offset: u64, length: u64) -> Result<(), Fault> {
-        self.discard(offset, length).map_err(|e| Fault::from(&e))
-    }
-
-    fn write_zeroes(&self, offset: u64, length: u64, may_unmap: bool) -> Result<(), Fault> {
-        self.write_zeroes(offset, length, may_unmap).map_err(|e| Fault::from(&e))
     }
 }

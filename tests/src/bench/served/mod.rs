@@ -107,7 +107,9 @@ impl Work {
         if !output.status.success() {
             return Err(failed());
         }
-        let said: serde_json::Value = serde_json::from_str(&printed).map_err(|_| failed())?;
+        // Before its JSON it says that it is connected.
+        let json = &printed[printed.find('{').unwrap_or(0)..];
+        let said: serde_json::Value = serde_json::from_str(json).map_err(|_| failed())?;
         let side = &said["jobs"][0][if self.rw.ends_with("read") { "read" } else { "write" }];
         let (done, rate) = (side["total_ios"].as_f64().unwrap_or(0.0), side["iops"].as_f64().unwrap_or(0.0));
         if done < self.requests as f64 { Err(failed()) } else { Ok((core * 1e6 / done, rate)) }
