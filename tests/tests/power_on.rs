@@ -25,6 +25,32 @@ fn an_attested_guest_reads_changes_and_flushes_its_encrypted_disk() {
 }
 
 #[test]
+fn an_encrypted_disk_has_several_queues_and_forgets_what_it_is_told_to() {
+    let words =
+        "queues,storm:600,discard:600:8,zeroes:620:3,unmap:640:3,flush,verify:600:0,verify:622:0,verify:640:0,poweroff";
+    let plan = Plan { words: words.into(), ..Plan::default() };
+    let lab = Lab::new(&plan);
+    let ran = lab.run_vm(&[]).good();
+    for line in [
+        "queues 2",
+        "storm ok",
+        "discard 600 ok",
+        "zeroes 620 ok",
+        "unmap 640 ok",
+        "verify 600 ok",
+        "verify 622 ok",
+        "verify 640 ok",
+    ] {
+        assert!(ran.out.contains(line), "no {line} in:\n{}\n{}", ran.out, ran.err);
+    }
+    let (exported, mut changed) = (lab.export(), plan.disk.clone());
+    for range in [600..608, 620..623, 640..643] {
+        changed[range.start * 4096..range.end * 4096].fill(0);
+    }
+    assert!(exported[512 * 4096..] == changed[512 * 4096..], "what the storm left alone is as it was, or zeroes");
+}
+
+#[test]
 fn the_volume_and_the_vm_file_hold_no_plain_text() {
     let marker = b"the quick brown fox is paid a salary";
     let mut disk = vec![0u8; 1 << 20];
