@@ -96,7 +96,7 @@ impl PolicyDocument {
 /// policy key's public half can tell with it that a policy is the customer's, without the document.
 ///
 /// ```text
-/// fealty policy v1
+/// fealty policy v2
 /// CUSTOMER
 /// VERSION
 /// SHA-256 of the document, hex
@@ -123,7 +123,7 @@ impl PolicyStatement {
 
     /// The bytes that the customer's Ed25519 policy key signs.
     pub fn signed_bytes(&self) -> Vec<u8> {
-        format!("fealty policy v1\n{}\n{}\n{}\n", self.customer, self.version, self.document).into_bytes()
+        format!("fealty policy v2\n{}\n{}\n{}\n", self.customer, self.version, self.document).into_bytes()
     }
 }
 
@@ -211,7 +211,7 @@ mod tests {
     fn a_statement_names_owner_version_and_text() {
         let statement = PolicyStatement::of(GOOD).expect("good");
         let digest = Digest::of(GOOD.as_bytes());
-        assert_eq!(statement.signed_bytes(), format!("fealty policy v1\nacme\n1\n{digest}\n").into_bytes());
+        assert_eq!(statement.signed_bytes(), format!("fealty policy v2\nacme\n1\n{digest}\n").into_bytes());
         let other = PolicyStatement::of(&format!("{GOOD} ")).expect("good");
         assert_ne!(other.signed_bytes(), statement.signed_bytes(), "every byte of the text counts");
         let stated = PolicyInForce { version: 1, document: digest, signature: vec![0; 64].into() };

@@ -134,6 +134,9 @@ pub enum ReferenceError {
     /// Nothing required.
     #[error("required_layers is empty: a host without any layer of ours would do")]
     NoLayers,
+    /// A range of firmware that holds nothing.
+    #[error("denied TPM firmware goes from {0} to {1}: the first must not be above the last")]
+    Firmware(FirmwareVersion, FirmwareVersion),
     /// PCR 14 by composite.
     #[error("PCR 14 is judged by its layers, not by an exact value")]
     ExactLayers,
@@ -210,6 +213,9 @@ impl ReferenceValues {
         }
         if self.required_layers.is_empty() {
             return Err(ReferenceError::NoLayers);
+        }
+        if let Some(range) = self.denied_tpm_firmware.iter().find(|r| r.from > r.to) {
+            return Err(ReferenceError::Firmware(range.from, range.to));
         }
         Ok(())
     }
@@ -362,6 +368,8 @@ mod tests {
         let version = state().tpm_firmware.0;
         assert_eq!(with(version + 1, u64::MAX).judge(&state()), Ok(()));
         assert_eq!(with(0, version - 1).judge(&state()), Ok(()));
+        assert!(matches!(with(2, 1).check(), Err(ReferenceError::Firmware(..))));
+        assert_eq!(with(1, 1).check(), Ok(()));
         let denied = with(version, version).judge(&state());
         assert!(matches!(&denied, Err(PlatformError::Firmware { why, .. }) if why == "CVE-2017-15361"));
         let text = serde_json::to_string(&with(1, 2)).expect("json");

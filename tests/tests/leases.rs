@@ -55,16 +55,16 @@ fn attack_45_without_its_provider_a_vm_pauses_loses_its_keys_and_goes_on_when_th
 
 #[test]
 fn attack_28_keys_go_at_the_leases_end_also_while_volumes_are_closed() {
-    let plan = Plan { words: "hello,tick".into(), settings: lease(5, 1), ..Plan::default() };
+    let plan = Plan { words: "hello,tick".into(), settings: lease(8, 1), ..Plan::default() };
     let lab = Lab::new(&plan);
     let mut vm = Background::start(&mut lab.vm(&[]));
     vm.until("tick", LIMIT);
     // A provider that takes connections and answers nothing: the closed volume's anchor waits for it.
     lab.provider.as_ref().expect("a provider").signal(19);
     vm.signal(15);
-    std::thread::sleep(Duration::from_millis(200));
+    wait("the power button", || vm.err().contains("power-button"));
     vm.signal(15);
-    wait("the keys' end", || vm.err().contains("keys-wiped"));
+    wait("the keys' end", || vm.err().contains("before the volumes were closed"));
     lab.provider.as_ref().expect("a provider").signal(18);
     vm.end(LIMIT);
 }

@@ -3,8 +3,9 @@
 
 use crate::console::terminal;
 use crate::exit::{Failure, one_line};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use serde::Serialize;
-use std::io::Write;
+use std::sync::Mutex;
 use std::time::{Duration, Instant};
 
 /// Tells what happens. Copies tell the same story.
@@ -85,8 +86,30 @@ fn millis(time: Duration) -> f64 {
     (time.as_secs_f64() * 1e6).round() / 1e3
 }
 
-/// One write, so that lines of several threads don't mix; what can't be written is lost.
+/// One write, so that lines of several threads don't mix. What standard error does not take at once is lost: whoever holds its other end and
+/// does not read must not hold up a lease's end.
 pub(crate) fn line(text: &str) {
     let end = if terminal::is_raw() { "\r\n" } else { "\n" };
-    let _ = std::io::stderr().write_all(format!("{text}{end}").as_bytes());
+    let cut = (0..=text.len().min(LINE_MAX)).rev().find(|at| text.is_char_boundary(*at)).unwrap_or(0);
+    let bytes = format!("{}{end}", &text[..cut]);
+    let stderr = rustix::stdio::stderr();
+    let now = Timespec { tv_sec: 0, tv_nsec: 0 };
+    // Where poll(2) says that a pipe takes something, it takes PIPE_BUF bytes without waiting.
+    let takes = |fd: &mut [PollFd<'_>]| poll(fd, Some(&now)).is_ok_and(|ready| ready > 0);
+    for _ in 0..LINE_TRIES {
+        if let Ok(_turn) = TURN.try_lock() {
+            if takes(&mut [PollFd::from_borrowed_fd(stderr, PollFlags::OUT)]) {
+                let _ = rustix::io::write(stderr, bytes.as_bytes());
+            }
+            return;
+        }
+        std::thread::sleep(Duration::from_millis(1));
+    }
 }
+
+/// Whose line it is. Never waited for without end.
+static TURN: Mutex<()> = Mutex::new(());
+/// Bytes of a line: with its end no more than PIPE_BUF.
+const LINE_MAX: usize = 4094;
+/// Milliseconds that a line waits for its turn.
+const LINE_TRIES: u32 = 100;

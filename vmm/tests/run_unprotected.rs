@@ -243,3 +243,28 @@ fn help_names_every_exit_code() {
     let ended = Program::start(&mut fealty(&["--help"])).end().code(0);
     assert!(ended.out.contains("Exit codes") && ended.out.contains("14"), "{}", ended.out);
 }
+
+#[test]
+fn attack_28_whoever_does_not_read_its_lines_holds_up_nothing() {
+    let (_folder, mut command) = run("hello,poweroff", &[]);
+    let (reader, writer) = std::io::pipe().expect("a pipe");
+    // Full to the last byte: a line that waited for room would wait for ever, as nobody reads.
+    rustix::io::ioctl_fionbio(&writer, true).expect("set");
+    while rustix::io::write(&writer, &[0; 4096]).is_ok() {}
+    while rustix::io::write(&writer, &[0]).is_ok() {}
+    rustix::io::ioctl_fionbio(&writer, false).expect("set");
+    let mut child = command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(writer).spawn().expect("started");
+    let begun = std::time::Instant::now();
+    let status = loop {
+        if let Some(status) = child.try_wait().expect("waited") {
+            break status;
+        }
+        if begun.elapsed() > std::time::Duration::from_secs(120) {
+            child.kill().expect("killed");
+            panic!("it waits for a reader");
+        }
+        std::thread::sleep(std::time::Duration::from_millis(20));
+    };
+    assert!(status.success(), "{status}");
+    drop(reader);
+}

@@ -92,7 +92,6 @@ pub fn run(start: &ProtectedRun, settings: &Settings) -> Result<Exit, Failure> {
     };
     let link = prepared.link.clone();
     link.keep(&prepared.file.header.customer, &prepared.file.header.vm, &opened);
-    tell_release(&opened, steps);
     // A fault of this program is an end too, and is reported as one.
     let lived = catch_unwind(AssertUnwindSafe(|| live(prepared, early, opened, settings)));
     let lived = lived.unwrap_or_else(|_| Err(Failure::new(Exit::Internal, "a fault of this program ended the VM")));
@@ -157,14 +156,15 @@ fn tell_release(opened: &OpenedRelease, steps: Steps) {
 /// From released keys to the end of the VM's life.
 fn live(prepared: Prepared, early: EarlyVm, opened: OpenedRelease, settings: &Settings) -> Result<End, Failure> {
     let steps = settings.steps;
+    let lease = LeaseClock::new(opened.release.lease, opened.asked_ms);
+    // Until the guard watches: a store that hangs must not keep keys in memory past the lease.
+    let opening = Deadline::new(lease.end_ms(), prepared.post.clone(), move || end_at_once(steps))?;
+    tell_release(&opened, steps);
     let (permit, config, established) =
         StartPermit::from_release(&opened, &prepared.file).map_err(|e| Failure::of(Exit::File, &e))?;
     steps.step("opened", "the sealed part fits its header, the release stands in the audit log");
     let Prepared { file, opener, signals, post, inbox, lines, api, link } = prepared;
     link.establish(established);
-    let lease = LeaseClock::new(opened.release.lease, opened.asked_ms);
-    // Until the guard watches: a store that hangs must not keep keys in memory past the lease.
-    let opening = Deadline::new(lease.end_ms(), post.clone(), move || end_at_once(steps))?;
     let (machine, volumes) = build(early, &config, &opened, &opener, &link, steps)?;
     drop(opener);
     let volumes = Arc::new(volumes);

@@ -11,6 +11,7 @@ use crate::machine::sync::lock;
 use crate::machine::thread::{Background, Crew, ThreadKind};
 use crate::machine::virtio::{DeviceConfig, Seat, Session, VirtioDevice, Virtqueue};
 use crate::machine::wires::WireError;
+use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex};
 use vmm_sys_util::eventfd::EventFd;
 
@@ -88,6 +89,7 @@ impl BlockDevice {
             read_only: settings.read_only,
             limiter: RateLimiter::new(settings.limits),
             tally: Tally::default(),
+            write_through: AtomicBool::new(false),
         };
         let queues = vec![settings.queue_size; usize::from(settings.queues)];
         Ok(Self { name: name.to_owned(), config, queues, desk: Arc::new(desk), seats, rings: Mutex::new(rings) })
@@ -161,6 +163,7 @@ impl VirtioDevice for BlockDevice {
     }
 
     fn start(&self, session: Session) {
+        self.desk.set_write_through(session.features & FEATURE_FLUSH == 0);
         for (seat, queue) in self.seats.iter().zip(session.queues) {
             if let Some(queue) = queue {
                 seat.start(queue);

@@ -3,7 +3,7 @@
 //!
 //! Guest memory is read and written by the kernel itself, without a copy in between.
 
-use super::request::{Command, DATA_AT, Extent, Request, STATUS_IOERR, STATUS_OK};
+use super::request::{Command, DATA_AT, Extent, Request, STATUS_IOERR, STATUS_OK, STATUS_UNSUPPORTED};
 use super::uring::{Completion, DiskRing};
 use super::worker::{Desk, Pace};
 use crate::lease::LeaseGate;
@@ -37,6 +37,8 @@ struct Flight {
     done: u64,
     way: Way,
     tries: u32,
+    /// Whether it is done and only made durable yet: for a driver that does not flush.
+    syncing: bool,
 }
 
 /// How zeroes are made: what a store can't do is done the next way.
@@ -44,7 +46,6 @@ struct Flight {
 enum Way {
     Hole,
     Range,
-    Write,
 }
 
 /// Serves one queue until the seat says that it is over.
@@ -144,6 +145,10 @@ impl<'a> Flights<'a> {
         let Completion { slot, result } = completion;
         let Some(flight) = self.all[slot].as_mut() else { return Ok(()) };
         let mut status = flight.step(result);
+        if status == Some(STATUS_OK) && !flight.syncing && flight.request.changes() && self.desk.write_through() {
+            flight.syncing = true;
+            status = None;
+        }
         let Some(queue) = queue else { return self.land(slot, STATUS_IOERR, None) };
         if status.is_none() {
             status = self.launch(slot, queue);
@@ -155,6 +160,7 @@ impl<'a> Flights<'a> {
     fn launch(&mut self, slot: usize, queue: &Virtqueue) -> Option<u8> {
         let (ring, flight) = (&mut self.ring, self.all[slot].as_mut()?);
         let begun = match &flight.request.command {
+            _ if flight.syncing => ring.sync(slot),
             Command::Read { offset, length } => {
                 let span = flight.done..*length;
                 ring.read(slot, offset + flight.done, queue.memory(), &flight.chain.writable, span)
@@ -169,7 +175,6 @@ impl<'a> Flights<'a> {
                 match flight.way {
                     Way::Hole => ring.allocate(slot, HOLE, extent.offset, extent.length),
                     Way::Range => ring.allocate(slot, ZEROES, extent.offset, extent.length),
-                    Way::Write => ring.write_zeroes(slot, extent.offset + flight.done, extent.length - flight.done),
                 }
             }
             Command::GetId | Command::Refuse(_) => false,
@@ -200,7 +205,7 @@ impl<'a> Flights<'a> {
 
 impl Flight {
     fn new(chain: Chain, request: Request) -> Self {
-        let mut flight = Self { chain, request, extent: 0, done: 0, way: Way::Hole, tries: 0 };
+        let mut flight = Self { chain, request, extent: 0, done: 0, way: Way::Hole, tries: 0, syncing: false };
         flight.way = flight.first_way();
         flight
     }
@@ -237,34 +242,29 @@ impl Flight {
             self.tries += 1;
             return None;
         }
+        if self.syncing {
+            return Some(if result.is_ok() { STATUS_OK } else { STATUS_IOERR });
+        }
         match (&self.request.command, result) {
             (Command::Read { length, .. } | Command::Write { length, .. }, Ok(bytes)) if bytes > 0 => {
                 self.done += bytes;
                 (self.done >= *length).then_some(STATUS_OK)
             }
             (Command::Flush, Ok(_)) => Some(STATUS_OK),
-            (Command::Discard(_) | Command::WriteZeroes(_), Ok(bytes)) => self.step_extent(bytes),
+            (Command::Discard(_) | Command::WriteZeroes(_), Ok(_)) => self.step_extent(),
             // A store that can't, or not at this place, loses nothing by it.
-            (Command::Discard(_), Err(libc::EOPNOTSUPP | libc::EINVAL)) => self.step_extent(0),
-            (Command::WriteZeroes(_), Err(libc::EOPNOTSUPP | libc::EINVAL)) if self.way != Way::Write => {
-                self.way = if self.way == Way::Hole { Way::Range } else { Way::Write };
+            (Command::Discard(_), Err(libc::EOPNOTSUPP | libc::EINVAL)) => self.step_extent(),
+            (Command::WriteZeroes(_), Err(libc::EOPNOTSUPP | libc::EINVAL)) if self.way == Way::Hole => {
+                self.way = Way::Range;
                 None
             }
+            // The guest then writes them itself: requests of its own, which a pause waits for and a rate limit counts.
+            (Command::WriteZeroes(_), Err(libc::EOPNOTSUPP | libc::EINVAL)) => Some(STATUS_UNSUPPORTED),
             _ => Some(STATUS_IOERR),
         }
     }
 
-    fn step_extent(&mut self, bytes: u64) -> Option<u8> {
-        if self.way == Way::Write {
-            self.done += bytes;
-            let length = self.extents().get(self.extent).map_or(0, |extent| extent.length);
-            if bytes == 0 {
-                return Some(STATUS_IOERR);
-            }
-            if self.done < length {
-                return None;
-            }
-        }
+    fn step_extent(&mut self) -> Option<u8> {
         self.next();
         (self.next_extent().is_none()).then_some(STATUS_OK)
     }

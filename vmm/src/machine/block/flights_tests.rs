@@ -161,15 +161,20 @@ fn both_engines_read_write_flush_and_forget() {
         assert_eq!((bench.ask(1, SIZE / 512, 512), bench.ask(0, 0, 100), bench.ask(99, 0, 0)), (1, 1, 2));
         bench.extent(20, 2, 0);
         assert_eq!(bench.ask(DISCARD, 0, 16), 0);
-        for (sector, flags) in [(24, 0), (26, 1)] {
-            bench.extent(sector, 1, flags);
-            assert_eq!(bench.ask(WRITE_ZEROES, 0, 16), 0, "{sector}");
-        }
+        bench.extent(26, 1, 1);
+        assert_eq!(bench.ask(WRITE_ZEROES, 0, 16), 0);
+        bench.extent(24, 1, 0);
+        // A file system that has holes may not know how to zero and keep the room: then the guest is told so.
+        let knows = match bench.ask(WRITE_ZEROES, 0, 16) {
+            0 => true,
+            2 => false,
+            other => panic!("status {other}"),
+        };
         let sums = [19, 20, 21, 22, 24, 25, 26, 27].map(|sector| bench.on_disk(sector)[511]);
-        assert_eq!(sums, [19, 0, 0, 22, 0, 25, 0, 27], "rings: {rings}");
+        assert_eq!(sums, [19, 0, 0, 22, if knows { 0 } else { 24 }, 25, 0, 27], "rings: {rings}");
         let counters = bench.device.counters();
         let counted = [counters.reads, counters.writes, counters.flushes, counters.discards, counters.write_zeroes];
-        assert_eq!((counted, counters.errors), ([1, 1, 1, 1, 2], 3));
+        assert_eq!((counted, counters.errors), ([1, 1, 1, 1, 1 + u64::from(knows)], 4 - u64::from(knows)));
     }
 }
 

@@ -69,7 +69,7 @@ fn serve(data: &[u8]) -> usize {
         return 0;
     }
     let (disk, tally) = (Scratch::default(), Tally::default());
-    let server = Server { disk: &disk, tally: &tally, may_submit: &|| true };
+    let server = Server { disk: &disk, tally: &tally, write_through: false, may_submit: &|| true };
     let facts = Facts::of(&disk, false, disk.id());
     let Ok(mut ring) = Ring::new(QUEUE.0, QUEUE.0, QUEUE.1, feature::ALL, 64) else { return 0 };
     let (mut chain, mut buffer) = (Chain::default(), vec![]);

@@ -102,6 +102,11 @@ impl Request {
         Some(Self { command: command.unwrap_or_else(Command::Refuse), status_at })
     }
 
+    /// Whether it changes the disk.
+    pub(super) fn changes(&self) -> bool {
+        matches!(self.command, Command::Write { .. } | Command::Discard(_) | Command::WriteZeroes(_))
+    }
+
     /// Bytes that count for a rate limit.
     pub(super) fn bytes(&self) -> u64 {
         match &self.command {
@@ -196,6 +201,8 @@ pub(super) enum Outcome {
 pub(super) struct Server<'a> {
     pub(super) disk: &'a dyn Disk,
     pub(super) tally: &'a Tally,
+    /// Whether what is answered must be durable.
+    pub(super) write_through: bool,
     /// Asked before each piece.
     pub(super) may_submit: &'a dyn Fn() -> bool,
 }
@@ -212,7 +219,7 @@ impl Server<'_> {
     ) -> Outcome {
         let status = match request.answer_at_once(facts, chain, memory) {
             Some(status) => status,
-            None => match self.execute(&request.command, chain, memory, buffer) {
+            None => match self.execute(request, chain, memory, buffer) {
                 Ok(()) => STATUS_OK,
                 Err(Failure::NoKeys) => return Outcome::Parked,
                 Err(Failure::Unsupported) => STATUS_UNSUPPORTED,
@@ -224,12 +231,12 @@ impl Server<'_> {
 
     fn execute(
         &self,
-        command: &Command,
+        request: &Request,
         chain: &Chain,
         memory: &GuestRam,
         buffer: &mut Vec<u8>,
     ) -> Result<(), Failure> {
-        match command {
+        match &request.command {
             Command::Read { offset, length } => {
                 for (at, size) in pieces(*length) {
                     let piece = room(buffer, size);
@@ -263,6 +270,10 @@ impl Server<'_> {
                 }
             }
             Command::GetId | Command::Refuse(_) => {}
+        }
+        if self.write_through && request.changes() {
+            self.gate()?;
+            self.disk.flush()?;
         }
         Ok(())
     }

@@ -6,6 +6,7 @@ use crate::machine::virtio::mock::{Descriptor, MockDriver, NEXT, WRITE};
 use crate::machine::virtio::{Ring, feature};
 use proptest::prelude::*;
 use std::sync::Mutex;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 const HEADER_AT: u64 = 0x4000;
 const DATA_AT: u64 = 0x5000;
@@ -16,11 +17,16 @@ const UNTOUCHED: u8 = 0xee;
 struct MemoryDisk {
     data: Mutex<Vec<u8>>,
     fails: Option<fn() -> DiskError>,
+    flushes: AtomicU64,
 }
 
 impl MemoryDisk {
     fn new() -> Self {
-        Self { data: Mutex::new((0..8 * 512 + 256).map(|i| (i / 512) as u8).collect()), fails: None }
+        Self {
+            data: Mutex::new((0..8 * 512 + 256).map(|i| (i / 512) as u8).collect()),
+            fails: None,
+            flushes: AtomicU64::new(0),
+        }
     }
 
     fn check(&self) -> Result<(), DiskError> {
@@ -44,6 +50,7 @@ impl Disk for MemoryDisk {
         Ok(())
     }
     fn flush(&self) -> Result<(), DiskError> {
+        self.flushes.fetch_add(1, Ordering::SeqCst);
         self.check()
     }
     fn id(&self) -> [u8; 20] {
@@ -67,6 +74,7 @@ struct Bench {
     disk: MemoryDisk,
     tally: Tally,
     read_only: bool,
+    write_through: bool,
     open: bool,
 }
 
@@ -77,6 +85,7 @@ impl Bench {
             disk: MemoryDisk::new(),
             tally: Tally::default(),
             read_only: false,
+            write_through: false,
             open: true,
         };
         bench.driver.put(STATUS_AT, UNTOUCHED);
@@ -96,7 +105,8 @@ impl Bench {
         let mut chain = Chain::default();
         assert_eq!(ring.next(&self.driver.memory, &mut chain), Ok(true));
         let may_submit = || self.open;
-        let server = Server { disk: &self.disk, tally: &self.tally, may_submit: &may_submit };
+        let server =
+            Server { disk: &self.disk, tally: &self.tally, write_through: self.write_through, may_submit: &may_submit };
         let facts = Facts::of(&self.disk, self.read_only, self.disk.id());
         let memory = &self.driver.memory;
         match Request::parse(&facts, &chain, memory) {
@@ -189,6 +199,18 @@ fn flush_identity_and_unknown_requests() {
     assert_eq!(ask(TYPE_GET_ID, 3), STATUS_OK);
     assert_eq!(ask(14, 0), STATUS_UNSUPPORTED);
     assert_eq!(bench.tally.snapshot().flushes, 1);
+}
+
+#[test]
+fn a_driver_that_does_not_flush_gets_durable_writes() {
+    let mut bench = Bench::new();
+    bench.write_through = true;
+    assert_eq!(bench.read(0, 512).1, STATUS_OK);
+    assert_eq!(bench.disk.flushes.load(Ordering::SeqCst), 0);
+    assert_eq!(bench.write(0, 512).1, STATUS_OK);
+    assert_eq!(bench.disk.flushes.load(Ordering::SeqCst), 1);
+    assert_eq!(bench.unmap(TYPE_WRITE_ZEROES, &[(6, 1, 1)], 0), STATUS_OK);
+    assert_eq!(bench.disk.flushes.load(Ordering::SeqCst), 2);
 }
 
 #[test]

@@ -25,9 +25,6 @@ const DOORBELL: Fixed = Fixed(1);
 const DOORBELL_DATA: u64 = u64::MAX;
 /// The most that one operation moves, so that its result fits.
 const LENGTH_MAX: u64 = 1 << 30;
-/// Zeroes for as many bytes as one write of them has.
-const ZERO_PAGES: usize = 256;
-static ZEROES: [u8; 4096] = [0; 4096];
 /// Where doorbells are read to: by all rings, and nobody looks.
 static RUNG: AtomicU64 = AtomicU64::new(0);
 
@@ -46,7 +43,7 @@ struct Slot {
     memory: Option<Arc<GuestRam>>,
 }
 
-// SAFETY: the pointers in `vectors` are addresses for the kernel, into guest memory or `ZEROES`, which both may be used by any
+// SAFETY: the pointers in `vectors` are addresses for the kernel, into guest memory, which may be used by any
 // thread; this program never reads through them.
 unsafe impl Send for DiskRing {}
 
@@ -125,20 +122,6 @@ impl DiskRing {
         self.fill(slot, memory, segments, span) && self.push_write(slot, offset)
     }
 
-    /// Begins to write up to `length` zeroes.
-    #[must_use]
-    pub(super) fn write_zeroes(&mut self, slot: usize, offset: u64, length: u64) -> bool {
-        let Some(Slot { vectors, memory }) = self.slots.get_mut(slot) else { return false };
-        let length = length.min((ZERO_PAGES * ZEROES.len()) as u64) as usize;
-        vectors.clear();
-        vectors.extend((0..length).step_by(ZEROES.len()).map(|at| libc::iovec {
-            iov_base: ZEROES.as_ptr().cast_mut().cast(),
-            iov_len: (length - at).min(ZEROES.len()),
-        }));
-        *memory = None;
-        self.push_write(slot, offset)
-    }
-
     /// Begins to make durable all that was completed before.
     #[must_use]
     pub(super) fn sync(&mut self, slot: usize) -> bool {
@@ -214,7 +197,7 @@ impl DiskRing {
         let entry = entry.user_data(slot as u64);
         // SAFETY: the entry refers to nothing but the slot's vectors, which are not touched before the slot is completed (the caller
         // uses a slot for one operation at a time, and the kernel takes its copy when they are submitted); these lie in guest
-        // memory that the slot holds on to, or in the static `ZEROES`, which writes to the disk only read.
+        // memory that the slot holds on to.
         let pushed = unsafe { self.submit(&entry) };
         self.in_hand += usize::from(pushed);
         pushed

@@ -7,6 +7,7 @@ use crate::lease::LeaseGate;
 use crate::machine::rate::RateLimiter;
 use crate::machine::virtio::{Chain, RingError, Seat, Turn, Virtqueue};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 /// What the queues of one disk share.
@@ -16,6 +17,8 @@ pub(super) struct Desk {
     pub(super) id: [u8; 20],
     pub(super) limiter: RateLimiter,
     pub(super) tally: Tally,
+    /// Whether the driver did not take FLUSH: what is answered must then be durable (virtio 1.3, 5.2.6.2).
+    pub(super) write_through: AtomicBool,
 }
 
 /// Why a request has to wait in its queue.
@@ -27,6 +30,16 @@ pub(super) enum Pace {
 }
 
 impl Desk {
+    /// Whether what is answered must be durable.
+    pub(super) fn write_through(&self) -> bool {
+        self.write_through.load(Ordering::SeqCst)
+    }
+
+    /// Said before a session's queues begin.
+    pub(super) fn set_write_through(&self, on: bool) {
+        self.write_through.store(on, Ordering::SeqCst);
+    }
+
     /// What requests are judged by now.
     pub(super) fn facts(&self) -> Facts {
         Facts::of(self.disk.as_ref(), self.read_only, self.id)
@@ -89,7 +102,8 @@ fn serve_next(
         });
     }
     let may_submit = || gate.may_submit();
-    let server = Server { disk: desk.disk.as_ref(), tally: &desk.tally, may_submit: &may_submit };
+    let write_through = desk.write_through();
+    let server = Server { disk: desk.disk.as_ref(), tally: &desk.tally, write_through, may_submit: &may_submit };
     match server.serve(&request, &facts, chain, queue.memory(), buffer) {
         Outcome::Malformed => Err(queue.give_up()),
         Outcome::Parked => {

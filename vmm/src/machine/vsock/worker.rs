@@ -384,7 +384,8 @@ impl Serve for Switchboard {
         for connection in self.connections.values() {
             let mut flags = PollFlags::empty();
             flags.set(PollFlags::IN, self.room.is_some() && connection.listens());
-            flags.set(PollFlags::OUT, connection.is_full());
+            // What a client would take now makes an answer; without room for one, the guest's next buffer wakes this thread.
+            flags.set(PollFlags::OUT, connection.is_full() && self.answers.len() < ANSWERS_MAX);
             if !flags.is_empty() {
                 descriptors.push(PollFd::new(&connection.client, flags));
             }
