@@ -430,6 +430,9 @@ pub enum ConfigError {
         "hugepage_size is 2 MiB or 1 GiB, goes with hugepages, and memory size and hotplug_size are multiples of it"
     )]
     HugePages,
+    /// Huge pages and a balloon.
+    #[error("memory in hugepages can't be given back piece by piece: leave out the balloon")]
+    HugeBalloon,
     /// Two kinds of huge pages.
     #[error("memory has hugepages or thp, not both")]
     TwoKinds,
@@ -523,6 +526,11 @@ fn check_machine(cpus: Cpus, memory: Memory, cmdline: &str) -> Result<(), Config
     Ok(())
 }
 
+/// A page of a reserved pool that is given back is not surely there when the guest wants it again: then the guest dies.
+fn check_balloon(memory: Memory, balloon: bool) -> Result<(), ConfigError> {
+    if memory.hugepages && balloon { Err(ConfigError::HugeBalloon) } else { Ok(()) }
+}
+
 fn check_disks<'a>(disks: impl Iterator<Item = DiskShape<'a>>) -> Result<(), ConfigError> {
     let mut seen = std::collections::BTreeSet::new();
     for disk in disks {
@@ -552,6 +560,7 @@ impl VmConfig {
         check_machine(self.cpus, self.memory, &self.payload.cmdline)?;
         check_disks(self.disks.iter().map(|d| d.shape()))?;
         check_nets(&self.net, Whose::Protected)?;
+        check_balloon(self.memory, self.balloon.is_some())?;
         self.balloon.map_or(Ok(()), |balloon| balloon.check(self.memory.size))?;
         self.vsock.as_ref().map_or(Ok(()), |vsock| vsock.check(Whose::Protected))?;
         self.console.as_ref().map_or(Ok(()), |console| console.check(Whose::Protected))?;
@@ -595,6 +604,7 @@ impl PlainConfig {
         check_machine(self.cpus, self.memory, &self.payload.cmdline)?;
         check_disks(self.disks.iter().map(|d| d.shape()))?;
         check_nets(&self.net, Whose::Unprotected)?;
+        check_balloon(self.memory, self.balloon.is_some())?;
         self.balloon.map_or(Ok(()), |balloon| balloon.check(self.memory.size))?;
         self.vsock.as_ref().map_or(Ok(()), |vsock| vsock.check(Whose::Unprotected))?;
         self.console.as_ref().map_or(Ok(()), |console| console.check(Whose::Unprotected))
@@ -602,123 +612,5 @@ impl PlainConfig {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn plain(text: &str) -> Result<PlainConfig, serde_json::Error> {
-        serde_json::from_str(text)
-    }
-
-    #[test]
-    fn a_plain_configuration_can_carry_nothing_protected() {
-        let good = r#"{"cpus":{"boot_vcpus":1},"memory":{"size":134217728},"payload":{"kernel":"k"}}"#;
-        assert!(plain(good).is_ok_and(|c| c.check().is_ok()));
-        for field in ["customer", "provider", "providers", "trust", "key", "volume", "networks"] {
-            let bad = good.replacen('{', &format!("{{\"{field}\":\"x\","), 1);
-            assert!(plain(&bad).is_err(), "{field}");
-        }
-        let disk = good.replacen('{', r#"{"disks":[{"id":"a","path":"p","volume":"x"}],"#, 1);
-        assert!(plain(&disk).is_err());
-    }
-
-    #[test]
-    fn what_no_machine_has_is_refused() {
-        let good = PlainConfig {
-            cpus: Cpus { boot_vcpus: 1, baseline: CpuBaseline::Host },
-            memory: Memory { size: 128 << 20, hotplug_size: 0, hugepages: false, hugepage_size: None, thp: false },
-            payload: PlainPayload { kernel: "k".into(), initramfs: None, cmdline: String::new() },
-            disks: vec![],
-            net: vec![],
-            rng: None,
-            vsock: None,
-            balloon: None,
-            console: None,
-            pvpanic: false,
-        };
-        let mut bad = good.clone();
-        bad.cpus.boot_vcpus = 0;
-        assert_eq!(bad.check(), Err(ConfigError::Cpus(0)));
-        let mut bad = good.clone();
-        bad.memory.size += 1;
-        assert!(matches!(bad.check(), Err(ConfigError::Memory(_))));
-        let mut bad = good;
-        bad.payload.cmdline = "x".repeat(2048);
-        assert_eq!(bad.check(), Err(ConfigError::CommandLine));
-    }
-
-    #[test]
-    fn a_disk_is_what_a_disk_can_be() {
-        let check = |fields: &str| {
-            let disk = format!(r#"{{"disks":[{{"id":"a","path":"p"{fields}}}],"#);
-            let text = r#"{"cpus":{"boot_vcpus":1},"memory":{"size":134217728},"payload":{"kernel":"k"}}"#;
-            plain(&text.replacen('{', &disk, 1)).map(|config| config.check().map(|()| config.disks))
-        };
-        let disks = check("").expect("JSON").expect("a good disk");
-        assert_eq!((disks[0].num_queues, disks[0].queue_size), (1, 256));
-        assert_eq!(
-            serde_json::to_value(&disks[0]).expect("data"),
-            serde_json::json!({"id": "a", "path": "p", "readonly": false})
-        );
-        let limits =
-            r#"{"bandwidth":{"size":1,"refill_time":1},"ops":{"size":9,"one_time_burst":5,"refill_time":1000}}"#;
-        let good = format!(r#","num_queues":16,"queue_size":1024,"serial":"A 1","rate_limiter_config":{limits}"#);
-        assert!(check(&good).expect("JSON").is_ok());
-        for queues in ["0", "17"] {
-            assert!(
-                matches!(check(&format!(r#","num_queues":{queues}"#)), Ok(Err(ConfigError::Queues(..)))),
-                "{queues}"
-            );
-        }
-        for size in ["0", "8", "100", "2048"] {
-            assert!(
-                matches!(check(&format!(r#","queue_size":{size}"#)), Ok(Err(ConfigError::QueueSize(..)))),
-                "{size}"
-            );
-        }
-        for serial in ["", "123456789012345678901", "ä", "\\n"] {
-            assert!(matches!(check(&format!(r#","serial":"{serial}""#)), Ok(Err(ConfigError::Serial(_)))), "{serial}");
-        }
-        for bucket in
-            [r#""size":0,"refill_time":1"#, r#""size":1,"refill_time":0"#, r#""size":1,"refill_time":3600001"#]
-        {
-            for kind in ["bandwidth", "ops"] {
-                let text = format!(r#","rate_limiter_config":{{"{kind}":{{{bucket}}}}}"#);
-                assert!(matches!(check(&text), Ok(Err(ConfigError::Rate(_)))), "{text}");
-            }
-        }
-        assert!(check(r#","rate_limiter_config":{"bytes":{}}"#).is_err());
-    }
-
-    #[test]
-    fn baselines_and_pages_have_names_and_bounds() {
-        let with = |cpus: &str, memory: &str| {
-            let text =
-                format!(r#"{{"cpus":{{"boot_vcpus":1{cpus}}},"memory":{{{memory}}},"payload":{{"kernel":"k"}}}}"#);
-            plain(&text).map_err(|_| None).and_then(|c| c.check().map_err(Some))
-        };
-        let small = r#""size":134217728"#;
-        for name in ["host", "x86-64-v2", "x86-64-v3", "x86-64-v4"] {
-            assert_eq!(with(&format!(r#","baseline":"{name}""#), small), Ok(()));
-        }
-        assert_eq!(with(r#","baseline":"x86-64-v5""#, small), Err(None));
-        for good in [r#","hugepages":true"#, r#","hugepages":true,"hugepage_size":2097152"#, r#","thp":true"#] {
-            assert_eq!(with("", &format!("{small}{good}")), Ok(()));
-        }
-        for bad in [
-            r#","hugepage_size":2097152"#,
-            r#","hugepages":true,"hugepage_size":4096"#,
-            r#","hugepages":true,"hugepage_size":1073741824"#,
-        ] {
-            assert_eq!(with("", &format!("{small}{bad}")), Err(Some(ConfigError::HugePages)), "{bad}");
-        }
-        assert_eq!(with("", &format!(r#"{small},"hugepages":true,"thp":true"#)), Err(Some(ConfigError::TwoKinds)));
-    }
-
-    #[test]
-    fn names_stay_in_their_folder() {
-        for bad in ["", ".", "..", "a/b", ".hidden", "-x", "a\0", "a b"] {
-            assert!(FileName::try_from(bad.to_owned()).is_err(), "{bad}");
-        }
-        assert!(FileName::try_from("vmlinuz-6.1.0_x.img".to_owned()).is_ok());
-    }
-}
+#[path = "config_tests.rs"]
+mod tests;

@@ -5,10 +5,15 @@ use kvm_bindings::{CpuId, KVM_CPUID_FLAG_SIGNIFCANT_INDEX, kvm_cpuid_entry2};
 use policy::config::CpuBaseline;
 
 const ECX1_VMX: u32 = 1 << 5;
+const ECX1_PDCM: u32 = 1 << 15;
 const ECX1_TSC_DEADLINE: u32 = 1 << 24;
 const ECX1_HYPERVISOR: u32 = 1 << 31;
 const EDX1_HTT: u32 = 1 << 28;
+const ECX7_SHADOW_STACKS: u32 = 1 << 7;
+const EDX7_BRANCH_TRACKING: u32 = 1 << 20;
 const ECX8000_0001_SVM: u32 = 1 << 2;
+/// Performance counters: the core's, the northbridge's, the cache's.
+const ECX8000_0001_COUNTERS: u32 = 1 << 23 | 1 << 24 | 1 << 28;
 const KVM_BASE: u32 = 0x4000_0000;
 const KVM_TIMING: u32 = 0x4000_0010;
 /// KVM's local APIC timer ticks each nanosecond.
@@ -65,7 +70,7 @@ fn adapt(entry: &mut kvm_cpuid_entry2, facts: Facts) {
         0x0 => entry.eax = entry.eax.max(0xb),
         0x1 => {
             entry.ebx = entry.ebx & 0xff00_ffff | count << 16;
-            entry.ecx = entry.ecx & !ECX1_VMX | ECX1_HYPERVISOR;
+            entry.ecx = entry.ecx & !(ECX1_VMX | ECX1_PDCM) | ECX1_HYPERVISOR;
             if facts.tsc_deadline {
                 entry.ecx |= ECX1_TSC_DEADLINE;
             }
@@ -82,7 +87,13 @@ fn adapt(entry: &mut kvm_cpuid_entry2, facts: Facts) {
             let last = entry.eax >> 5 & 7 == 3;
             entry.eax = entry.eax & 0x3fff | if last { (count - 1) << 14 } else { 0 };
         }
-        0x8000_0001 => entry.ecx &= !ECX8000_0001_SVM,
+        // What needs registers that `msr` does not list: control-flow enforcement, performance counters.
+        0x7 if entry.index == 0 => {
+            entry.ecx &= !ECX7_SHADOW_STACKS;
+            entry.edx &= !EDX7_BRANCH_TRACKING;
+        }
+        0xa | 0x8000_0022 => (entry.eax, entry.ebx, entry.ecx, entry.edx) = (0, 0, 0, 0),
+        0x8000_0001 => entry.ecx &= !(ECX8000_0001_SVM | ECX8000_0001_COUNTERS),
         0x8000_0008 => entry.ecx = entry.ecx & !0xf0ff | id_bits(facts.count) << 12 | (count - 1),
         0x8000_000a => (entry.eax, entry.ebx, entry.ecx, entry.edx) = (0, 0, 0, 0),
         // A thread a core, one node.
