@@ -226,6 +226,8 @@ impl Machine {
         // Needed on Intel processors without unrestricted guest, harmless elsewhere; before the first vCPU.
         vm.set_identity_map_address(KVM_IDENTITY_MAP).map_err(error("the identity map"))?;
         vm.set_tss_address(KVM_TSS as usize).map_err(error("the task state segment"))?;
+        // While nothing else was set: later KVM waits milliseconds, as it does for memory after the interrupt controller.
+        vcpu::msr::filter(&vm).map_err(error("a filter of model-specific registers"))?;
         let supported = kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES).map_err(error("its CPUID table"))?;
         Ok(EarlyVm { vm, supported, traits: Traits::default() })
     }
@@ -422,8 +424,6 @@ impl EarlyVm {
         // All slots before the interrupt controller: each one after it costs milliseconds.
         memory.register(&vm)?;
         vm.create_irq_chip().map_err(|source| MachineError::Kvm { what: "an interrupt controller", source })?;
-        vcpu::msr::filter(&vm)
-            .map_err(|source| MachineError::Kvm { what: "a filter of model-specific registers", source })?;
         let vcpus = (0..shape.vcpus).map(|index| Vcpu::new(&vm, index, &table, memory.clone()));
         let vcpus = vcpus.collect::<Result<Vec<_>, _>>()?;
         acpi::write(memory.ram(), shape.vcpus)?;

@@ -20,7 +20,7 @@ impl Generation {
     /// Writes the first id, before the guest starts.
     pub(in crate::machine) fn write(ram: &GuestRam) -> std::io::Result<()> {
         let mut id = [0; 16];
-        getrandom::fill(&mut id)?;
+        getrandom::fill(&mut id).map_err(|_| std::io::Error::other("the kernel gives no random numbers"))?;
         ram.write_slice(&id, GuestAddress(GENERATION_ID)).map_err(std::io::Error::other)
     }
 
