@@ -69,7 +69,7 @@ impl Shared {
             }
             let end = blocks.end.min(at + CHUNK);
             self.make_room()?;
-            let _among_others = self.among_others();
+            let _among_others = self.among_others()?;
             let _locked = self.lock_blocks(at..end);
             self.with_core(|core| core.unmap(at..end, punch))?;
             self.relieve()?;

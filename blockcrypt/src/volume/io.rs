@@ -194,7 +194,7 @@ impl Shared {
         let mut scratch = CIPHERTEXT.take();
         for chunk in chunks(offset, data.len()) {
             self.make_room()?;
-            let _among_others = self.among_others();
+            let _among_others = self.among_others()?;
             let blocks = chunk.first()..chunk.first() + chunk.blocks() as u64;
             let _locked = self.lock_blocks(blocks);
             scratch.resize(chunk.blocks() * BLOCK, 0);

@@ -24,7 +24,7 @@ use policy::KeyId;
 impl Shared {
     pub(super) fn rewrap(&self, old: &Kek, new: &Kek) -> Result<(), VolumeError> {
         self.check_writable(0, 0)?;
-        let _alone = self.alone();
+        let _alone = self.alone()?;
         let group = self.flushing();
         let (current, older) = {
             let core = self.core()?;
@@ -41,6 +41,7 @@ impl Shared {
             return Err(error);
         }
         self.write_checkpoint(&group, Occasion::Running)?;
+        self.wipe_stale_slots()?;
         drop(group);
         self.anchoring.after_flush()
     }
@@ -75,7 +76,7 @@ impl Shared {
         let mut blocks: Vec<Block> = Vec::new();
         while at < end {
             self.make_room()?;
-            let _among_others = self.among_others();
+            let _among_others = self.among_others()?;
             let _locked = self.lock_blocks(at..end);
             let mut entries = [Entry::UNMAPPED; ENTRIES];
             let entries = &mut entries[..(end - at) as usize];
@@ -114,7 +115,7 @@ impl Shared {
 
     /// Forgets older keys, if nothing is left that needs them: no snapshot, and no block that could not be read.
     fn drop_older_keys(&self) -> Result<(), VolumeError> {
-        let _alone = self.alone();
+        let _alone = self.alone()?;
         let group = self.flushing();
         self.settle_all(&group)?;
         if self.core()?.older.is_empty() || !self.core()?.snapshots.is_empty() || self.any_older_entry()? {
@@ -130,6 +131,7 @@ impl Shared {
             return Err(error);
         }
         self.write_checkpoint(&group, Occasion::Running)?;
+        self.wipe_stale_slots()?;
         self.backing.change_keys(|ring| ring.keep_current())?;
         self.backing.events.note("no older key is needed any more");
         Ok(())
