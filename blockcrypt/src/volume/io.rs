@@ -29,8 +29,8 @@ thread_local! {
     static CIPHERTEXT: Cell<Vec<u8>> = const { Cell::new(Vec::new()) };
 }
 
-/// How often a write that is short of room only because of others tries again: for ten seconds.
-const PATIENCE: u32 = 10_000;
+/// How often a request that is short of room only because of others tries again: a write for ten seconds.
+pub(super) const PATIENCE: u32 = 10_000;
 
 /// A part of a request that covers whole or partial neighbouring blocks.
 struct Chunk {
