@@ -56,7 +56,12 @@ impl Shared {
         let (batch, records) = {
             let mut core = self.core()?;
             core.writable()?;
-            (core.log.take_all()?, core.log.appended)
+            (core.log.take_all(), core.log.appended)
+        };
+        let batch = match batch {
+            // The ring is full: a checkpoint covers what waits.
+            Err(VolumeError::Full(None)) => return self.write_checkpoint(group, Occasion::Running),
+            batch => batch?,
         };
         self.put_batch(batch, group)?;
         let anchor = self.core()?.anchor(&self.backing);
@@ -96,8 +101,11 @@ impl Shared {
             Err(_) if urgent => self.flushing(),
             Err(_) => return Ok(()),
         };
-        let batch = self.core()?.log.take_full()?;
-        self.put_batch(batch, &group)
+        let batch = self.core()?.log.take_full();
+        match batch {
+            Err(VolumeError::Full(None)) => self.write_checkpoint(&group, Occasion::Running),
+            batch => self.put_batch(batch?, &group),
+        }
     }
 
     pub(super) fn checkpoint(&self) -> Result<(), VolumeError> {
