@@ -20,12 +20,22 @@ struct Faulty {
     broken: AtomicBool,
     /// Writes of nothing but zeroes fail: key slots can't be overwritten.
     keeps_slots: AtomicBool,
+    /// The end of the first stretch whose room was set aside.
+    front: AtomicU64,
+    /// The lowest byte whose room was given back.
+    given_back: AtomicU64,
 }
 
 impl Faulty {
     fn new() -> Arc<Self> {
         let inner = FileStore::exclusive(tempfile::tempfile().expect("a file")).expect("a store");
-        Arc::new(Self { inner, broken: AtomicBool::new(false), keeps_slots: AtomicBool::new(false) })
+        Arc::new(Self {
+            inner,
+            broken: AtomicBool::new(false),
+            keeps_slots: AtomicBool::new(false),
+            front: AtomicU64::new(0),
+            given_back: AtomicU64::new(u64::MAX),
+        })
     }
 
     fn fails(&self, this: bool) -> io::Result<()> {
@@ -50,6 +60,16 @@ impl Store for Faulty {
     }
     fn set_len(&self, bytes: u64) -> io::Result<()> {
         self.inner.set_len(bytes)
+    }
+    fn reserve(&self, offset: u64, bytes: u64) -> io::Result<()> {
+        if offset == 0 {
+            self.front.store(bytes, Ordering::SeqCst);
+        }
+        Ok(())
+    }
+    fn punch(&self, offset: u64, bytes: u64) -> io::Result<()> {
+        self.given_back.fetch_min(offset, Ordering::SeqCst);
+        self.inner.punch(offset, bytes)
     }
 }
 
@@ -179,6 +199,21 @@ fn a_snapshot_that_became_durable_is_kept_although_something_failed_after_it() {
     assert!(found.iter().all(|b| *b == 1));
     drop(seen);
     let volume = provider.open(store).expect("opens");
+    check_good(&volume);
+}
+
+/// Pages find room in the zone when the store has no other: a deletion that frees some of it gives that room to nobody.
+#[test]
+fn a_deletion_gives_room_back_but_not_the_zones() {
+    let (provider, store) = (Provider::new(AnchorMode::Close), Faulty::new());
+    let volume = provider.create(store.clone(), LEAVES * STRIDE).expect("a volume");
+    fill(&volume, LEAVES, 1);
+    let id = volume.take_snapshot("to go").expect("taken");
+    fill(&volume, LEAVES, 2);
+    volume.delete_snapshot(id, &mut |_, _| {}).expect("deleted");
+    let (front, lowest) = (store.front.load(Ordering::SeqCst), store.given_back.load(Ordering::SeqCst));
+    assert!(front > 0 && lowest != u64::MAX, "nothing was given back");
+    assert!(lowest >= front, "room at {lowest} was given back, and the zone ends at {front}");
     check_good(&volume);
 }
 
