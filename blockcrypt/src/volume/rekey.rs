@@ -180,14 +180,19 @@ impl Core {
 /// Destroys the key slots of the volume in `store`, and with them everything that it holds: all superblocks, and the pages of older
 /// slots. Needs no key; nobody can take it back. Returns how many blocks were overwritten.
 pub fn erase(store: &dyn Store) -> Result<usize, VolumeError> {
-    let mut blocks = superblock_places(store)?;
-    blocks.extend(older_slot_blocks(store)?);
-    blocks.sort_unstable();
-    blocks.dedup();
-    for block in &blocks {
-        let zeroes = zero_block();
-        store.write_at(&zeroes[..], block * BLOCK as u64).map_err(VolumeError::store("be erased"))?;
+    let (front, back) = superblock_places(store)?;
+    // Superblocks name older slots, and those at the front say where the others lie: what leads to something goes after it, so that
+    // an erasure that a crash interrupts can be done again.
+    let mut count = 0;
+    for mut blocks in [older_slot_blocks(store)?, back, front] {
+        blocks.sort_unstable();
+        blocks.dedup();
+        for block in &blocks {
+            let zeroes = zero_block();
+            store.write_at(&zeroes[..], block * BLOCK as u64).map_err(VolumeError::store("be erased"))?;
+        }
+        store.sync_data().map_err(VolumeError::store("make the erasure durable"))?;
+        count += blocks.len();
     }
-    store.sync_data().map_err(VolumeError::store("make the erasure durable"))?;
-    Ok(blocks.len())
+    Ok(count)
 }
