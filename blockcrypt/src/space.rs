@@ -285,7 +285,7 @@ impl Space {
         while self.waiting.front().is_some_and(|w| w.record < records)
             && let Some(waiting) = self.waiting.pop_front()
         {
-            if waiting.punch {
+            if waiting.punch && !self.zone.contains(&waiting.block) {
                 self.to_punch.push(waiting.block);
             } else {
                 self.held.remove(waiting.block);
@@ -323,9 +323,15 @@ impl Space {
         }
     }
 
-    /// Blocks that were freed and held may be reused, once their room was given back.
+    /// Blocks that were freed and held may be reused, once their room was given back. The zone's stays: pages rely on it.
     pub(crate) fn freed(&mut self, blocks: &[u64]) {
-        self.to_punch.extend(blocks);
+        for block in blocks {
+            if self.zone.contains(block) {
+                self.held.remove(*block);
+            } else {
+                self.to_punch.push(*block);
+            }
+        }
     }
 
     /// Superseded blocks of data that still wait.

@@ -14,6 +14,10 @@ use std::hash::{Hash, Hasher};
 /// Fewest clean pages kept, whatever the bound: what one operation needs at once.
 const FEWEST: usize = 512;
 
+/// Clean pages that a checkpoint may need for each page that changed: its ancestors, the bitmaps of its old and new place, and
+/// theirs.
+const NEEDED: usize = 8;
+
 /// Which page.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
 pub(crate) struct PageId {
@@ -199,16 +203,19 @@ impl Forest {
         !self.pages.contains_key(&missing.id) && self.pointer(missing.id).is_ok_and(|now| now == missing.pointer)
     }
 
-    /// Lets go of the clean pages that were not used for longest, a quarter at a time so that the cost is spread.
+    /// Where there are more than the bound, lets go of the clean pages that were not used for longest, a quarter at a time so that the cost is spread.
     pub(crate) fn make_room(&mut self) {
-        if self.pages.len() < self.bound + self.dirty.len() + self.pinned.len() {
+        let changed = self.dirty.len() + self.pinned.len();
+        // A checkpoint needs what lies above each page that changed, and the bitmaps, all at once.
+        let bound = self.bound.max(NEEDED * changed);
+        if self.pages.len() < bound + changed {
             return;
         }
         let mut times: Vec<u64> = self.pages.values().filter(|p| p.can_go()).map(|p| p.used).collect();
-        if times.len() < self.bound {
+        if times.len() < bound {
             return;
         }
-        let (_, &mut limit, _) = times.select_nth_unstable(self.bound / 4);
+        let (_, &mut limit, _) = times.select_nth_unstable(bound / 4);
         self.pages.retain(|_, p| !p.can_go() || p.used > limit);
     }
 

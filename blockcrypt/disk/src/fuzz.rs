@@ -38,7 +38,7 @@ pub fn fuzz_virtio_queue(data: &[u8]) {
         let Ok(mut available) = queue.iter(&memory) else { return };
         let Some(chain) = available.next() else { return };
         let head = chain.head_index();
-        let written = performer.perform(&disk, chain, &memory);
+        let written = performer.perform(&disk, data.len().is_multiple_of(2), chain, &memory);
         if queue.add_used(&memory, head, written).is_err() {
             return;
         }

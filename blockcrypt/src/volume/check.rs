@@ -73,7 +73,7 @@ struct Check<'a> {
 
 /// The check holds the volume's lock: no request is served meanwhile.
 pub(super) fn check(shared: &Shared, heard: &mut dyn FnMut(CheckStep)) -> Result<CheckReport, VolumeError> {
-    let _alone = shared.alone();
+    let _alone = shared.alone_anyway();
     let _group = shared.flushing();
     let mut core = shared.core()?;
     shared.ready()?;

@@ -46,7 +46,7 @@ impl Volume {
         kek.check(grant)?;
         let source = &of.source.shared;
         source.ready()?;
-        let _alone = source.alone();
+        let _alone = source.alone_anyway();
         let group = source.flushing();
         if !source.read_only {
             source.settle_all(&group)?;

@@ -1,6 +1,7 @@
 //! TRIM and write-zeroes: blocks that read as zeroes and take no room.
 
 use super::Core;
+use super::io::PATIENCE;
 use super::shared::Shared;
 use crate::VolumeError;
 use crate::format::page::{BITS, ENTRIES, Entry, Tree};
@@ -8,6 +9,7 @@ use crate::format::{BLOCK, zero_block};
 use crate::space::bitmap;
 use crate::tree::Halt;
 use std::ops::Range;
+use std::time::Duration;
 
 /// Blocks unmapped under one lock.
 const CHUNK: u64 = 64;
@@ -69,13 +71,26 @@ impl Shared {
             }
             let end = blocks.end.min(at + CHUNK);
             self.make_room()?;
-            let _among_others = self.among_others();
+            let _among_others = self.among_others()?;
             let _locked = self.lock_blocks(at..end);
-            self.with_core(|core| core.unmap(at..end, punch))?;
+            self.unmap_chunk(at..end, punch)?;
             self.relieve()?;
             at = end;
         }
         Ok(())
+    }
+
+    /// As [`Core::unmap`]; but where only the log is short of room, makes some.
+    fn unmap_chunk(&self, blocks: Range<u64>, punch: bool) -> Result<(), VolumeError> {
+        for _ in 0..PATIENCE {
+            match self.with_core(|core| core.unmap(blocks.clone(), punch)) {
+                Err(VolumeError::Full(None)) => self.checkpoint()?,
+                other => return other,
+            }
+            // Other requests hold more of the log than they will need when they are done.
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        Err(VolumeError::Full(None))
     }
 
     /// Gives the room of freed blocks back to the store. A store that can't is asked again next time something is freed; nothing

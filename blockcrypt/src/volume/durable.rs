@@ -11,8 +11,8 @@ use crate::VolumeError;
 use crate::backing::Backing;
 use crate::format::log::RECORDS;
 use policy::VolumeAnchor;
-use std::sync::MutexGuard;
 use std::sync::atomic::Ordering;
+use std::sync::{MutexGuard, PoisonError};
 use std::time::Instant;
 
 /// What a checkpoint is for.
@@ -56,7 +56,12 @@ impl Shared {
         let (batch, records) = {
             let mut core = self.core()?;
             core.writable()?;
-            (core.log.take_all()?, core.log.appended)
+            (core.log.take_all(), core.log.appended)
+        };
+        let batch = match batch {
+            // The ring is full: a checkpoint covers what waits.
+            Err(VolumeError::Full(None)) => return self.write_checkpoint(group, Occasion::Running),
+            batch => batch?,
         };
         self.put_batch(batch, group)?;
         let anchor = self.core()?.anchor(&self.backing);
@@ -96,8 +101,11 @@ impl Shared {
             Err(_) if urgent => self.flushing(),
             Err(_) => return Ok(()),
         };
-        let batch = self.core()?.log.take_full()?;
-        self.put_batch(batch, &group)
+        let batch = self.core()?.log.take_full();
+        match batch {
+            Err(VolumeError::Full(None)) => self.write_checkpoint(&group, Occasion::Running),
+            batch => self.put_batch(batch?, &group),
+        }
     }
 
     pub(super) fn checkpoint(&self) -> Result<(), VolumeError> {
@@ -117,6 +125,7 @@ impl Shared {
     }
 
     fn checkpoint_if_changed(&self, group: &MutexGuard<'_, ()>) -> Result<(), VolumeError> {
+        self.not_closing()?;
         {
             let core = self.core()?;
             if !core.changed() && !core.superblock.clean {
@@ -134,25 +143,26 @@ impl Shared {
         });
         if due
             && let Err(error) = self.checkpoint()
-            && !matches!(error, VolumeError::NoKeys)
+            && !matches!(error, VolumeError::NoKeys | VolumeError::Closed)
         {
             self.backing.events.note(&format!("a checkpoint came to nothing: {error}"));
         }
     }
 
-    /// The housekeeping thread's: a step of a deletion that nobody else goes on with.
+    /// The housekeeping thread's: one step of a deletion that nobody else goes on with, for the thread has anchors to keep.
     pub(super) fn timed_deletion(&self) {
         let due = self.core().is_ok_and(|core| core.is_deleting() && core.writable().is_ok());
         if due
-            && self.ready().is_ok()
-            && let Err(error) = self.finish_deletion(&mut |_, _| {})
-            && !matches!(error, VolumeError::NoKeys)
+            && self.check_writable(0, 0).is_ok()
+            && let Err(error) = self.deletion_step(&mut |_, _| {})
+            && !matches!(error, VolumeError::NoKeys | VolumeError::Closed)
         {
             self.backing.events.note(&format!("a snapshot is not deleted yet: {error}"));
         }
     }
 
     pub(super) fn close(&self) -> Result<VolumeAnchor, VolumeError> {
+        let _closer = self.closer.lock().unwrap_or_else(PoisonError::into_inner);
         if self.open().is_err() {
             return self.anchoring.kept().ok_or(VolumeError::Closed);
         }
@@ -160,7 +170,7 @@ impl Shared {
             self.backing.has_keys()?;
             self.anchoring.check()?;
             {
-                let _alone = self.alone();
+                let _alone = self.alone_anyway();
                 let group = self.flushing();
                 let (closed, good) = {
                     let core = self.core()?;
@@ -171,15 +181,21 @@ impl Shared {
                     self.write_checkpoint(&group, Occasion::Closing)?;
                     self.punch_freed()?;
                 }
+                // Nothing changes any more, lest there be a superblock newer than the anchor that this returns.
+                self.closing.store(true, Ordering::Release);
             }
-            self.anchoring.keep_now()?;
+            if let Err(error) = self.anchoring.keep_now() {
+                self.closing.store(false, Ordering::Release);
+                return Err(error);
+            }
         }
         self.closed.store(true, Ordering::Release);
         self.anchoring.kept().ok_or(VolumeError::NoAnchor)
     }
 
     /// Writes changed pages to free blocks, then the superblock to the other slot. If the pages can't be written, nothing has
-    /// changed and the log goes on; if the superblock can't, the volume takes no more writes.
+    /// changed and the log goes on; if the superblock can't, the volume takes no more writes. What fails after that is no error:
+    /// whoever called can't take back any more what has become durable.
     pub(super) fn write_checkpoint(&self, group: &MutexGuard<'_, ()>, occasion: Occasion) -> Result<(), VolumeError> {
         let from = &self.backing;
         let mut plan = self.with_core(|core| core.freeze(from, occasion))?;
@@ -201,11 +217,18 @@ impl Shared {
         if occasion == Occasion::Opening {
             return Ok(());
         }
-        self.wipe_stale_slots()?;
-        if occasion == Occasion::Running { self.top_up(group) } else { Ok(()) }
+        let tidied = self.wipe_stale_slots();
+        let tidied = if occasion == Occasion::Running { tidied.and(self.top_up(group)) } else { tidied };
+        if let Err(error) = tidied
+            && !matches!(error, VolumeError::NoKeys)
+        {
+            from.events.note(&format!("after a checkpoint: {error}; the next one tries again"));
+        }
+        Ok(())
     }
 
-    /// Overwrites what held key slots, and only then frees it.
+    /// Overwrites what held key slots, and only then frees it. Checkpoints do so too, and only note where they can't: who promises
+    /// that slots are gone calls this.
     pub(super) fn wipe_stale_slots(&self) -> Result<(), VolumeError> {
         let stale = self.core()?.stale_slots.clone();
         for block in &stale {

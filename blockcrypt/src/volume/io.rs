@@ -29,8 +29,8 @@ thread_local! {
     static CIPHERTEXT: Cell<Vec<u8>> = const { Cell::new(Vec::new()) };
 }
 
-/// How often a write that is short of room only because of others tries again: for ten seconds.
-const PATIENCE: u32 = 10_000;
+/// How often a request that is short of room only because of others tries again: a write for ten seconds.
+pub(super) const PATIENCE: u32 = 10_000;
 
 /// A part of a request that covers whole or partial neighbouring blocks.
 struct Chunk {
@@ -194,7 +194,7 @@ impl Shared {
         let mut scratch = CIPHERTEXT.take();
         for chunk in chunks(offset, data.len()) {
             self.make_room()?;
-            let _among_others = self.among_others();
+            let _among_others = self.among_others()?;
             let blocks = chunk.first()..chunk.first() + chunk.blocks() as u64;
             let _locked = self.lock_blocks(blocks);
             scratch.resize(chunk.blocks() * BLOCK, 0);

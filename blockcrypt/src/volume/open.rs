@@ -7,6 +7,7 @@ use super::recovery::{self, Recovered};
 use super::shared::Shared;
 use super::{Condition, Core, Volume};
 use crate::backing::Backing;
+use crate::crypto::wipe_registers;
 use crate::format::anchor::AnchorFields;
 use crate::format::geometry::Geometry;
 use crate::format::page::{Child, Header, Tree};
@@ -20,7 +21,7 @@ use crate::tree::{Forest, Root};
 use crate::{Anchors, Events, Kek, Store, VolumeError};
 use policy::disk::VolumeGrant;
 use policy::{KeyId, VolumeAnchor, VolumeId};
-use secretmem::Secret;
+use secretmem::{Secret, wiping_stack};
 use serde::Serialize;
 use std::sync::Arc;
 use std::time::Instant;
@@ -30,7 +31,7 @@ use std::time::Instant;
 pub struct OpenOptions {
     /// Nothing is written, no anchor moves: a log is replayed in memory only.
     pub read_only: bool,
-    /// Bytes of verified map kept in memory, at most; 2 MiB are in any case. A page of 4 KiB describes 288 KiB, so that the default
+    /// Bytes of verified map kept in memory, at most; 2 MiB are in any case, and eight pages for each changed one. A page of 4 KiB describes 288 KiB, so that the default
     /// of 64 MiB serves a working set of 4.5 GiB; all of 1 TiB has 14.4 GiB of map, of which 173 MiB are nodes above the leaves. A
     /// miss costs one read of 4 KiB for each level that is not there, mostly the leaf alone. Changed pages, 4 MiB and their ancestors
     /// at most, and twice that during a checkpoint, come on top.
@@ -414,17 +415,17 @@ pub(super) fn prepare_store(backing: &Backing) -> Result<(), VolumeError> {
     Ok(())
 }
 
-/// Every block that may hold a superblock: both ends, and those that the superblocks at the front name.
-pub(super) fn superblock_places(store: &dyn Store) -> Result<Vec<u64>, VolumeError> {
+/// Every block that may hold a superblock: those at the front, and those at the end, wherever the former say that it is.
+pub(super) fn superblock_places(store: &dyn Store) -> Result<(Vec<u64>, Vec<u64>), VolumeError> {
     let blocks = store.len().map_err(VolumeError::store("say its length"))? / BLOCK as u64;
-    let mut places = vec![0, 1];
+    let mut places = Vec::new();
     let found = find_superblocks(store)?;
     for end in
         found.iter().map(|f| f.superblock.geometry.total).chain([blocks]).filter(|end| (4..=blocks).contains(end))
     {
         places.extend([end - 2, end - 1]);
     }
-    Ok(places)
+    Ok((vec![0, 1], places))
 }
 
 /// Blocks that hold older key slots, as far as superblocks say without a key.
@@ -438,7 +439,10 @@ pub(super) fn older_slot_blocks(store: &dyn Store) -> Result<Vec<u64>, VolumeErr
                 break;
             }
             let mut page = zero_block();
-            store.read_at(&mut page[..], next.physical * BLOCK as u64).map_err(VolumeError::store("read"))?;
+            // Nothing vouches for where this leads: what can't be read is no reason to leave the rest.
+            if store.read_at(&mut page[..], next.physical * BLOCK as u64).is_err() {
+                break;
+            }
             // A block that is something else by now is not for this to overwrite.
             let is_slots = Header::parse(&page).is_ok_and(|header| header.tree == Tree::Slots);
             let Some(parsed) = SlotPage::parse(&page).ok().filter(|_| is_slots) else { break };
@@ -499,7 +503,7 @@ fn verify_superblocks(found: Vec<Found>, grant: &VolumeGrant, kek: &Kek) -> Resu
                 damaged += 1;
             }
             Err(other) => return Err(other),
-            Ok(key) if same(&key.superblock_mac(&candidate.block), &superblock.mac) => verified.push(candidate),
+            Ok(key) if superblock_verifies(&key, &candidate) => verified.push(candidate),
             Ok(_) => {
                 problem = VolumeError::Damaged("its superblock does not verify".to_owned());
                 damaged += 1;
@@ -507,6 +511,13 @@ fn verify_superblocks(found: Vec<Found>, grant: &VolumeGrant, kek: &Kek) -> Resu
         }
     }
     if verified.is_empty() { Err(problem) } else { Ok((verified, damaged)) }
+}
+
+/// Leaves nothing of the key on the stack or in vector registers.
+fn superblock_verifies(key: &VolumeKey, candidate: &Found) -> bool {
+    let verifies = wiping_stack(|| same(&key.superblock_mac(&candidate.block), &candidate.superblock.mac));
+    wipe_registers();
+    verifies
 }
 
 /// The newest superblock that the anchor allows, and the highest epoch of all.

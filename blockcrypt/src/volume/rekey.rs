@@ -24,7 +24,7 @@ use policy::KeyId;
 impl Shared {
     pub(super) fn rewrap(&self, old: &Kek, new: &Kek) -> Result<(), VolumeError> {
         self.check_writable(0, 0)?;
-        let _alone = self.alone();
+        let _alone = self.alone()?;
         let group = self.flushing();
         let (current, older) = {
             let core = self.core()?;
@@ -41,6 +41,7 @@ impl Shared {
             return Err(error);
         }
         self.write_checkpoint(&group, Occasion::Running)?;
+        self.wipe_stale_slots()?;
         drop(group);
         self.anchoring.after_flush()
     }
@@ -75,7 +76,7 @@ impl Shared {
         let mut blocks: Vec<Block> = Vec::new();
         while at < end {
             self.make_room()?;
-            let _among_others = self.among_others();
+            let _among_others = self.among_others()?;
             let _locked = self.lock_blocks(at..end);
             let mut entries = [Entry::UNMAPPED; ENTRIES];
             let entries = &mut entries[..(end - at) as usize];
@@ -114,7 +115,7 @@ impl Shared {
 
     /// Forgets older keys, if nothing is left that needs them: no snapshot, and no block that could not be read.
     fn drop_older_keys(&self) -> Result<(), VolumeError> {
-        let _alone = self.alone();
+        let _alone = self.alone()?;
         let group = self.flushing();
         self.settle_all(&group)?;
         if self.core()?.older.is_empty() || !self.core()?.snapshots.is_empty() || self.any_older_entry()? {
@@ -130,6 +131,7 @@ impl Shared {
             return Err(error);
         }
         self.write_checkpoint(&group, Occasion::Running)?;
+        self.wipe_stale_slots()?;
         self.backing.change_keys(|ring| ring.keep_current())?;
         self.backing.events.note("no older key is needed any more");
         Ok(())
@@ -178,14 +180,19 @@ impl Core {
 /// Destroys the key slots of the volume in `store`, and with them everything that it holds: all superblocks, and the pages of older
 /// slots. Needs no key; nobody can take it back. Returns how many blocks were overwritten.
 pub fn erase(store: &dyn Store) -> Result<usize, VolumeError> {
-    let mut blocks = superblock_places(store)?;
-    blocks.extend(older_slot_blocks(store)?);
-    blocks.sort_unstable();
-    blocks.dedup();
-    for block in &blocks {
-        let zeroes = zero_block();
-        store.write_at(&zeroes[..], block * BLOCK as u64).map_err(VolumeError::store("be erased"))?;
+    let (front, back) = superblock_places(store)?;
+    // Superblocks name older slots, and those at the front say where the others lie: what leads to something goes after it, so that
+    // an erasure that a crash interrupts can be done again.
+    let mut count = 0;
+    for mut blocks in [older_slot_blocks(store)?, back, front] {
+        blocks.sort_unstable();
+        blocks.dedup();
+        for block in &blocks {
+            let zeroes = zero_block();
+            store.write_at(&zeroes[..], block * BLOCK as u64).map_err(VolumeError::store("be erased"))?;
+        }
+        store.sync_data().map_err(VolumeError::store("make the erasure durable"))?;
+        count += blocks.len();
     }
-    store.sync_data().map_err(VolumeError::store("make the erasure durable"))?;
-    Ok(blocks.len())
+    Ok(count)
 }

@@ -17,7 +17,7 @@ use crate::tree::Halt;
 impl Shared {
     pub(super) fn grow(&self, size: u64) -> Result<(), VolumeError> {
         self.check_writable(0, 0)?;
-        let _alone = self.alone();
+        let _alone = self.alone()?;
         let group = self.flushing();
         let (from, old) = (&self.backing, self.backing.geometry());
         let found = from.store.len().map_err(VolumeError::store("say its length"))?;

@@ -16,6 +16,10 @@ pub(crate) struct Shared {
     pub(super) customer: CustomerId,
     pub(super) read_only: bool,
     pub(super) closed: AtomicBool,
+    /// The last checkpoint is made, and only its anchor is still to be kept. Changed by whoever is alone, or closes.
+    pub(super) closing: AtomicBool,
+    /// One `close` at a time.
+    pub(super) closer: Mutex<()>,
     gate: RwLock<()>,
     ranges: Ranges,
     pub(super) flushing: Mutex<()>,
@@ -36,6 +40,8 @@ impl Shared {
             customer: grant.customer.clone(),
             read_only,
             closed: AtomicBool::new(false),
+            closing: AtomicBool::new(false),
+            closer: Mutex::new(()),
             gate: RwLock::new(()),
             ranges: Ranges::default(),
             flushing: Mutex::new(()),
@@ -73,14 +79,28 @@ impl Shared {
         }
     }
 
-    /// For one request that changes something, as long as this lives.
-    pub(super) fn among_others(&self) -> RwLockReadGuard<'_, ()> {
-        self.gate.read().unwrap_or_else(PoisonError::into_inner)
+    /// For one request that changes something, as long as this lives. An error once the last checkpoint is made.
+    pub(super) fn among_others(&self) -> Result<RwLockReadGuard<'_, ()>, VolumeError> {
+        let held = self.gate.read().unwrap_or_else(PoisonError::into_inner);
+        self.not_closing()?;
+        Ok(held)
     }
 
-    /// No request that changes something is in hand as long as this lives.
-    pub(super) fn alone(&self) -> RwLockWriteGuard<'_, ()> {
+    /// No request that changes something is in hand as long as this lives. An error once the last checkpoint is made.
+    pub(super) fn alone(&self) -> Result<RwLockWriteGuard<'_, ()>, VolumeError> {
+        let held = self.alone_anyway();
+        self.not_closing()?;
+        Ok(held)
+    }
+
+    /// As [`alone`](Self::alone), whether the volume is being closed or not: for `close` itself, and for who only looks.
+    pub(super) fn alone_anyway(&self) -> RwLockWriteGuard<'_, ()> {
         self.gate.write().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// An error once the last checkpoint is made: what came after it would not be anchored.
+    pub(super) fn not_closing(&self) -> Result<(), VolumeError> {
+        if self.closing.load(Ordering::Acquire) { Err(VolumeError::Closed) } else { Ok(()) }
     }
 
     /// Nobody else changes these blocks as long as this lives.

@@ -21,10 +21,12 @@ use crate::space::bitmap;
 use crate::tree::{Halt, PageId};
 use serde::Serialize;
 use std::sync::MutexGuard;
-use std::time::SystemTime;
+use std::time::{Duration, SystemTime};
 
 /// Leaves visited in one step.
 const STEP: usize = 256;
+/// Between two steps.
+const GAP: Duration = Duration::from_millis(2);
 /// Snapshots that a volume has room for; one more is what it goes back from.
 const MOST: usize = MAX_PAGES * SnapshotPage::CAPACITY - 1;
 
@@ -64,7 +66,7 @@ impl Shared {
             return Err(VolumeError::SnapshotName);
         }
         let time = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).map_or(0, |time| time.as_secs());
-        let _alone = self.alone();
+        let _alone = self.alone()?;
         let group = self.flushing();
         let id = self.core()?.add_snapshot(name, time, self.backing.geometry().size)?;
         if let Err(error) = self.write_checkpoint(&group, Occasion::Running) {
@@ -92,16 +94,21 @@ impl Shared {
 
     pub(super) fn delete_snapshot(&self, id: u64, heard: &mut dyn FnMut(u64, u64)) -> Result<(), VolumeError> {
         self.check_writable(0, 0)?;
-        self.finish_deletion(heard)?;
-        {
-            let _alone = self.alone();
+        loop {
+            self.finish_deletion(heard)?;
+            let _alone = self.alone()?;
             let group = self.flushing();
             let mut core = self.core()?;
+            if core.is_deleting() {
+                // Somebody else began one meanwhile.
+                continue;
+            }
             let snapshot = core.snapshots.iter_mut().find(|s| s.id == id && s.dying.is_none());
             snapshot.ok_or(VolumeError::NoSnapshot(id))?.dying = Some(0);
             core.snapshots_changed = true;
             drop(core);
             self.step(&group, heard)?;
+            break;
         }
         self.finish_deletion(heard)
     }
@@ -109,25 +116,38 @@ impl Shared {
     /// Goes on with a deletion that was begun, also by an earlier opener, to its end.
     pub(super) fn finish_deletion(&self, heard: &mut dyn FnMut(u64, u64)) -> Result<(), VolumeError> {
         while self.core()?.is_deleting() {
-            let _alone = self.alone();
-            let group = self.flushing();
-            self.step(&group, heard)?;
+            self.check_writable(0, 0)?;
+            self.deletion_step(heard)?;
+            // The locks go to those who wait for them only if they are free for a while.
+            std::thread::sleep(GAP);
         }
         Ok(())
     }
 
+    /// A step of a deletion, if there is one.
+    pub(super) fn deletion_step(&self, heard: &mut dyn FnMut(u64, u64)) -> Result<(), VolumeError> {
+        let _alone = self.alone()?;
+        let group = self.flushing();
+        if self.core()?.is_deleting() { self.step(&group, heard) } else { Ok(()) }
+    }
+
     pub(super) fn revert(&self, id: u64) -> Result<(), VolumeError> {
         self.check_writable(0, 0)?;
-        self.finish_deletion(&mut |_, _| {})?;
-        {
-            let _alone = self.alone();
+        loop {
+            self.finish_deletion(&mut |_, _| {})?;
+            let _alone = self.alone()?;
             let group = self.flushing();
+            if self.core()?.is_deleting() {
+                // Somebody else began one meanwhile, maybe of this very snapshot.
+                continue;
+            }
             self.settle_all(&group)?;
             self.with_core(|core| core.go_back(id, self.backing.geometry().size))?;
             if let Err(error) = self.write_checkpoint(&group, Occasion::Running) {
                 // Memory is the snapshot's already, and the store is not.
                 return Err(self.core()?.fail(error, &*self.backing.events));
             }
+            break;
         }
         self.anchoring.after_flush()?;
         if let Err(error) = self.finish_deletion(&mut |_, _| {}) {
@@ -286,8 +306,8 @@ impl Core {
         let newest = self.snapshots.last().cloned();
         let known = self.snapshots.iter().any(|snapshot| snapshot.id == id);
         let target = match newest {
-            Some(newest) if newest.id == id => newest,
-            Some(newest) if known => return Err(VolumeError::NewerSnapshot(newest.id).into()),
+            Some(newest) if newest.id == id && newest.dying.is_none() => newest,
+            Some(newest) if known && newest.id != id => return Err(VolumeError::NewerSnapshot(newest.id).into()),
             _ => return Err(VolumeError::NoSnapshot(id).into()),
         };
         let root = self.forest.root(Tree::Map);

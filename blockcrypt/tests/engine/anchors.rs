@@ -58,13 +58,14 @@ fn each_mode_anchors_when_it_says() {
 
     let (provider, store) = made(AnchorMode::Interval);
     let volume = provider.open(store).expect("opens");
+    let begun = std::time::Instant::now();
+    let before = provider.anchor();
     for _ in 0..10 {
         volume.write(0, &[4; 512]).expect("written");
         volume.flush().expect("flushed");
     }
-    assert!(kept(&provider) <= 3);
-    let begun = std::time::Instant::now();
-    let before = provider.anchor();
+    // One each second, not one each FLUSH; however slow this machine is.
+    assert!(kept(&provider) <= begun.elapsed().as_secs() + 3);
     while provider.anchor() == before {
         assert!(begun.elapsed() < Duration::from_secs(30), "no anchor within 30 s");
         std::thread::sleep(Duration::from_millis(50));

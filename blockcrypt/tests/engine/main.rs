@@ -8,4 +8,5 @@ mod model;
 mod parallel;
 mod rekey;
 mod requests;
+mod snapshots;
 mod tamper;

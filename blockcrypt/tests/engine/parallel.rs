@@ -166,3 +166,28 @@ fn threads_overwrite_a_full_volume() {
     });
     check_good(&volume);
 }
+
+/// A small log runs full of other requests' promises: that is no reason to refuse what frees room.
+#[test]
+fn threads_discard_and_flush_beside_each_other() {
+    let provider = Provider::new(AnchorMode::Close);
+    let volume = provider.create(MemoryStore::default(), 24 * MIB).expect("a volume");
+    std::thread::scope(|scope| {
+        for thread in 0..48_u64 {
+            let volume = &volume;
+            scope.spawn(move || {
+                let (at, part) = (thread * MIB / 2, MIB / 2);
+                for round in 0..6_u8 {
+                    volume.write(at, &vec![1 + round; part as usize]).expect("written");
+                    for i in 0..6 {
+                        volume.discard(at + i * 4096, 4096).expect("discarded");
+                        volume.flush().expect("flushed");
+                    }
+                    volume.write_zeroes(at, part, round % 2 == 0).expect("zeroed");
+                }
+            });
+        }
+    });
+    assert_eq!(volume.info().mapped, 0);
+    check_good(&volume);
+}

@@ -1,8 +1,10 @@
 //! Other keys for the same data, and none.
 
 use crate::common::{MIB, Provider, Random, SimStore, check_good, lock};
-use fealty_blockcrypt::{CloneOf, Kek, OpenOptions, Volume, VolumeError, erase, inspect};
+use fealty_blockcrypt::{CloneOf, Kek, OpenOptions, Store, Volume, VolumeError, erase, inspect};
 use policy::{AnchorMode, KeyId};
+use std::io;
+use std::ops::Range;
 use std::sync::Arc;
 
 const BLOCKS: u64 = 200;
@@ -242,4 +244,59 @@ fn a_clone_and_its_source_do_not_mix() {
             }
         }
     }
+}
+
+/// Of a store that is longer than its volume: nothing but the superblocks at the front says where that ends.
+#[test]
+fn an_erasure_that_was_interrupted_can_be_done_again() {
+    let (_, store) = made();
+    let before = wrapped(&store.bytes());
+    let image = [store.bytes(), vec![0; 64 * 4096]].concat();
+    let mut whole = false;
+    for step in 1..40 {
+        store.set(image.clone());
+        store.burn(step);
+        whole = erase(&*store).is_ok();
+        store.repair();
+        store.crash(&mut Random(step));
+        match erase(&*store) {
+            Ok(_) | Err(VolumeError::NotAVolume) => {}
+            Err(other) => panic!("{step}: {other}"),
+        }
+        assert_eq!(holds(&store.bytes(), &before), 0, "a slot is left after {step}");
+        if whole {
+            break;
+        }
+    }
+    assert!(whole, "it never came to its end");
+}
+
+/// A store whose middle can't be read.
+struct Unreadable(Arc<SimStore>, Range<u64>);
+
+impl Store for Unreadable {
+    fn len(&self) -> io::Result<u64> {
+        self.0.len()
+    }
+    fn read_at(&self, buffer: &mut [u8], offset: u64) -> io::Result<()> {
+        if self.1.contains(&offset) { Err(io::Error::other("unreadable")) } else { self.0.read_at(buffer, offset) }
+    }
+    fn write_at(&self, bytes: &[u8], offset: u64) -> io::Result<()> {
+        self.0.write_at(bytes, offset)
+    }
+    fn sync_data(&self) -> io::Result<()> {
+        self.0.sync_data()
+    }
+    fn set_len(&self, bytes: u64) -> io::Result<()> {
+        self.0.set_len(bytes)
+    }
+}
+
+#[test]
+fn older_slots_that_cant_be_read_keep_no_superblock_from_being_erased() {
+    let (_, store) = made();
+    let length = store.bytes().len() as u64;
+    let unreadable = Unreadable(store.clone(), 2 * 4096..length - 2 * 4096);
+    assert!(erase(&unreadable).expect("erased") >= 4);
+    assert!(matches!(inspect(&*store), Err(VolumeError::NotAVolume)));
 }

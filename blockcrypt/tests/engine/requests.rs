@@ -1,7 +1,7 @@
 //! Reads, writes and FLUSH on an honest store, and on one that runs full or hangs.
 
 use crate::common::{MIB, Provider, Random, SimStore, check_good, lock};
-use fealty_blockcrypt::{FileStore, MemoryStore, Store, Volume, VolumeError};
+use fealty_blockcrypt::{FileStore, MemoryStore, OpenOptions, Store, Volume, VolumeError};
 use policy::AnchorMode;
 use std::io;
 use std::sync::{Arc, Condvar, Mutex};
@@ -191,6 +191,8 @@ fn after_a_failed_sync_nothing_more_is_acknowledged() {
 struct Hanging {
     inner: Arc<SimStore>,
     hangs: Mutex<Hangs>,
+    /// Requests that wait.
+    waiting: Mutex<usize>,
     changed: Condvar,
 }
 
@@ -203,7 +205,7 @@ enum Hangs {
 
 impl Hanging {
     fn over(inner: Arc<SimStore>) -> Arc<Self> {
-        Arc::new(Self { inner, hangs: Mutex::new(Hangs::Not), changed: Condvar::new() })
+        Arc::new(Self { inner, hangs: Mutex::new(Hangs::Not), waiting: Mutex::new(0), changed: Condvar::new() })
     }
 
     fn hang(&self, hangs: Hangs) {
@@ -212,7 +214,21 @@ impl Hanging {
     }
 
     fn wait(&self, here: &[Hangs]) {
-        drop(self.changed.wait_while(lock(&self.hangs), |hangs| here.contains(hangs)));
+        let hangs = lock(&self.hangs);
+        if here.contains(&hangs) {
+            *lock(&self.waiting) += 1;
+            drop(self.changed.wait_while(hangs, |hangs| here.contains(hangs)));
+            *lock(&self.waiting) -= 1;
+        }
+    }
+
+    /// Returns when a request waits here, however long whoever makes it takes to begin.
+    fn wait_until_one_hangs(&self) {
+        let begun = std::time::Instant::now();
+        while *lock(&self.waiting) == 0 {
+            assert!(begun.elapsed() < std::time::Duration::from_secs(120), "no request came within 120 s");
+            std::thread::sleep(std::time::Duration::from_millis(1));
+        }
     }
 }
 
@@ -289,7 +305,7 @@ fn a_flush_frees_nothing_that_was_superseded_while_it_ran() {
     std::thread::scope(|scope| {
         store.hang(Hangs::Syncs);
         let flush = scope.spawn(|| volume.flush());
-        std::thread::sleep(std::time::Duration::from_millis(100));
+        store.wait_until_one_hangs();
         for lba in 0..100 {
             volume.write(at(lba), &[3; 4096]).expect("written while the FLUSH runs");
         }
@@ -457,8 +473,7 @@ fn requests_go_on_while_a_checkpoint_waits_for_the_store() {
     store.hang(Hangs::Syncs);
     std::thread::scope(|scope| {
         let checkpoint = scope.spawn(|| volume.checkpoint());
-        std::thread::sleep(std::time::Duration::from_millis(100));
-        assert!(!checkpoint.is_finished());
+        store.wait_until_one_hangs();
         // Pages that are being written are changed again.
         volume.write(4096, &[2; 20 * 4096]).expect("written meanwhile");
         volume.discard(0, 4096).expect("discarded meanwhile");
@@ -569,5 +584,33 @@ fn a_volume_grows_while_it_is_used() {
     volume.grow(41 << 30).expect("grown");
     volume.revert(snapshot).expect("reverted");
     assert_eq!(volume.size(), 41 << 30);
+    check_good(&volume);
+}
+
+/// A checkpoint needs more pages at once than the smallest cache keeps: leaves that changed, each under a page of its own.
+#[test]
+fn a_checkpoint_of_changes_far_apart_ends_with_the_smallest_cache() {
+    let (far, count) = (64 * 64 * 4096, 700);
+    let provider = Provider::new(AnchorMode::Close);
+    let file = tempfile::NamedTempFile::new().expect("a file");
+    let store = || FileStore::exclusive(file.reopen().expect("opens")).expect("a store");
+    let volume = provider.create(store(), far * count).expect("a volume");
+    let fill = move |volume: &Volume, value: u8| {
+        for i in 0..count {
+            volume.write(i * far, &[value; 4096]).expect("written");
+        }
+    };
+    fill(&volume, 1);
+    volume.close().expect("closed");
+    drop(volume);
+    let options = OpenOptions { map_cache: 0, ..OpenOptions::default() };
+    let volume = provider.open_with(store(), &provider.grant(), options).expect("opens");
+    let (done, ended) = std::sync::mpsc::channel();
+    std::thread::spawn(move || {
+        fill(&volume, 2);
+        volume.checkpoint().expect("a checkpoint");
+        let _ = done.send(volume);
+    });
+    let volume = ended.recv_timeout(std::time::Duration::from_secs(120)).expect("a checkpoint within 120 s");
     check_good(&volume);
 }

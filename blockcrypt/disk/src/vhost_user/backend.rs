@@ -9,6 +9,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use vhost::vhost_user::message::VhostUserProtocolFeatures;
 use vhost_user_backend::{VhostUserBackend, VringMutex, VringT};
+use virtio_bindings::virtio_blk::VIRTIO_BLK_F_FLUSH;
 use virtio_queue::{QueueOwnedT, QueueT};
 use vm_memory::{GuestAddressSpace, GuestMemoryAtomic, GuestMemoryMmap};
 use vmm_sys_util::epoll::EventSet;
@@ -23,6 +24,8 @@ pub(super) struct Backend {
     memory: OnceLock<Memory>,
     queues: Vec<Queue>,
     stopping: AtomicBool,
+    /// The driver knows no FLUSH, so that what it writes must be durable by itself; as long as it did not say, neither.
+    write_through: AtomicBool,
     heard: Box<dyn Fn(&str) + Send + Sync>,
 }
 
@@ -54,7 +57,8 @@ impl Backend {
         });
         let queues = queues.collect::<io::Result<_>>()?;
         let space = space(&*disk, count);
-        Ok(Self { disk, space, memory: OnceLock::new(), queues, stopping: AtomicBool::new(false), heard })
+        let (stopping, write_through) = (AtomicBool::new(false), AtomicBool::new(true));
+        Ok(Self { disk, space, memory: OnceLock::new(), queues, stopping, write_through, heard })
     }
 
     /// Where the front end's memory will be.
@@ -93,7 +97,8 @@ impl Backend {
             let next = vring.get_mut().get_queue_mut().iter(memory.clone())?.next();
             let Some(chain) = next else { break };
             let head = chain.head_index();
-            let written = performer.perform(&*self.disk, chain, &memory);
+            let write_through = self.write_through.load(Ordering::Acquire);
+            let written = performer.perform(&*self.disk, write_through, chain, &memory);
             vring.add_used(head, written)?;
             if vring.needs_notification()? {
                 // One that can't be told finds out when it looks.
@@ -129,6 +134,11 @@ impl VhostUserBackend for Backend {
 
     fn features(&self) -> u64 {
         features(&*self.disk)
+    }
+
+    fn acked_features(&self, features: u64) {
+        let flush = features & 1 << VIRTIO_BLK_F_FLUSH != 0;
+        self.write_through.store(!flush, Ordering::Release);
     }
 
     fn protocol_features(&self) -> VhostUserProtocolFeatures {

@@ -53,15 +53,21 @@ impl Performer {
     }
 
     /// Does what `chain` asks for and says how it went in its last byte; how many bytes of it were written. A chain without
-    /// room for that is given back as it is.
-    pub(crate) fn perform<M>(&mut self, disk: &dyn Disk, chain: DescriptorChain<M>, memory: &GuestMemoryMmap) -> u32
+    /// room for that is given back as it is. With `write_through` what it changes is durable before that (5.2.6.2).
+    pub(crate) fn perform<M>(
+        &mut self,
+        disk: &dyn Disk,
+        write_through: bool,
+        chain: DescriptorChain<M>,
+        memory: &GuestMemoryMmap,
+    ) -> u32
     where
         M: Deref<Target = GuestMemoryMmap> + Clone,
     {
         let (Ok(reader), Ok(mut writer)) = (chain.clone().reader(memory), chain.writer(memory)) else { return 0 };
         let Some(room) = writer.available_bytes().checked_sub(1) else { return 0 };
         let Ok(mut status) = writer.split_at(room) else { return 0 };
-        let done = self.request(disk, reader, &mut writer);
+        let done = self.request(disk, write_through, reader, &mut writer);
         let code = match done {
             Ok(()) => VIRTIO_BLK_S_OK,
             Err(Failed::Io) => VIRTIO_BLK_S_IOERR,
@@ -74,12 +80,18 @@ impl Performer {
         u32::try_from(room + 1).unwrap_or(u32::MAX)
     }
 
-    fn request(&mut self, disk: &dyn Disk, mut reader: Reader<'_>, writer: &mut Writer<'_>) -> Result<(), Failed> {
+    fn request(
+        &mut self,
+        disk: &dyn Disk,
+        write_through: bool,
+        mut reader: Reader<'_>,
+        writer: &mut Writer<'_>,
+    ) -> Result<(), Failed> {
         let mut header = [0; HEADER];
         reader.read_exact(&mut header).map_err(|_| Failed::Io)?;
         let [kind, _, low, high] = words(&header);
         let sector = u64::from(high) << 32 | u64::from(low);
-        match kind {
+        let done = match kind {
             VIRTIO_BLK_T_IN => self.read(disk, sector, writer),
             VIRTIO_BLK_T_OUT => self.write(disk, sector, &mut reader),
             VIRTIO_BLK_T_FLUSH => Ok(disk.flush()?),
@@ -93,7 +105,10 @@ impl Performer {
                 _ => Err(Failed::Unsupported),
             }),
             _ => Err(Failed::Unsupported),
-        }
+        };
+        done?;
+        let changes = matches!(kind, VIRTIO_BLK_T_OUT | VIRTIO_BLK_T_DISCARD | VIRTIO_BLK_T_WRITE_ZEROES);
+        if write_through && changes { Ok(disk.flush()?) } else { Ok(()) }
     }
 
     fn read(&mut self, disk: &dyn Disk, sector: u64, writer: &mut Writer<'_>) -> Result<(), Failed> {
@@ -179,5 +194,109 @@ fn words(bytes: &[u8; 16]) -> [u32; 4] {
 impl From<Fault> for Failed {
     fn from(_: Fault) -> Self {
         Self::Io
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::sync::Mutex;
+    use virtio_queue::{Queue, QueueOwnedT, QueueT};
+    use vm_memory::{Bytes, GuestAddress};
+
+    /// Notes what it is asked: `r`ead, `w`rite, `f`lush, `d`iscard, `z`eroes. Flushes fail if told to.
+    #[derive(Default)]
+    struct Noting {
+        heard: Mutex<String>,
+        breaks: bool,
+    }
+
+    impl Noting {
+        fn note(&self, what: char) {
+            self.heard.lock().expect("one thread").push(what);
+        }
+    }
+
+    impl Disk for Noting {
+        fn size(&self) -> u64 {
+            1 << 20
+        }
+        fn read_only(&self) -> bool {
+            false
+        }
+        fn read(&self, _: u64, _: &mut [u8]) -> Result<(), Fault> {
+            self.note('r');
+            Ok(())
+        }
+        fn write(&self, _: u64, _: &[u8]) -> Result<(), Fault> {
+            self.note('w');
+            Ok(())
+        }
+        fn flush(&self) -> Result<(), Fault> {
+            self.note('f');
+            if self.breaks { Err(Fault::Io) } else { Ok(()) }
+        }
+        fn discard(&self, _: u64, _: u64) -> Result<(), Fault> {
+            self.note('d');
+            Ok(())
+        }
+        fn write_zeroes(&self, _: u64, _: u64, _: bool) -> Result<(), Fault> {
+            self.note('z');
+            Ok(())
+        }
+    }
+
+    /// Performs one request of `kind` with `data` behind its header, or with room for a sector; its status.
+    fn perform(disk: &Noting, write_through: bool, kind: u32, data: Option<&[u8]>) -> u32 {
+        let memory = GuestMemoryMmap::<()>::from_ranges(&[(GuestAddress(0), 0x10000)]).expect("memory");
+        let put = |at: u64, bytes: &[u8]| memory.write_slice(bytes, GuestAddress(at)).expect("inside");
+        let mut header = [0; HEADER];
+        header[..4].copy_from_slice(&kind.to_le_bytes());
+        put(0x1000, &header);
+        put(0x2000, data.unwrap_or_default());
+        put(0x3000, &[0xff]);
+        let (next, writable) = (1_u16, 2_u16);
+        let middle = if data.is_some() { next } else { next | writable };
+        let length = data.map_or(SECTOR as usize, <[u8]>::len) as u32;
+        let chain = [(0x1000_u64, HEADER as u32, next), (0x2000, length, middle), (0x3000, 1, writable)];
+        for (i, (address, length, flags)) in chain.into_iter().enumerate() {
+            let at = i as u64 * 16;
+            put(at, &address.to_le_bytes());
+            put(at + 8, &length.to_le_bytes());
+            put(at + 12, &flags.to_le_bytes());
+            put(at + 14, &(i as u16 + 1).to_le_bytes());
+        }
+        // One chain is available, which begins with descriptor 0.
+        put(0x202, &1_u16.to_le_bytes());
+        let mut queue = Queue::new(16).expect("a queue");
+        queue.try_set_desc_table_address(GuestAddress(0)).expect("aligned");
+        queue.try_set_avail_ring_address(GuestAddress(0x200)).expect("aligned");
+        queue.try_set_used_ring_address(GuestAddress(0x300)).expect("aligned");
+        queue.set_ready(true);
+        let chain = queue.iter(&memory).expect("sound").next().expect("a chain");
+        assert!(Performer::new("test").perform(disk, write_through, chain, &memory) > 0);
+        u32::from(memory.read_obj::<u8>(GuestAddress(0x3000)).expect("inside"))
+    }
+
+    #[test]
+    fn without_flush_what_a_request_changes_is_durable_before_its_status() {
+        let segment = [0, 0, 0, 0, 0, 0, 0, 0, 8, 0, 0, 0, 0, 0, 0, 0];
+        let requests = [
+            (VIRTIO_BLK_T_IN, None),
+            (VIRTIO_BLK_T_OUT, Some(&[7; SECTOR as usize][..])),
+            (VIRTIO_BLK_T_DISCARD, Some(&segment[..])),
+            (VIRTIO_BLK_T_WRITE_ZEROES, Some(&segment[..])),
+        ];
+        for (write_through, expected) in [(false, "rwdz"), (true, "rwfdfzf")] {
+            let disk = Noting::default();
+            for (kind, data) in requests {
+                assert_eq!(perform(&disk, write_through, kind, data), VIRTIO_BLK_S_OK, "{kind}");
+            }
+            assert_eq!(*disk.heard.lock().expect("one thread"), expected);
+        }
+        let broken = Noting { breaks: true, ..Noting::default() };
+        for (kind, data) in &requests[1..] {
+            assert_eq!(perform(&broken, true, *kind, *data), VIRTIO_BLK_S_IOERR, "{kind}");
+        }
     }
 }
