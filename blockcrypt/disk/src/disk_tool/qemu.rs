@@ -9,6 +9,7 @@ use serde::Deserialize;
 use std::ffi::OsStr;
 use std::io::{self, Read};
 use std::os::fd::OwnedFd;
+use std::os::unix::fs::FileTypeExt;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
@@ -85,10 +86,25 @@ impl Qcow2 {
 
     /// Writes the image's content to a new volume; how many bytes of data that were.
     pub(crate) fn import(&self, volume: &Volume, holder: &Holder) -> Result<u64, ConvertError> {
-        let to = ["--target-image-opts", "--target-is-zero", "-n", "-m", "8", "-W", "-f", "qcow2"];
-        let words = to.iter().map(OsStr::new).chain([self.path.as_os_str(), OsStr::new(VOLUME)]);
+        let to = ["--target-image-opts", "--target-is-zero", "-n", "-m", "8", "-W"];
+        let image = alone(&self.path)?;
+        let words = to.iter().map(OsStr::new).chain([OsStr::new(&image), OsStr::new(VOLUME)]);
         Ok(convert(volume, holder, words)?.written)
     }
+}
+
+/// A qcow2 image as `qemu-img` is to open it: without what it may name as the image below it by now, whatever was looked at before.
+fn alone(path: &Path) -> Result<String, QemuError> {
+    let image = |error| QemuError::Image(path.to_owned(), error);
+    let name = path.to_str().ok_or_else(|| image(io::Error::other("its name is not UTF-8")))?;
+    let device = std::fs::metadata(path).map_err(image)?.file_type().is_block_device();
+    let driver = if device { "host_device" } else { "file" };
+    let options = serde_json::json!({
+        "driver": "qcow2",
+        "file": { "driver": driver, "filename": name },
+        "backing": null,
+    });
+    Ok(format!("json:{options}"))
 }
 
 /// Writes a volume's content to a qcow2 image at `path`, which exists; how many bytes of it were read.
