@@ -263,7 +263,10 @@ async fn challenge_for(
     let found = vms::find(&mut reader, &request.customer, vm).await?;
     found.ok_or_else(|| Refusal::missing(format!("VM {vm} of {}", request.customer)))?;
     if operation != Operation::PowerOn {
-        asks_for_itself(&mut reader, &caller.key, &request.customer, vm).await?;
+        let instance = asks_for_itself(&mut reader, &caller.key, &request.customer, vm).await?;
+        if operation == Operation::Renew && lease_past(&instance, now_us) {
+            return Err(slow_clock(&instance, now_us));
+        }
     }
     let reference = documents::reference(&mut reader, &request.customer).await?;
     let (reference_version, reference) = reference
@@ -344,6 +347,15 @@ async fn asks_for_itself(
         }
         _ => Err(Refusal::new(ProblemType::OldInstance, format!("this client is not the newest instance of VM {vm}"))),
     }
+}
+
+/// An instance whose lease is over has wiped its keys and asks for them anew. One that would still renew it counts time slower than
+/// the provider, which is how a host's clock stretches a lease.
+fn slow_clock(instance: &Instance, now_us: u64) -> Refusal {
+    let late = now_us.saturating_sub(instance.lease_end_us) / 1_000_000;
+    let what = format!("the lease of instance {} ended {late} s ago, and its host does not know it", instance.number);
+    Refusal::new(ProblemType::PolicyRefuses, what)
+        .hint("the host's clock runs slow, or the request was held up; the instance gets keys by vm.resume-keys")
 }
 
 /// What an instance is doing, for people.

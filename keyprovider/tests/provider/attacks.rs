@@ -236,6 +236,25 @@ fn attack_27_a_bundle_opens_on_its_host_and_in_its_process_alone() {
 }
 
 #[test]
+fn attack_29_a_lease_that_is_over_here_is_not_renewed() {
+    let lab = Lab::with(2, GO);
+    let mut vm = SoftVm::new(&lab);
+    vm.start(&lab.host);
+    let start = std::time::Instant::now();
+    while !lab.keys(&["vm", "list", "acme", "--json"]).contains("lease-past") {
+        assert!(start.elapsed().as_secs() < 60, "the lease does not end");
+        std::thread::sleep(std::time::Duration::from_millis(200));
+    }
+    // Whoever still holds the keys counts time slower than the provider does.
+    let mut vm = vm.asking(Operation::Renew);
+    assert_eq!(vm.refused(&lab.host), ProblemType::PolicyRefuses);
+    let told = lab.events("attestation-refused");
+    assert!(told.iter().any(|e| e.to_string().contains("does not know it")), "{told:?}");
+    // Whoever wiped them gets them back.
+    vm.asking(Operation::ResumeKeys).attest(&lab.host).expect("keys");
+}
+
+#[test]
 fn attack_31_a_stolen_client_key_gets_no_keys() {
     let lab = Lab::new();
     let mut vm = SoftVm::new(&lab);
