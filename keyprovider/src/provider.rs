@@ -10,6 +10,7 @@
 
 use crate::api::TrustView;
 use crate::attestation::challenge::Challenges;
+use crate::attestation::lanes::Lanes;
 use crate::attestation::rules::RulesCache;
 use crate::authority::{Authority, AuthorityError, spki_of};
 use crate::bounds::PerMinute;
@@ -37,6 +38,15 @@ const REFUSALS: u32 = 120;
 /// Reports taken from an instance in a minute.
 const REPORTS: u32 = 3000;
 
+/// Who was refused something.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Refused {
+    /// Somebody whose evidence was not verified, or did not come.
+    Stranger,
+    /// A host whose evidence was verified, by the policy.
+    Verified,
+}
+
 /// The provider.
 pub struct Provider {
     /// The database.
@@ -59,11 +69,13 @@ pub struct Provider {
     pub directive_key: SigningKey,
     /// Nonces that wait for evidence.
     pub challenges: Challenges,
+    /// Places for evidence that is being read.
+    pub lanes: Lanes,
     /// Parsed policies.
     pub rules: RulesCache,
-    /// Bounds what refused strangers write into a customer's audit log.
-    pub refusals: PerMinute<CustomerId>,
-    /// Bounds what an instance, by its client key, writes there.
+    /// Bounds what those who are refused write into a customer's audit log.
+    pub refusals: PerMinute<(CustomerId, Refused)>,
+    /// Bounds what an instance, by its client key, writes: reports and anchors.
     pub reports: PerMinute<Digest>,
     /// Its folder.
     pub dir: PathBuf,
@@ -224,6 +236,7 @@ impl Provider {
             audit_key,
             directive_key,
             challenges: Challenges::default(),
+            lanes: Lanes::default(),
             rules: RulesCache::default(),
             refusals: PerMinute::new(REFUSALS),
             reports: PerMinute::new(REPORTS),

@@ -130,6 +130,36 @@ fn one_instance_at_most() {
 }
 
 #[test]
+fn a_quote_that_was_held_back_frees_nothing() {
+    let lab = Lab::new();
+    // Asked and quoted while no other process lived, then held back by the network.
+    let mut held = SoftVm::new(&lab);
+    let challenge = held.post(&held.request(&lab.host)).expect("a challenge");
+    let evidence = held.evidence(&lab.host, &challenge, &BundleKey::generate().expect("memory"));
+    let mut running = SoftVm::new(&lab);
+    running.start(&lab.host);
+    let late = held.put(&challenge, &evidence).err();
+    assert_eq!(late.expect("refused").problem(), Some(ProblemType::StillRuns));
+    running.asking(Operation::Renew).attest(&lab.host).expect("the instance is still the newest");
+}
+
+#[test]
+fn an_instance_that_vanishes_is_told() {
+    let lab = Lab::new();
+    let instance = SoftVm::new(&lab).start(&lab.host).release.instance;
+    assert!(lab.events("report-gap").is_empty());
+    let mut next = SoftVm::new(&lab);
+    let number = next.start(&lab.host).release.instance;
+    let told = lab.events("report-gap");
+    assert_eq!(told.len(), 1, "{told:?}");
+    assert_eq!(told[0]["instance"], instance.get());
+    assert_eq!(told[0]["details"]["missing"], "its end");
+    next.end(number).expect("reported");
+    SoftVm::new(&lab).start(&lab.host);
+    assert_eq!(lab.events("report-gap").len(), 1, "this one said that it ends");
+}
+
+#[test]
 fn a_lost_answer_is_asked_for_again_with_the_same_bytes() {
     let mut lab = Lab::new();
     let mut vm = SoftVm::new(&lab);
