@@ -250,11 +250,12 @@ impl Provider {
         format!("{}/{customer}", self.names[0])
     }
 
-    /// What the VM files of a customer seal as trust roots.
-    pub fn trust(&self, customer: &Customer) -> TrustView {
+    /// What the VM files of a customer seal as trust roots; `policy_version` is that of the policy in force, 0 without one.
+    pub fn trust(&self, customer: &Customer, policy_version: u64) -> TrustView {
         TrustView {
             trust: TrustRoots {
                 policy_key: customer.policy_key[..].into(),
+                policy_version,
                 directive_key: self.directive_key.public[..].into(),
                 audit_origin: self.audit_origin(&customer.id),
                 audit_key: self.audit_key.public[..].into(),

@@ -50,14 +50,15 @@ pub async fn create(
         .detail("policy_key", &new.policy_key);
     append(&mut tx, now_us, draft).await?;
     tx.commit().await?;
-    Ok((StatusCode::CREATED, Json(provider.trust(&customer))))
+    Ok((StatusCode::CREATED, Json(provider.trust(&customer, 0))))
 }
 
 /// A customer's trust roots.
 pub async fn show(State(provider): State<Arc<Provider>>, At(id): At<CustomerId>) -> Answer<TrustView> {
     let mut reader = provider.db.read().await?;
     let customer = customer(&mut reader, &id).await?;
-    Ok(Json(provider.trust(&customer)))
+    let in_force = documents::policy(&mut reader, &id).await?.map_or(0, |p| p.version);
+    Ok(Json(provider.trust(&customer, in_force)))
 }
 
 /// Lets the customer's VMs run in a cloud.

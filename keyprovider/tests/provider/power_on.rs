@@ -4,6 +4,7 @@ use crate::support::vm::{SoftVm, check_receipt};
 use crate::support::{GO, Lab, anchor};
 use attest::bundle::BundleKey;
 use attest::protocol::{AnchorUpdate, KeyName, ProblemType};
+use fealty_keyprovider::api::TrustView;
 use policy::Operation;
 use policy::operation::OperationRequest;
 use policy::report::ReportEvent;
@@ -25,6 +26,8 @@ fn a_host_that_proves_itself_gets_its_keys_and_a_receipt() {
     assert_eq!(grant.open_number.get(), 2, "the first opening created it");
     assert!(grant.anchor.is_some());
     check_receipt(&lab, &keys);
+    let seals: TrustView = lab.admin().get("/v1/customers/acme").expect("trust roots");
+    assert_eq!(seals.trust.policy_version, release.policy.version);
     assert_eq!(keys.event.instance, Some(release.instance));
     assert_eq!(keys.event.details["qualified"], release.qualified.to_string());
     // The key opens the VM file, whose trust roots are those that the receipt was checked against.
