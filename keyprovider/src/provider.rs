@@ -37,6 +37,9 @@ const REFUSALS: u32 = 120;
 /// Reports taken from an instance in a minute.
 const REPORTS: u32 = 3000;
 
+/// What SQLite keeps beside a database, by the ends of the names.
+const SIDE_FILES: [&str; 3] = ["-wal", "-shm", "-journal"];
+
 /// The provider.
 pub struct Provider {
     /// The database.
@@ -87,6 +90,9 @@ pub enum ProviderError {
     /// Something is there already.
     #[error("{0} exists already; a provider is made in a folder of its own")]
     Exists(PathBuf),
+    /// What SQLite kept beside a database that is gone: it would be replayed into the new one.
+    #[error("{0} is left of another database and would be replayed into the new one; move it away first")]
+    Left(PathBuf),
     /// Nothing is there.
     #[error("{0} is missing; make a provider with `fealty-keys init`, or bring one back with `fealty-keys restore`")]
     Missing(PathBuf),
@@ -131,6 +137,16 @@ impl Provider {
         dir.join("keys.db")
     }
 
+    /// Fails where a database lies in `dir`, or what SQLite would replay into a new one of that name.
+    pub fn no_database(dir: &Path) -> Result<(), ProviderError> {
+        let database = Self::database_path(dir);
+        if database.exists() {
+            return Err(ProviderError::Exists(database));
+        }
+        let left = SIDE_FILES.map(|end| beside(&database, end)).into_iter().find(|path| path.exists());
+        left.map_or(Ok(()), |path| Err(ProviderError::Left(path)))
+    }
+
     /// Path of the master key in a provider's folder.
     pub fn master_path(dir: &Path) -> PathBuf {
         dir.join("master.key")
@@ -143,10 +159,9 @@ impl Provider {
         std::fs::create_dir_all(dir).map_err(folder)?;
         rustix::fs::chmod(dir, Mode::RWXU).map_err(|e| folder(e.into()))?;
         let lock = lock(dir)?;
-        for path in [Self::database_path(dir), Self::master_path(dir)] {
-            if path.exists() {
-                return Err(ProviderError::Exists(path));
-            }
+        Self::no_database(dir)?;
+        if Self::master_path(dir).exists() {
+            return Err(ProviderError::Exists(Self::master_path(dir)));
         }
         let keys = FileKeyStore::create(&Self::master_path(dir))?;
         let db = Database::open(&Self::database_path(dir), true).await?;
@@ -254,6 +269,20 @@ impl Provider {
 fn check_names(names: &[String]) -> Result<(), ProviderError> {
     let good = |n: &String| !n.is_empty() && n.len() <= 253 && !n.contains([',', '/', ' ', '\n']);
     if (1..=16).contains(&names.len()) && names.iter().all(good) { Ok(()) } else { Err(ProviderError::Names) }
+}
+
+/// Removes a database that was never served from, and what SQLite kept beside it.
+pub fn discard(database: &Path) {
+    let _ = std::fs::remove_file(database);
+    for end in SIDE_FILES {
+        let _ = std::fs::remove_file(beside(database, end));
+    }
+}
+
+fn beside(database: &Path, end: &str) -> PathBuf {
+    let mut path = database.as_os_str().to_owned();
+    path.push(end);
+    path.into()
 }
 
 /// Takes the folder's lock for as long as the descriptor lives.

@@ -102,7 +102,8 @@ pub(super) enum Command {
         #[arg(long, value_name = "FILE")]
         out: PathBuf,
     },
-    /// Bring a provider back from a backup, into a folder that holds its master.key and no database.
+    /// Bring a provider back from a backup, into a folder that holds its master.key, no database, and nothing that SQLite
+    /// left of one (keys.db-wal, keys.db-shm, keys.db-journal).
     ///
     /// What a backup can't know is voided: nonces, leases, sessions. Every volume gets a new key for new writes and waits
     /// for `volume confirm`; instance numbers go on above the time of the restore; VMs wait until instances that the backup

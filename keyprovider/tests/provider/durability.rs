@@ -159,6 +159,36 @@ fn a_restored_provider_voids_what_it_can_not_know() {
 }
 
 #[test]
+fn a_killed_provider_s_write_ahead_log_does_not_undo_a_restore() {
+    let mut lab = Lab::new();
+    lab.keys(&["backup", "--out", "backup.db"]);
+    let lost = SoftVm::new(&lab).start(&lab.host).release;
+    lab.provider.kill();
+    let restore = || keys_command().args(["restore", "--dir", &lab.text("keys"), "--from", &lab.text("backup.db")]).output();
+    let log = lab.path("keys/keys.db-wal");
+    assert!(std::fs::metadata(&log).expect("a killed provider leaves it").len() > 0);
+    std::fs::remove_file(lab.path("keys/keys.db")).expect("removed");
+    for left in ["keys.db-wal", "keys.db-shm"] {
+        let refused = restore().expect("runs");
+        let said = String::from_utf8_lossy(&refused.stderr).into_owned();
+        assert!(!refused.status.success() && said.contains(left) && said.contains("move it away"), "{said}");
+        assert!(!lab.path("keys/keys.db").exists());
+        std::fs::remove_file(lab.path("keys").join(left)).expect("removed");
+    }
+    // Neither does what a killed restore left.
+    std::fs::write(lab.path("keys/restoring.db-journal"), b"left").expect("written");
+    crate::support::good(restore().expect("runs"));
+    assert!(!lab.path("keys/restoring.db-journal").exists());
+    lab.provider = Provider::start(&lab.path("keys"));
+    let mut vm = SoftVm::new(&lab);
+    assert_eq!(vm.refused(&lab.host), ProblemType::StillRuns);
+    lab.keys(&["vm", "confirm", "acme", "payroll"]);
+    lab.keys(&["volume", "confirm", "acme", "root"]);
+    let after = vm.start(&lab.host).release;
+    assert!(after.volumes[0].open_number > lost.volumes[0].open_number);
+}
+
+#[test]
 fn a_restored_provider_lets_vms_start_when_old_leases_are_past() {
     let mut lab = Lab::with(2, crate::support::GO);
     lab.keys(&["backup", "--out", "backup.db"]);
