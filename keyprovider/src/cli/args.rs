@@ -106,8 +106,8 @@ pub(super) enum Command {
     /// left of one (keys.db-wal, keys.db-shm, keys.db-journal).
     ///
     /// What a backup can't know is voided: nonces, leases, sessions. Every volume gets a new key for new writes and waits
-    /// for `volume confirm`; instance numbers go on above the time of the restore; VMs wait until instances that the backup
-    /// never saw have surely lost their leases, or for `vm confirm`.
+    /// for `volume confirm`; instance numbers go on above the time of the restore; VMs wait for `vm confirm`, or for seven
+    /// days: the longest lease that an instance which the backup never saw can have.
     Restore {
         /// The provider's folder.
         #[arg(long, value_name = "DIR")]

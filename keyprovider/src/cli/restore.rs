@@ -33,7 +33,7 @@ pub(super) fn restore(dir: &Path, from: &Path, out: Output) -> Result<(), CliErr
     let named = durable(&beside).and_then(|()| std::fs::rename(&beside, &target)).and_then(|()| durable(dir));
     named.map_err(|e| CliError::Write(target, e))?;
     let line = format!(
-        "restored into {}: {volumes} volumes wait for `volume confirm`, {vms} VMs for the end of leases or `vm confirm`; \
+        "restored into {}: {volumes} volumes wait for `volume confirm`, {vms} VMs for `vm confirm` or seven days; \
          instances go on from {floor}",
         dir.display()
     );
