@@ -183,11 +183,12 @@ pub async fn revoke(State(provider): State<Arc<Provider>>, caller: Caller, At((i
     done()
 }
 
-/// After a restore: an administrator vouches that no instance from before it runs.
+/// After a restore: an administrator vouches that no instance from before it runs. Nothing is to be vouched for once the VM no
+/// longer waits: what runs then was started by this provider.
 pub async fn confirm(State(provider): State<Arc<Provider>>, caller: Caller, At((id, vm)): VmPath) -> Answer<Done> {
     let now_us = provider.clock.now_us();
     let mut tx = provider.db.write().await?;
-    if find(&mut tx, &id, &vm).await?.unconfirmed_until_us == 0 {
+    if now_us >= find(&mut tx, &id, &vm).await?.unconfirmed_until_us {
         return Err(conflict(format!("VM {vm} waits for no confirmation")));
     }
     vms::confirm(&mut tx, &id, &vm).await?;

@@ -129,11 +129,12 @@ pub async fn list(c: &mut SqliteConnection, customer: &CustomerId) -> Result<Vec
     rows.iter().map(|(id,)| label(id, "VM")).collect()
 }
 
-/// An administrator vouches that no instance from before a restore runs any more.
+/// An administrator vouches that no instance from before a restore runs any more: those have numbers below the floor.
 pub async fn confirm(c: &mut SqliteConnection, customer: &CustomerId, vm: &VmId) -> Result<(), StoreError> {
     for statement in [
-        "UPDATE vms SET unconfirmed_until_us = 0 WHERE customer = ? AND id = ?",
-        "UPDATE instances SET ended = 1 WHERE customer = ? AND vm = ?",
+        "UPDATE vms SET unconfirmed_until_us = 0 WHERE customer = ?1 AND id = ?2",
+        "UPDATE instances SET ended = 1 WHERE customer = ?1 AND vm = ?2
+         AND number < (SELECT instance_floor FROM vms WHERE customer = ?1 AND id = ?2)",
     ] {
         sqlx::query(statement).bind(customer.as_str()).bind(vm.as_str()).execute(&mut *c).await?;
     }

@@ -207,3 +207,24 @@ fn a_restored_provider_waits_for_leases_that_no_policy_of_the_backup_gave() {
     lab.stopped_sql("UPDATE vms SET unconfirmed_until_us = 1");
     SoftVm::new(&lab).start(&lab.host);
 }
+
+#[test]
+fn a_confirmation_that_comes_too_late_ends_no_instance() {
+    let mut lab = Lab::new();
+    lab.keys(&["backup", "--out", "backup.db"]);
+    lab.restore("backup.db");
+    lab.keys(&["volume", "confirm", "acme", "root"]);
+    lab.stopped_sql("UPDATE vms SET unconfirmed_until_us = 1");
+    let mut vm = SoftVm::new(&lab);
+    let instance = vm.start(&lab.host).release.instance;
+    let said = lab.refused(&["vm", "confirm", "acme", "payroll"]);
+    assert!(said.contains("waits for no confirmation"), "{said}");
+    vm.report(instance, policy::report::ReportEvent::Runs).expect("it lives");
+    vm.operation = policy::operation::OperationRequest::plain(policy::Operation::Renew);
+    assert_eq!(vm.start(&lab.host).release.instance, instance);
+    // Nor does the confirmation itself end what was started since the restore.
+    lab.stopped_sql("UPDATE vms SET unconfirmed_until_us = 9000000000000000");
+    lab.keys(&["vm", "confirm", "acme", "payroll"]);
+    vm.reconnect(&lab);
+    assert_eq!(vm.start(&lab.host).release.instance, instance);
+}
