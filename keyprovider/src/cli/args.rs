@@ -368,8 +368,8 @@ pub(super) enum VolumeCommand {
         #[arg(last = true, required = true)]
         command: Vec<OsString>,
     },
-    /// After a restore: confirm that the provider's anchor is the volume's newest, or move it forward to what the volume
-    /// itself shows (`fealty-disk info`).
+    /// After a restore: confirm that the provider's anchor is the volume's newest (or that the volume was never filled, where
+    /// there is none), or move it forward to what the volume itself shows (`fealty-disk info`).
     Confirm {
         /// The customer.
         customer: CustomerId,

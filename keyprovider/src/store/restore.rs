@@ -4,7 +4,8 @@
 //! - each VM's instance numbers go on above the stored one and the time of the restore in microseconds, and it waits for the
 //!   longest lease that any policy can give, when an instance that the backup never saw has surely lost its own (or for `vm
 //!   confirm`);
-//! - each volume gets a new key id for new writes, its open numbers are raised, and its anchor waits for `volume confirm`.
+//! - each volume gets a new key id for new writes, its open numbers are raised, and its anchor waits for `volume confirm`: also
+//!   one that the backup does not have, for the volume may have been filled since.
 
 use super::{StoreError, meta, number, provider_key, set_meta, time_column, volumes};
 use crate::clock::Clock;
@@ -82,7 +83,7 @@ async fn rewrite(c: &mut SqliteConnection) -> Result<Restored, StoreError> {
             volumes::new_write_key(c, &volume).await?;
             volumes::raise_open(c, &volume, volume.next_open + OPENINGS).await?;
         }
-        let done = sqlx::query("UPDATE volumes SET unconfirmed = 1 WHERE customer = ? AND anchor IS NOT NULL")
+        let done = sqlx::query("UPDATE volumes SET unconfirmed = 1 WHERE customer = ?")
             .bind(customer.as_str())
             .execute(&mut *c)
             .await?;

@@ -164,7 +164,8 @@ fn a_killed_provider_s_write_ahead_log_does_not_undo_a_restore() {
     lab.keys(&["backup", "--out", "backup.db"]);
     let lost = SoftVm::new(&lab).start(&lab.host).release;
     lab.provider.kill();
-    let restore = || keys_command().args(["restore", "--dir", &lab.text("keys"), "--from", &lab.text("backup.db")]).output();
+    let restore =
+        || keys_command().args(["restore", "--dir", &lab.text("keys"), "--from", &lab.text("backup.db")]).output();
     let log = lab.path("keys/keys.db-wal");
     assert!(std::fs::metadata(&log).expect("a killed provider leaves it").len() > 0);
     std::fs::remove_file(lab.path("keys/keys.db")).expect("removed");
@@ -200,7 +201,8 @@ fn a_restored_provider_waits_for_leases_that_no_policy_of_the_backup_gave() {
     let listed: serde_json::Value =
         serde_json::from_str(lab.keys(&["vm", "list", "acme", "--json"]).trim()).expect("a VM");
     let restored = lab.events("provider-restored").pop().expect("an event");
-    let waits = listed["unconfirmed_until_us"].as_u64().expect("it waits") - restored["time_us"].as_u64().expect("time");
+    let waits =
+        listed["unconfirmed_until_us"].as_u64().expect("it waits") - restored["time_us"].as_u64().expect("time");
     assert!(waits > 604_800_000_000, "{waits}");
     assert_eq!(SoftVm::new(&lab).refused(&lab.host), ProblemType::StillRuns);
     // When that time is past, nobody needs to confirm anything.
@@ -227,4 +229,26 @@ fn a_confirmation_that_comes_too_late_ends_no_instance() {
     lab.keys(&["vm", "confirm", "acme", "payroll"]);
     vm.reconnect(&lab);
     assert_eq!(vm.start(&lab.host).release.instance, instance);
+}
+
+#[test]
+fn a_volume_that_was_filled_after_the_backup_opens_once_its_anchor_is_confirmed() {
+    let mut lab = Lab::new();
+    let volume = lab.make_volume("data");
+    lab.make_volume("empty");
+    let file = lab.seal("payroll", &[volume]);
+    lab.keys(&["backup", "--out", "backup.db"]);
+    let newest = lab.anchor_volume("data", 2);
+    lab.restore("backup.db");
+    lab.keys(&["vm", "confirm", "acme", "payroll"]);
+    lab.keys(&["volume", "confirm", "acme", "data", "--anchor", &crate::support::text_of(&newest)]);
+    let mut vm = SoftVm::of(&lab, "acme", "payroll", file);
+    assert_eq!(vm.start(&lab.host).release.volumes[0].anchor, Some(newest));
+    // One that was never filled waits too: the provider can't know.
+    let one_time = fealty_keyprovider::client::OneTimeKey::generate().expect("memory");
+    let open = "/v1/customers/acme/volumes/empty/sessions";
+    let refused: Result<fealty_keyprovider::api::SessionView, _> = lab.admin().post(open, &one_time.request());
+    assert!(refused.is_err());
+    lab.keys(&["volume", "confirm", "acme", "empty"]);
+    lab.anchor_volume("empty", 1);
 }

@@ -290,7 +290,8 @@ impl Lab {
         for file in ["keys.db", "keys.db-wal", "keys.db-shm"] {
             let _ = std::fs::remove_file(self.path("keys").join(file));
         }
-        let restored = keys_command().args(["restore", "--dir", &self.text("keys"), "--from", &self.text(backup)]).output();
+        let restored =
+            keys_command().args(["restore", "--dir", &self.text("keys"), "--from", &self.text(backup)]).output();
         good(restored.expect("runs"));
         self.provider = Provider::start(&self.path("keys"));
     }
