@@ -205,7 +205,11 @@ impl Provider {
         let names = store::meta(&mut reader, "names").await?.ok_or(StoreError::Damaged("set of names"))?;
         let names: Vec<String> = names.split(',').map(str::to_owned).collect();
         check_names(&names)?;
-        let clock = Clock::start(store::latest_us(&mut reader).await?);
+        let latest_us = store::latest_us(&mut reader).await?;
+        let clock = Clock::start(latest_us);
+        let mut tx = db.write().await?;
+        store::vms::lengthen_leases(&mut tx, latest_us, clock.now_us()).await?;
+        tx.commit().await.map_err(StoreError::from)?;
         let unwrap = async |reader: &mut sqlx::SqliteConnection, name: &'static str| {
             let (wrapped, public) = store::provider_key(reader, name).await?;
             let key = keys.unwrap(KeyLabel::Provider(name), &wrapped)?;
@@ -295,5 +299,96 @@ pub fn lock(dir: &Path) -> Result<OwnedFd, ProviderError> {
         Ok(()) => Ok(fd),
         Err(rustix::io::Errno::WOULDBLOCK) => Err(ProviderError::Busy(dir.to_owned())),
         Err(error) => Err(failed(error)),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::store::audit::{Draft, append};
+    use crate::store::vms::{self, Instance};
+    use crate::store::volumes::{self, Holder, HolderKind, Volume};
+    use policy::audit::{Actor, AuditKind};
+    use policy::{HostId, InstanceNumber, KeyId, OpenNumber, VmId, VolumeId};
+
+    fn instance(customer: &CustomerId, vm: &VmId, lease_end_us: u64) -> Instance {
+        Instance {
+            customer: customer.clone(),
+            vm: vm.clone(),
+            number: InstanceNumber::try_from(1).expect("a number"),
+            client_key: Digest([1; 32]),
+            host: HostId(Digest([2; 32])),
+            ak: vec![3],
+            reset_count: 1,
+            file: Digest([4; 32]),
+            lease_end_us,
+            ended: false,
+            revoked: false,
+            report_sequence: 0,
+            report_digest: Digest([5; 32]),
+            gap_at: 0,
+        }
+    }
+
+    #[tokio::test]
+    async fn a_wall_clock_that_is_ahead_at_the_start_ends_no_lease() {
+        const SECOND: u64 = 1_000_000;
+        let dir = tempfile::tempdir().expect("a folder");
+        let made = Provider::create(dir.path(), &["localhost".to_owned()]).await.expect("made");
+        // Everything was recorded at the beginning of 1970: the wall clock of now is some fifty years ahead.
+        let (acme, live, dead) =
+            ("acme".parse().expect("label"), "live".parse().expect("label"), "dead".parse().expect("label"));
+        let mut tx = made.db.write().await.expect("begins");
+        let customer = Customer { id: acme, lab: true, policy_key: [0; 32] };
+        let acme = &customer.id;
+        store::people::create_customer(&mut tx, &customer, SECOND).await.expect("created");
+        let volume = Volume {
+            id: VolumeId([6; 16]),
+            customer: acme.clone(),
+            name: "root".into(),
+            kek_id: KeyId(1),
+            kek_wrapped: vec![],
+            key_id: None,
+            next_open: 1,
+            anchor: None,
+            unconfirmed: false,
+        };
+        volumes::create(&mut tx, &volume, SECOND).await.expect("created");
+        for (vm, end_us) in [(&live, 700 * SECOND), (&dead, 50 * SECOND)] {
+            let instance = instance(acme, vm, end_us);
+            vms::create(&mut tx, acme, vm, instance.number).await.expect("created");
+            vms::add_instance(&mut tx, &instance, SECOND).await.expect("added");
+            vms::keep_lease(&mut tx, &instance, 600 * SECOND).await.expect("kept");
+        }
+        let kind = HolderKind::Instance(live.clone(), InstanceNumber::try_from(1).expect("a number"));
+        let open_number = OpenNumber::try_from(1).expect("a number");
+        let holder = Holder { kind, client_key: Digest([1; 32]), open_number, until_us: 700 * SECOND };
+        volumes::hold(&mut tx, &volume.id, &holder).await.expect("held");
+        append(&mut tx, 100 * SECOND, Draft::new(acme, Actor::Provider, AuditKind::Report)).await.expect("logged");
+        tx.commit().await.expect("committed");
+        made.db.close().await;
+        drop(made);
+
+        let started = Provider::open(dir.path()).await.expect("opens");
+        let mut reader = started.db.read().await.expect("reads");
+        let now_us = started.clock.now_us();
+        let past = async |reader: &mut _, vm: &VmId| {
+            let instance = vms::last_instance(reader, acme, vm).await.expect("read").expect("there");
+            crate::attestation::lease_past(&instance, now_us + 590 * SECOND)
+        };
+        assert!(!past(&mut reader, &live).await, "it may have all of its lease left");
+        assert!(past(&mut reader, &dead).await, "past before the provider ended");
+        let holder = volumes::holder(&mut reader, &volume.id).await.expect("read").expect("held");
+        assert!(crate::admin::volumes::holds(&holder, now_us + 590 * SECOND));
+        drop(reader);
+
+        // And the clock never starts before what any log says.
+        let far_us = 9_000_000_000 * SECOND;
+        let mut tx = started.db.write().await.expect("begins");
+        append(&mut tx, far_us, Draft::new(acme, Actor::Provider, AuditKind::Report)).await.expect("logged");
+        tx.commit().await.expect("committed");
+        started.db.close().await;
+        drop(started);
+        assert!(Provider::open(dir.path()).await.expect("opens").clock.now_us() >= far_us);
     }
 }

@@ -41,6 +41,8 @@ pub async fn prepare(path: &Path, keys: &dyn KeyStore) -> Result<Restored, Store
         .synchronous(SqliteSynchronous::Full)
         .foreign_keys(true);
     let pool = SqlitePoolOptions::new().max_connections(1).connect_with(options).await?;
+    // A backup may be older than this program.
+    super::SCHEMA.run(&pool).await?;
     let mut tx = pool.begin_with("BEGIN IMMEDIATE").await?;
     let checked: (String,) = sqlx::query_as("PRAGMA integrity_check").fetch_one(&mut *tx).await?;
     if checked.0 != "ok" || meta(&mut tx, "backup").await?.is_none() {
