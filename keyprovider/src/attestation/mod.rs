@@ -15,7 +15,7 @@ pub mod rules;
 pub mod verdict;
 
 use crate::provider::Provider;
-use crate::server::body::{At, Json as Body, SMALL, parse, read};
+use crate::server::body::{At, Json as Body, SMALL, announced, parse, read};
 use crate::server::gate::Caller;
 use crate::server::problem::Refusal;
 use crate::store::audit::{Draft, append};
@@ -43,8 +43,11 @@ use tokio::sync::{Semaphore, watch};
 /// longer here than they are given, for the sake of slow clocks.
 pub const LEASE_MARGIN_US: u64 = 2_000_000;
 
-/// Evidence bodies that are read or judged at once: each may take [`REQUEST_LIMIT`] bytes several times over.
-static BODIES: Semaphore = Semaphore::const_new(64);
+/// Evidence bodies that are read or judged at once, in MiB as announced: each may take its length several times over.
+static BODIES: Semaphore = Semaphore::const_new(512);
+
+/// The least that a body counts, in MiB, so that there are not too many small ones.
+const LEAST_BODY: u32 = 8;
 
 /// An IMA log of which so many bytes were read is not sent again from its start for a power-on.
 const LONG_IMA: u64 = 1 << 20;
@@ -116,7 +119,9 @@ async fn answer_to(
     if !kept && !provider.challenges.knows(&id, &caller.key, &vm, provider.clock.now_us()) {
         return Err(stale());
     }
-    let _room = BODIES.acquire().await.map_err(|_| stale())?;
+    let length = announced(&request).unwrap_or(REQUEST_LIMIT as u64).min(REQUEST_LIMIT as u64) >> 20;
+    let room = u32::try_from(length).unwrap_or(u32::MAX).max(LEAST_BODY);
+    let _room = BODIES.acquire_many(room).await.map_err(|_| stale())?;
     let bytes = read(request, REQUEST_LIMIT).await?;
     // The same bytes for the other purpose are another request.
     let digest = Digest::of_fields(if wanted == Wanted::Keys { "evidence" } else { "opinion" }, &[&bytes]);
@@ -197,7 +202,8 @@ async fn decide(
         Ok::<_, Refusal>((challenge, evidence, verified))
     });
     let (challenge, evidence, verified) = judged.await.map_err(|_| unavailable())??;
-    if verified.is_err() && verdict::may_be_ima(&challenge) {
+    // Only of evidence that this host's TPM signed for this request: whoever merely asks must not undo what was read.
+    if verified.as_ref().is_err_and(|r| r.kind == ProblemType::BadLog) && verdict::may_be_ima(&challenge) {
         let mut tx = provider.db.write().await?;
         inventory::forget_ima(&mut tx, &challenge.customer, &challenge.host, &challenge.ak_name).await?;
         tx.commit().await?;
