@@ -74,6 +74,7 @@ pub async fn create(
 /// Makes the key of a sealing.
 pub async fn new_key(
     State(provider): State<Arc<Provider>>,
+    caller: Caller,
     At((id, vm)): VmPath,
     Body(request): Body<KeyRequest>,
 ) -> Created<SealedKey> {
@@ -85,6 +86,8 @@ pub async fn new_key(
     let wrapped = provider.keys.wrap(KeyLabel::VmFile(&id, &vm, key_id), key.expose())?;
     vms::add_file_key(&mut tx, &id, &vm, key_id, &wrapped, now_us).await?;
     let sealed = seal(&request, &id, vm.as_str(), key_id, &key)?;
+    let draft = Draft::new(&id, caller.actor(), AuditKind::VmFileKeyCreated).vm(&vm).detail("key_id", key_id);
+    append(&mut tx, now_us, draft).await?;
     tx.commit().await?;
     Ok((StatusCode::CREATED, Json(sealed)))
 }
