@@ -28,6 +28,9 @@ pub enum LogError {
     /// Too long.
     #[error("the {0} log is longer than {limit} bytes", limit = crate::protocol::LOG_LIMIT)]
     TooLong(&'static str),
+    /// Too much for one piece of evidence.
+    #[error("the IMA log grew by more than {limit} bytes since it was last read: reboot the host", limit = crate::protocol::IMA_LIMIT)]
+    ImaTooLong,
     /// Ends inside a record.
     #[error("the {log} log ends inside a record, at byte {offset}")]
     Truncated {

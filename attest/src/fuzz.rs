@@ -54,6 +54,8 @@ pub fn layer_log(data: &[u8]) {
 
 /// IMA's log, from its start and from somewhere else.
 pub fn ima_log(data: &[u8]) {
+    let cut = ima::whole_entries(data);
+    assert!(cut <= data.len() && ima::whole_entries(&data[..cut]) == cut);
     let _ = ima::replay(data, ImaState::START, &BTreeMap::new());
     let later = ImaState { offset: 1, ..ImaState::START };
     if let Ok((state, _)) = ima::replay(data, later, &BTreeMap::new()) {

@@ -21,13 +21,16 @@ use policy::{
 use serde::{Deserialize, Serialize};
 
 /// The longest request body, in bytes: evidence with its logs (base64url adds a third).
-pub const REQUEST_LIMIT: usize = 8 * 1024 * 1024;
+pub const REQUEST_LIMIT: usize = 28 * 1024 * 1024;
 
 /// The longest answer, in bytes.
 pub const ANSWER_LIMIT: usize = 256 * 1024;
 
-/// The longest firmware or IMA log, in bytes.
+/// The longest firmware or layer log, in bytes.
 pub const LOG_LIMIT: usize = 2 * 1024 * 1024;
+
+/// The longest part of an IMA log in one piece of evidence, in bytes: some hundred thousand files.
+pub const IMA_LIMIT: usize = 16 * 1024 * 1024;
 
 /// The protocol's version: the only one there is.
 pub const PROTOCOL_VERSION: u32 = 1;

@@ -20,7 +20,7 @@ use serde::{Deserialize, Serialize};
 pub const REQUEST_LIMIT: usize = 64 * 1024;
 
 /// The longest answer, in bytes: three logs in base64url.
-pub const ANSWER_LIMIT: usize = 10 * 1024 * 1024;
+pub const ANSWER_LIMIT: usize = 28 * 1024 * 1024;
 
 /// What a VM process may ask.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]

@@ -91,8 +91,8 @@ struct MeasureArgs {
     /// Print one JSON object a line.
     #[arg(long)]
     json: bool,
-    /// Layers: NAME=PATH or NAME=PATH@VERSION.
-    #[arg(required = true, value_name = "NAME=PATH[@VERSION]")]
+    /// Layers: NAME=PATH or NAME=PATH@VERSION. None: seals what an earlier call that was ended left unsealed.
+    #[arg(value_name = "NAME=PATH[@VERSION]")]
     layers: Vec<LayerArg>,
 }
 
@@ -197,7 +197,7 @@ fn measure(args: &MeasureArgs) -> Result<(), CliError> {
         print(&line)?;
     }
     if !args.json {
-        print("PCR 14 extended, layer log sealed")?;
+        print(if measured.is_empty() { "layer log sealed" } else { "PCR 14 extended, layer log sealed" })?;
     }
     Ok(())
 }

@@ -39,6 +39,9 @@ pub enum MeasureError {
     /// A name that stands twice.
     #[error("the layer {0} stands twice")]
     Twice(String),
+    /// A layer of this boot.
+    #[error("the layer {0} was measured already in this boot; each layer is measured once{1}")]
+    Again(String, &'static str),
     /// The file.
     #[error("{0}: {1}")]
     File(PathBuf, #[source] io::Error),
@@ -64,8 +67,8 @@ impl FromStr for LayerArg {
     }
 }
 
-/// Measures `layers` in this order and seals the log. Every file is hashed before anything is extended, so that a missing
-/// one changes nothing.
+/// Measures `layers` in this order and seals the log; no layers: only seals what an earlier call left unsealed. Every file is
+/// hashed, and every name held against the log, before anything is extended, so that a wrong one changes nothing.
 pub fn measure(client: &mut ControlClient, layers: &[LayerArg]) -> Result<Vec<Measured>, MeasureError> {
     let mut measured: Vec<Measured> = Vec::new();
     for layer in layers {
@@ -75,11 +78,21 @@ pub fn measure(client: &mut ControlClient, layers: &[LayerArg]) -> Result<Vec<Me
         let digest = hash(layer).map_err(|e| MeasureError::File(layer.path.clone(), e))?;
         measured.push(Measured { layer: layer.name.clone(), version: layer.version.clone(), digest });
     }
+    let status = client.status()?;
+    let hint = if status.sealed { "" } else { "; fealty-host measure without layers seals the log" };
+    if let Some(known) = measured.iter().find(|m| status.layers.iter().any(|shown| is_of(shown, &m.layer))) {
+        return Err(MeasureError::Again(known.layer.clone(), hint));
+    }
     for layer in &measured {
         client.extend(&layer.layer, &layer.version, layer.digest)?;
     }
     client.reseal()?;
     Ok(measured)
+}
+
+/// Whether `shown`, a layer's name and version as [`attest::service::Status`] has them, is of the layer `name`.
+fn is_of(shown: &str, name: &str) -> bool {
+    shown.strip_prefix(name).is_some_and(|rest| rest.is_empty() || rest.starts_with(' '))
 }
 
 fn hash(layer: &LayerArg) -> io::Result<Digest> {

@@ -34,9 +34,15 @@ fn layers_are_measured_in_order_sealed_and_shown() {
 fn each_layer_once_a_boot_and_all_or_none() {
     let host = Host::booted();
     let _service = host.ready();
+    let mut vm = host.vm("acme", "payroll");
     let before = fs::read(host.path("run/layers.log")).expect("a log");
     let again = host.run(&["measure", "fealty=more"]).refused();
     assert!(again.err.contains("measured already"), "{}", again.err);
+    // Told by the service too, and no harm to the VMs of the host.
+    let (reason, _) = common::refused(host.control().extend("fealty", "", Digest::of(b"more")));
+    assert!(reason.contains("measured already"), "{reason}");
+    let late = host.run(&["measure", "more=more", "fealty=fealty"]).refused();
+    assert!(late.err.contains("measured already"), "{}", late.err);
     let missing = host.run(&["measure", "more=more", "x=missing"]).refused();
     assert!(missing.err.contains("missing") && missing.err.trim().lines().count() == 1, "{}", missing.err);
     let twice = host.run(&["measure", "more=more", "more=more"]).refused();
@@ -44,8 +50,28 @@ fn each_layer_once_a_boot_and_all_or_none() {
     let folder = host.run(&["measure", "more=."]).refused();
     assert!(folder.err.contains("regular file"), "{}", folder.err);
     assert_eq!(host.run(&["measure", "=x"]).code, Some(2));
-    assert_eq!(host.run(&["measure"]).code, Some(2));
     assert_eq!(fs::read(host.path("run/layers.log")).expect("a log"), before);
+    let quoted = vm.client.quote(&common::quote(1, &[0, 14], None)).expect("a quote");
+    common::verify(&host, &mut vm, 1, &[0, 14], &quoted);
+}
+
+#[test]
+fn a_log_that_was_left_unsealed_is_sealed_without_a_new_layer() {
+    let host = Host::booted();
+    let _service = host.serve(&[]);
+    let none = host.run(&["measure"]).refused();
+    assert!(none.err.contains("no layer was measured"), "{}", none.err);
+    host.measure();
+    let mut vm = host.vm("acme", "payroll");
+    // Somebody who measured ended before the seal.
+    host.control().extend("more", "1", Digest::of(b"more")).expect("measured");
+    let again = host.run(&["measure", "more=more"]).refused();
+    assert!(again.err.contains("fealty-host measure without layers seals"), "{}", again.err);
+    common::refused(vm.client.quote(&common::quote(1, &[0, 14], None)));
+    let sealed = host.run(&["measure"]).good();
+    assert!(sealed.out.contains("layer log sealed"), "{}", sealed.out);
+    let quoted = vm.client.quote(&common::quote(2, &[0, 14], None)).expect("a quote");
+    common::verify(&host, &mut vm, 2, &[0, 14], &quoted);
 }
 
 #[test]

@@ -87,10 +87,6 @@ CREATE TABLE reference_values (
     set_us   INTEGER NOT NULL,
     PRIMARY KEY (customer, version)
 ) STRICT;
-CREATE TRIGGER reference_values_do_not_change BEFORE UPDATE ON reference_values
-BEGIN SELECT RAISE(ABORT, 'a version of the reference values is never changed'); END;
-CREATE TRIGGER reference_values_do_not_go BEFORE DELETE ON reference_values
-BEGIN SELECT RAISE(ABORT, 'every version of the reference values is kept'); END;
 
 CREATE TABLE policies (
     customer  TEXT NOT NULL REFERENCES customers (id),
@@ -100,10 +96,6 @@ CREATE TABLE policies (
     set_us    INTEGER NOT NULL,
     PRIMARY KEY (customer, version)
 ) STRICT;
-CREATE TRIGGER policies_do_not_change BEFORE UPDATE ON policies
-BEGIN SELECT RAISE(ABORT, 'a version of a policy is never changed'); END;
-CREATE TRIGGER policies_do_not_go BEFORE DELETE ON policies
-BEGIN SELECT RAISE(ABORT, 'every version of a policy is kept'); END;
 
 CREATE TABLE vms (
     customer             TEXT NOT NULL REFERENCES customers (id),

@@ -38,6 +38,9 @@ const REFUSALS: u32 = 120;
 /// Reports taken from an instance in a minute.
 const REPORTS: u32 = 3000;
 
+/// What SQLite keeps beside a database, by the ends of the names.
+const SIDE_FILES: [&str; 3] = ["-wal", "-shm", "-journal"];
+
 /// Who was refused something.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Refused {
@@ -99,6 +102,9 @@ pub enum ProviderError {
     /// Something is there already.
     #[error("{0} exists already; a provider is made in a folder of its own")]
     Exists(PathBuf),
+    /// What SQLite kept beside a database that is gone: it would be replayed into the new one.
+    #[error("{0} is left of another database and would be replayed into the new one; move it away first")]
+    Left(PathBuf),
     /// Nothing is there.
     #[error("{0} is missing; make a provider with `fealty-keys init`, or bring one back with `fealty-keys restore`")]
     Missing(PathBuf),
@@ -143,6 +149,16 @@ impl Provider {
         dir.join("keys.db")
     }
 
+    /// Fails where a database lies in `dir`, or what SQLite would replay into a new one of that name.
+    pub fn no_database(dir: &Path) -> Result<(), ProviderError> {
+        let database = Self::database_path(dir);
+        if database.exists() {
+            return Err(ProviderError::Exists(database));
+        }
+        let left = SIDE_FILES.map(|end| beside(&database, end)).into_iter().find(|path| path.exists());
+        left.map_or(Ok(()), |path| Err(ProviderError::Left(path)))
+    }
+
     /// Path of the master key in a provider's folder.
     pub fn master_path(dir: &Path) -> PathBuf {
         dir.join("master.key")
@@ -155,10 +171,9 @@ impl Provider {
         std::fs::create_dir_all(dir).map_err(folder)?;
         rustix::fs::chmod(dir, Mode::RWXU).map_err(|e| folder(e.into()))?;
         let lock = lock(dir)?;
-        for path in [Self::database_path(dir), Self::master_path(dir)] {
-            if path.exists() {
-                return Err(ProviderError::Exists(path));
-            }
+        Self::no_database(dir)?;
+        if Self::master_path(dir).exists() {
+            return Err(ProviderError::Exists(Self::master_path(dir)));
         }
         let keys = FileKeyStore::create(&Self::master_path(dir))?;
         let db = Database::open(&Self::database_path(dir), true).await?;
@@ -202,7 +217,11 @@ impl Provider {
         let names = store::meta(&mut reader, "names").await?.ok_or(StoreError::Damaged("set of names"))?;
         let names: Vec<String> = names.split(',').map(str::to_owned).collect();
         check_names(&names)?;
-        let clock = Clock::start(store::latest_us(&mut reader).await?);
+        let latest_us = store::latest_us(&mut reader).await?;
+        let clock = Clock::start(latest_us);
+        let mut tx = db.write().await?;
+        store::vms::lengthen_leases(&mut tx, latest_us, clock.now_us()).await?;
+        tx.commit().await.map_err(StoreError::from)?;
         let unwrap = async |reader: &mut sqlx::SqliteConnection, name: &'static str| {
             let (wrapped, public) = store::provider_key(reader, name).await?;
             let key = keys.unwrap(KeyLabel::Provider(name), &wrapped)?;
@@ -270,6 +289,20 @@ fn check_names(names: &[String]) -> Result<(), ProviderError> {
     if (1..=16).contains(&names.len()) && names.iter().all(good) { Ok(()) } else { Err(ProviderError::Names) }
 }
 
+/// Removes a database that was never served from, and what SQLite kept beside it.
+pub fn discard(database: &Path) {
+    let _ = std::fs::remove_file(database);
+    for end in SIDE_FILES {
+        let _ = std::fs::remove_file(beside(database, end));
+    }
+}
+
+fn beside(database: &Path, end: &str) -> PathBuf {
+    let mut path = database.as_os_str().to_owned();
+    path.push(end);
+    path.into()
+}
+
 /// Takes the folder's lock for as long as the descriptor lives.
 pub fn lock(dir: &Path) -> Result<OwnedFd, ProviderError> {
     let path = dir.join("lock");
@@ -280,5 +313,97 @@ pub fn lock(dir: &Path) -> Result<OwnedFd, ProviderError> {
         Ok(()) => Ok(fd),
         Err(rustix::io::Errno::WOULDBLOCK) => Err(ProviderError::Busy(dir.to_owned())),
         Err(error) => Err(failed(error)),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::store::audit::{Draft, append};
+    use crate::store::vms::{self, Instance};
+    use crate::store::volumes::{self, Holder, HolderKind, Volume};
+    use policy::audit::{Actor, AuditKind};
+    use policy::{HostId, InstanceNumber, KeyId, OpenNumber, VmId, VolumeId};
+
+    fn instance(customer: &CustomerId, vm: &VmId, lease_end_us: u64) -> Instance {
+        Instance {
+            customer: customer.clone(),
+            vm: vm.clone(),
+            number: InstanceNumber::try_from(1).expect("a number"),
+            client_key: Digest([1; 32]),
+            host: HostId(Digest([2; 32])),
+            ak: vec![3],
+            reset_count: 1,
+            file: Digest([4; 32]),
+            started_us: 1_000_000,
+            lease_end_us,
+            ended: false,
+            revoked: false,
+            report_sequence: 0,
+            report_digest: Digest([5; 32]),
+            gap_at: 0,
+        }
+    }
+
+    #[tokio::test]
+    async fn a_wall_clock_that_is_ahead_at_the_start_ends_no_lease() {
+        const SECOND: u64 = 1_000_000;
+        let dir = tempfile::tempdir().expect("a folder");
+        let made = Provider::create(dir.path(), &["localhost".to_owned()]).await.expect("made");
+        // Everything was recorded at the beginning of 1970: the wall clock of now is some fifty years ahead.
+        let (acme, live, dead) =
+            ("acme".parse().expect("label"), "live".parse().expect("label"), "dead".parse().expect("label"));
+        let mut tx = made.db.write().await.expect("begins");
+        let customer = Customer { id: acme, lab: true, policy_key: [0; 32] };
+        let acme = &customer.id;
+        store::people::create_customer(&mut tx, &customer, SECOND).await.expect("created");
+        let volume = Volume {
+            id: VolumeId([6; 16]),
+            customer: acme.clone(),
+            name: "root".into(),
+            kek_id: KeyId(1),
+            kek_wrapped: vec![],
+            key_id: None,
+            next_open: 1,
+            anchor: None,
+            unconfirmed: false,
+        };
+        volumes::create(&mut tx, &volume, SECOND).await.expect("created");
+        for (vm, end_us) in [(&live, 700 * SECOND), (&dead, 50 * SECOND)] {
+            let instance = instance(acme, vm, end_us);
+            vms::create(&mut tx, acme, vm, instance.number).await.expect("created");
+            vms::add_instance(&mut tx, &instance).await.expect("added");
+            vms::keep_lease(&mut tx, &instance, 600 * SECOND).await.expect("kept");
+        }
+        let kind = HolderKind::Instance(live.clone(), InstanceNumber::try_from(1).expect("a number"));
+        let open_number = OpenNumber::try_from(1).expect("a number");
+        let holder = Holder { kind, client_key: Digest([1; 32]), open_number, until_us: 700 * SECOND };
+        volumes::hold(&mut tx, &volume.id, &holder).await.expect("held");
+        append(&mut tx, 100 * SECOND, Draft::new(acme, Actor::Provider, AuditKind::Report)).await.expect("logged");
+        tx.commit().await.expect("committed");
+        made.db.close().await;
+        drop(made);
+
+        let started = Provider::open(dir.path()).await.expect("opens");
+        let mut reader = started.db.read().await.expect("reads");
+        let now_us = started.clock.now_us();
+        let past = async |reader: &mut _, vm: &VmId| {
+            let instance = vms::last_instance(reader, acme, vm).await.expect("read").expect("there");
+            crate::attestation::lease_past(&instance, now_us + 590 * SECOND)
+        };
+        assert!(!past(&mut reader, &live).await, "it may have all of its lease left");
+        assert!(past(&mut reader, &dead).await, "past before the provider ended");
+        let holder = volumes::holder(&mut reader, &volume.id).await.expect("read").expect("held");
+        assert!(crate::admin::volumes::holds(&holder, now_us + 590 * SECOND));
+        drop(reader);
+
+        // And the clock never starts before what any log says.
+        let far_us = 9_000_000_000 * SECOND;
+        let mut tx = started.db.write().await.expect("begins");
+        append(&mut tx, far_us, Draft::new(acme, Actor::Provider, AuditKind::Report)).await.expect("logged");
+        tx.commit().await.expect("committed");
+        started.db.close().await;
+        drop(started);
+        assert!(Provider::open(dir.path()).await.expect("opens").clock.now_us() >= far_us);
     }
 }

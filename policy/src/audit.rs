@@ -109,6 +109,16 @@ pub enum AuditKind {
     ProviderRestored,
     /// An instance was revoked by an administrator.
     InstanceRevoked,
+    /// An administrator of this customer, or of all, was registered.
+    AdminCreated,
+    /// One was revoked.
+    AdminRevoked,
+    /// A cloud was created.
+    CloudCreated,
+    /// A VM file's key was made and handed to an administrator, to seal a configuration with.
+    VmFileKeyCreated,
+    /// A copy of the whole database was made for an administrator.
+    BackupCreated,
 }
 
 #[cfg(test)]

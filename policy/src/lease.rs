@@ -52,9 +52,12 @@ pub enum LeasePhase {
 }
 
 impl LeaseTerms {
+    /// The longest lease.
+    pub const LONGEST_SECONDS: u32 = 604_800;
+
     /// Checks the ranges.
     pub fn check(&self) -> Result<(), LeaseError> {
-        if !(2..=604_800).contains(&self.seconds) {
+        if !(2..=Self::LONGEST_SECONDS).contains(&self.seconds) {
             return Err(LeaseError::Length(self.seconds));
         }
         if self.quiesce_seconds >= self.seconds {

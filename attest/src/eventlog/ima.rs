@@ -9,7 +9,7 @@
 //! aggregate: SHA-256 over PCRs 0 to 9.
 
 use super::LogError;
-use crate::protocol::LOG_LIMIT;
+use crate::protocol::IMA_LIMIT;
 use crate::tpm::pcr::{composite, extend};
 use policy::Digest;
 use policy::reference::{IMA_PCR, Measurement};
@@ -41,8 +41,8 @@ pub fn replay(
     state: ImaState,
     boot: &BTreeMap<u8, Digest>,
 ) -> Result<(ImaState, Vec<Measurement>), LogError> {
-    if log.len() > LOG_LIMIT {
-        return Err(LogError::TooLong("IMA"));
+    if log.len() > IMA_LIMIT {
+        return Err(LogError::ImaTooLong);
     }
     let mut pcr = state.pcr;
     let mut measurements = Vec::new();
@@ -71,6 +71,17 @@ pub fn replay(
         return Err(LogError::BootAggregate);
     }
     Ok((ImaState { offset: state.offset + log.len() as u64, pcr }, measurements))
+}
+
+/// How many bytes of `log` are whole entries, from its beginning on: where a log that is read in pieces can be cut.
+pub fn whole_entries(log: &[u8]) -> usize {
+    let mut rest = log;
+    loop {
+        let end = log.len() - rest.len();
+        if frame(&mut rest).is_none() {
+            return end;
+        }
+    }
 }
 
 /// The boot aggregate: SHA-256 over PCRs 0 to 9.

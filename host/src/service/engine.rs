@@ -121,7 +121,7 @@ impl Engine {
             ima: ImaLog::new(ima, firmware.pcrs),
             wrap: None,
         };
-        engine.renew_wrap_key().map_err(|r| EngineError::Refused(r.reason))?;
+        engine.make_wrap_key().map_err(|r| EngineError::Refused(r.reason))?;
         Ok((engine, state))
     }
 
@@ -152,22 +152,23 @@ impl Engine {
         }
     }
 
-    /// Measures a layer: its record, then PCR 14. No VM gets keys until the log is sealed again.
+    /// Measures a layer: its record, then PCR 14. No VM gets keys until the log is sealed again. A layer that is refused
+    /// changes nothing.
     pub(super) fn extend(&mut self, layer: &str, version: &str, digest: &Digest) -> Answer {
         let done = self.with_tpm(|engine, tpm| {
-            engine.wrap = None;
-            engine.layers.extend(tpm.tpm(), layer, version, digest).map_err(Refusal::from)
+            let done = engine.layers.extend(tpm.tpm(), layer, version, digest).map_err(Refusal::from);
+            if engine.layers.check().is_err() {
+                engine.wrap = None;
+            }
+            done
         });
         done.map_or_else(Refusal::answer, |()| Answer::Done)
     }
 
     /// Seals the layer log and makes the wrap key under the new values.
     pub(super) fn reseal(&mut self) -> Answer {
-        let sealed = self.with_tpm(|engine, tpm| {
-            engine.wrap = None;
-            engine.layers.seal(tpm.tpm()).map_err(Refusal::from)
-        });
-        sealed.and_then(|()| self.renew_wrap_key()).map_or_else(Refusal::answer, |()| Answer::Done)
+        let sealed = self.with_tpm(|engine, tpm| engine.layers.seal(tpm.tpm()).map_err(Refusal::from));
+        sealed.and_then(|()| self.make_wrap_key()).map_or_else(Refusal::answer, |()| Answer::Done)
     }
 
     /// Runs `f` on the TPM, which is opened again where its connection broke before; once, so that a TPM that is away
@@ -187,27 +188,28 @@ impl Engine {
         result
     }
 
-    /// The wrap key.
-    pub(super) fn wrap(&self) -> Result<Wrap, Refusal> {
+    /// The wrap key, made now where the TPM did not make it when the log was sealed.
+    pub(super) fn wrap(&mut self) -> Result<Wrap, Refusal> {
         self.layers.check().map_err(Refusal::from)?;
-        self.wrap.clone().ok_or_else(|| Refusal::never("the layer log is not sealed: run fealty-host measure"))
+        if let Some(wrap) = &self.wrap {
+            return Ok(wrap.clone());
+        }
+        let wrap = self.with_tpm(|engine, tpm| wrap_key(tpm, &engine.layers))?;
+        self.wrap = Some(wrap.clone());
+        Ok(wrap)
     }
 
     fn reopen(&mut self) -> Result<HostTpm, Refusal> {
         let mut tpm = HostTpm::reopen(&self.tcti, &self.identity, self.boot)?;
-        if self.wrap.take().is_some() {
+        if self.wrap.is_some() {
             self.wrap = Some(wrap_key(&mut tpm, &self.layers)?);
         }
         Ok(tpm)
     }
 
-    fn renew_wrap_key(&mut self) -> Result<(), Refusal> {
-        self.wrap = None;
-        if self.layers.check().is_ok() {
-            let wrap = self.with_tpm(|engine, tpm| wrap_key(tpm, &engine.layers))?;
-            self.wrap = Some(wrap);
-        }
-        Ok(())
+    /// Makes the wrap key where the layer log is sealed.
+    fn make_wrap_key(&mut self) -> Result<(), Refusal> {
+        if self.layers.check().is_ok() { self.wrap().map(drop) } else { Ok(()) }
     }
 
     fn identify(&self) -> Answer {

@@ -1,12 +1,12 @@
-//! IMA's log: read from where it is asked for, replayed from where it was replayed last.
+//! IMA's log: replayed piece by piece from where it was replayed last, then read from where it is asked for.
 
 use attest::eventlog::{ImaState, LogError, ima};
-use attest::protocol::LOG_LIMIT;
+use attest::protocol::IMA_LIMIT;
 use policy::Digest;
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::{self, Read, Seek, SeekFrom};
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 /// Where Linux has IMA's log.
 const LINUX_IMA_LOG: &str = "/sys/kernel/security/ima/binary_runtime_measurements";
@@ -39,7 +39,15 @@ pub(super) enum ImaError {
     /// More was asked for than there is.
     #[error("the IMA log ends before byte {0}, from which it was asked for")]
     Short(u64),
+    /// More than a piece of evidence may hold.
+    #[error(
+        "the IMA log has {0} bytes from where the key provider asks for it, of at most {IMA_LIMIT}: reboot the host"
+    )]
+    TooMuch(u64),
 }
+
+/// How much of the log is read at once, in bytes; far more than one entry.
+const PIECE: usize = 1 << 20;
 
 impl ImaLog {
     /// The log at `path`, else where Linux has it; `boot` is what the firmware's log replays to, for the boot aggregate.
@@ -50,25 +58,44 @@ impl ImaLog {
     /// The log from `offset` to its present end; nothing where none is asked for.
     pub(super) fn part(&mut self, offset: Option<u64>) -> Result<ImaPart, ImaError> {
         let Some(offset) = offset else { return Ok(ImaPart::default()) };
-        let start = offset.min(self.state.offset);
-        let bytes = read_from(&self.path, start).map_err(|e| ImaError::Io(self.path.clone(), e))?;
-        let from = |at: u64| usize::try_from(at - start).ok().and_then(|at| bytes.get(at..));
-        let fresh = from(self.state.offset).ok_or(ImaError::Short(self.state.offset))?;
-        (self.state, _) = ima::replay(fresh, self.state, &self.boot)?;
-        let asked = from(offset).ok_or(ImaError::Short(offset))?;
-        Ok(ImaPart { bytes: asked.to_vec(), offset, pcr: Some(self.state.pcr) })
+        self.catch_up()?;
+        let length = self.state.offset.checked_sub(offset).ok_or(ImaError::Short(offset))?;
+        let count = usize::try_from(length).ok().filter(|n| *n <= IMA_LIMIT).ok_or(ImaError::TooMuch(length))?;
+        let bytes = self.read(offset, count)?;
+        if bytes.len() < count {
+            return Err(ImaError::Short(self.state.offset));
+        }
+        Ok(ImaPart { bytes, offset, pcr: Some(self.state.pcr) })
     }
-}
 
-fn read_from(path: &Path, start: u64) -> io::Result<Vec<u8>> {
-    let mut file = File::open(path)?;
-    file.seek(SeekFrom::Start(start))?;
-    let mut bytes = Vec::new();
-    file.take(LOG_LIMIT as u64 + 1).read_to_end(&mut bytes)?;
-    if bytes.len() > LOG_LIMIT {
-        return Err(io::Error::new(io::ErrorKind::FileTooLarge, "too much was measured since the last attestation"));
+    /// Replays what the log has grown by, however much that is.
+    fn catch_up(&mut self) -> Result<(), ImaError> {
+        loop {
+            let piece = self.read(self.state.offset, PIECE)?;
+            let last = piece.len() < PIECE;
+            if last && piece.is_empty() && self.state != ImaState::START {
+                return Ok(());
+            }
+            let whole = if last { piece.len() } else { ima::whole_entries(&piece) };
+            // No entry fills a piece: what has none is no log, as its replay will say.
+            let whole = if whole == 0 { piece.len() } else { whole };
+            (self.state, _) = ima::replay(&piece[..whole], self.state, &self.boot)?;
+            if last {
+                return Ok(());
+            }
+        }
     }
-    Ok(bytes)
+
+    fn read(&self, start: u64, count: usize) -> Result<Vec<u8>, ImaError> {
+        let read = || {
+            let mut file = File::open(&self.path)?;
+            file.seek(SeekFrom::Start(start))?;
+            let mut bytes = Vec::new();
+            file.take(count as u64).read_to_end(&mut bytes)?;
+            Ok(bytes)
+        };
+        read().map_err(|e| ImaError::Io(self.path.clone(), e))
+    }
 }
 
 #[cfg(test)]
@@ -114,5 +141,35 @@ mod tests {
         assert!(matches!(log.part(Some(0)), Err(ImaError::Log(_))));
         let mut none = ImaLog::new(Some(dir.path().join("none")), BTreeMap::new());
         assert!(matches!(none.part(Some(0)), Err(ImaError::Io(..))));
+    }
+
+    #[test]
+    fn a_long_log_is_replayed_in_pieces_and_what_was_replayed_is_kept() {
+        let dir = tempfile::tempdir().expect("a folder");
+        let path = dir.path().join("ima.log");
+        let mut whole = attest::eventlog::ImaLog::new();
+        whole.boot_aggregate(&BTreeMap::new());
+        let name = format!("/{}", "n".repeat(3000));
+        let mut grow = |bytes: usize| {
+            while whole.as_bytes().len() < bytes {
+                whole.entry(&name, &Digest([1; 32]));
+            }
+            fs::write(&path, whole.as_bytes()).expect("written");
+            whole.as_bytes().to_vec()
+        };
+        let three = grow(3 << 20);
+        let first =
+            ImaLog::new(Some(path.clone()), BTreeMap::new()).part(Some(0)).expect("more than a service reads at once");
+        assert_eq!(first.bytes, three);
+        let all = grow(IMA_LIMIT + 1);
+        let mut log = ImaLog::new(Some(path.clone()), BTreeMap::new());
+        assert!(matches!(log.part(Some(0)), Err(ImaError::TooMuch(n)) if n == all.len() as u64));
+        let rest = log.part(Some(three.len() as u64)).expect("somebody who read the beginning gets the rest");
+        assert_eq!(rest.bytes, all[three.len()..]);
+        let from = ImaState { offset: three.len() as u64, pcr: first.pcr.expect("replayed") };
+        assert_eq!(rest.pcr, Some(ima::replay(&rest.bytes, from, &BTreeMap::new()).expect("good").0.pcr));
+        // The end of a log is where it is, also on the border of two pieces, and garbage is garbage there too.
+        fs::write(&path, vec![0xff; 2 * PIECE]).expect("written");
+        assert!(matches!(ImaLog::new(Some(path), BTreeMap::new()).part(Some(0)), Err(ImaError::Log(_))));
     }
 }

@@ -123,13 +123,15 @@ impl Layers {
         self.add(tpm, record)
     }
 
-    /// Seals the log. Where it is sealed already, nothing is done.
+    /// Seals the log. Where it is sealed already, PCR 14 is looked at and nothing is done.
     pub(super) fn seal(&mut self, tpm: &mut Tpm) -> Result<(), LayerError> {
         if self.log.layers().is_empty() {
             return Err(LayerError::Empty);
         }
+        // A record that was written but not extended may stand behind the seal.
+        self.settle(tpm)?;
         if self.log.is_sealed() {
-            return self.settle(tpm);
+            return if self.matches { Ok(()) } else { Err(LayerError::Mismatch) };
         }
         let record = self.log.seal();
         self.add(tpm, record)

@@ -1,18 +1,20 @@
 //! Administrators: registered by name, role and key; a certificate alone opens nothing.
 
-use super::{Answer, Created, conflict, done};
+use super::{Answer, Created, conflict, done, tell};
 use crate::api::{AdminCertificate, AdminView, Done, NewAdmin};
 use crate::authority::AuthorityError;
 use crate::provider::Provider;
 use crate::server::body::{At, Json as Body};
 use crate::server::gate::Caller;
 use crate::server::problem::Refusal;
+use crate::store::audit::Draft;
 use crate::store::people::{self, Admin};
 use attest::protocol::ProblemType;
 use axum::Json;
 use axum::extract::State;
 use axum::http::StatusCode;
-use policy::Digest;
+use policy::audit::{Actor, AuditKind};
+use policy::{CustomerId, Digest};
 use std::sync::Arc;
 
 /// Every administrator.
@@ -35,13 +37,13 @@ pub async fn create(
     caller: Caller,
     Body(new): Body<NewAdmin>,
 ) -> Created<AdminCertificate> {
-    let made = register(&provider, new).await?;
+    let made = register(&provider, caller.actor(), new).await?;
     tracing::info!("administrator {} was made by {:?}", made.0, caller.actor());
     Ok((StatusCode::CREATED, Json(made.1)))
 }
 
 /// The same, for the first one, whom nobody admits.
-pub async fn register(provider: &Provider, new: NewAdmin) -> Result<(String, AdminCertificate), Refusal> {
+pub async fn register(provider: &Provider, actor: Actor, new: NewAdmin) -> Result<(String, AdminCertificate), Refusal> {
     let allowed = |b: u8| b.is_ascii_alphanumeric() || matches!(b, b'.' | b'_' | b'-' | b'@');
     if !(1..=64).contains(&new.name.len()) || !new.name.bytes().all(allowed) {
         let what = "an administrator's name is 1 to 64 letters, digits, '.', '_', '-' and '@'";
@@ -63,6 +65,14 @@ pub async fn register(provider: &Provider, new: NewAdmin) -> Result<(String, Adm
     if !people::add_admin(&mut tx, &admin, &Digest::of(&new.public), now_us).await? {
         return Err(conflict(format!("there is an administrator {} already, or one with this key", admin.name)));
     }
+    let draft = |customer: &CustomerId| {
+        Draft::new(customer, actor.clone(), AuditKind::AdminCreated)
+            .detail("name", &admin.name)
+            .detail("role", admin.role.name())
+            .detail("key", Digest::of(&new.public))
+            .detail("scope", admin.customer.as_ref().map_or("all customers", CustomerId::as_str))
+    };
+    tell(&mut tx, now_us, admin.customer.as_ref(), draft).await?;
     tx.commit().await?;
     Ok((admin.name, AdminCertificate { certificate: certificate.to_vec().into() }))
 }
@@ -72,10 +82,16 @@ pub async fn revoke(State(provider): State<Arc<Provider>>, caller: Caller, At(na
     if caller.admin.as_ref().is_some_and(|a| a.name == name) {
         return Err(conflict("nobody revokes himself: the last administrator would be gone"));
     }
+    let now_us = provider.clock.now_us();
     let mut tx = provider.db.write().await?;
-    if !people::revoke_admin(&mut tx, &name).await? {
-        return Err(Refusal::missing(format!("administrator {name}")));
-    }
+    let admins = people::admins(&mut tx).await?;
+    let found = admins.into_iter().find(|(admin, ..)| admin.name == name);
+    let (admin, key, _) = found.ok_or_else(|| Refusal::missing(format!("administrator {name}")))?;
+    people::revoke_admin(&mut tx, &name).await?;
+    let draft = |customer: &CustomerId| {
+        Draft::new(customer, caller.actor(), AuditKind::AdminRevoked).detail("name", &name).detail("key", key)
+    };
+    tell(&mut tx, now_us, admin.customer.as_ref(), draft).await?;
     tx.commit().await?;
     tracing::info!("administrator {name} was revoked by {:?}", caller.actor());
     done()

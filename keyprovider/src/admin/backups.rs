@@ -1,17 +1,19 @@
 //! Backups: a consistent copy of the database, fetched in chunks. Every key in it is wrapped; the master key is not in it.
 
-use super::{Answer, Created, done};
+use super::{Answer, Created, done, tell};
 use crate::api::{BackupView, Done};
 use crate::provider::Provider;
 use crate::server::body::At;
 use crate::server::gate::Caller;
 use crate::server::problem::Refusal;
 use crate::store::StoreError;
+use crate::store::audit::Draft;
 use attest::protocol::ProblemType;
 use axum::Json;
 use axum::extract::State;
 use axum::http::StatusCode;
-use policy::Digest;
+use policy::audit::AuditKind;
+use policy::{CustomerId, Digest};
 use sha2::Digest as _;
 use std::fs::File;
 use std::io::{Read, Seek, SeekFrom};
@@ -52,6 +54,13 @@ pub async fn create(State(provider): State<Arc<Provider>>, caller: Caller) -> Cr
         }
     };
     let (length, digest) = measured.map_err(failed)?;
+    let now_us = provider.clock.now_us();
+    let mut tx = provider.db.write().await?;
+    let draft = |customer: &CustomerId| {
+        Draft::new(customer, caller.actor(), AuditKind::BackupCreated).detail("length", length).detail("digest", digest)
+    };
+    tell(&mut tx, now_us, None, draft).await?;
+    tx.commit().await?;
     tracing::info!("a backup of {length} bytes was made by {:?}", caller.actor());
     Ok((StatusCode::CREATED, Json(BackupView { id, length, digest, chunk: CHUNK })))
 }

@@ -1,6 +1,6 @@
 //! Inventories: clouds and the TPMs of their hosts.
 
-use super::{Answer, Created, conflict, done};
+use super::{Answer, Created, conflict, done, tell};
 use crate::api::{CloudView, Done, HostView, NewCloud, NewHost};
 use crate::provider::Provider;
 use crate::server::body::{At, DOCUMENT, Json as Body};
@@ -14,7 +14,7 @@ use axum::Json;
 use axum::extract::State;
 use axum::http::StatusCode;
 use policy::audit::AuditKind;
-use policy::{CloudId, Digest, HostId};
+use policy::{CloudId, CustomerId, Digest, HostId};
 use std::sync::Arc;
 
 /// Every cloud.
@@ -25,15 +25,27 @@ pub async fn list(State(provider): State<Arc<Provider>>) -> Answer<Vec<CloudView
 }
 
 /// Creates a cloud.
-pub async fn create(State(provider): State<Arc<Provider>>, Body(new): Body<NewCloud, DOCUMENT>) -> Created<CloudView> {
+pub async fn create(
+    State(provider): State<Arc<Provider>>,
+    caller: Caller,
+    Body(new): Body<NewCloud, DOCUMENT>,
+) -> Created<CloudView> {
     if !new.roots.trim().is_empty() {
         crate::attestation::ek::roots(&new.roots)?;
     }
     let cloud = Cloud { id: new.cloud, kind: new.kind, roots: new.roots };
+    let now_us = provider.clock.now_us();
     let mut tx = provider.db.write().await?;
     if !inventory::create_cloud(&mut tx, &cloud).await? {
         return Err(conflict(format!("there is a cloud {} already", cloud.id)));
     }
+    let draft = |customer: &CustomerId| {
+        Draft::new(customer, caller.actor(), AuditKind::CloudCreated)
+            .detail("cloud", &cloud.id)
+            .detail("kind", cloud.kind.name())
+            .detail("roots", Digest::of(cloud.roots.as_bytes()))
+    };
+    tell(&mut tx, now_us, None, draft).await?;
     tx.commit().await?;
     Ok((StatusCode::CREATED, Json(CloudView { cloud: cloud.id, kind: cloud.kind, hosts: 0 })))
 }

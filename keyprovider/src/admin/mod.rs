@@ -1,5 +1,5 @@
-//! What the customer's people may do. The gate has admitted them already; every act that changes something is written to the
-//! customer's audit log in the transaction that does it.
+//! What the customer's people may do. The gate has admitted them already; every act that changes something (a session's renewal
+//! apart) is written to the customer's audit log in the transaction that does it; acts that concern every customer, to all logs.
 
 pub mod admins;
 pub mod backups;
@@ -11,6 +11,8 @@ pub mod volumes;
 
 use crate::api::{Done, KeyRequest, SealedKey, key_info};
 use crate::server::problem::Refusal;
+use crate::store::StoreError;
+use crate::store::audit::{Draft, append};
 use crate::store::people::{self, Customer};
 use attest::protocol::ProblemType;
 use axum::Json;
@@ -24,6 +26,23 @@ pub type Answer<T> = Result<Json<T>, Refusal>;
 
 /// What a handler that makes something answers.
 pub type Created<T> = Result<(StatusCode, Json<T>), Refusal>;
+
+/// Appends what `draft` makes to the log of `customer`, or, where there is none, of every customer.
+async fn tell(
+    c: &mut SqliteConnection,
+    now_us: u64,
+    customer: Option<&CustomerId>,
+    draft: impl Fn(&CustomerId) -> Draft,
+) -> Result<(), StoreError> {
+    let customers = match customer {
+        Some(customer) => vec![customer.clone()],
+        None => people::customers(c).await?.into_iter().map(|(id, _)| id).collect(),
+    };
+    for customer in &customers {
+        append(c, now_us, draft(customer)).await?;
+    }
+    Ok(())
+}
 
 fn done() -> Answer<Done> {
     Ok(Json(Done { done: true }))

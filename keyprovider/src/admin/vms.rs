@@ -74,6 +74,7 @@ pub async fn create(
 /// Makes the key of a sealing.
 pub async fn new_key(
     State(provider): State<Arc<Provider>>,
+    caller: Caller,
     At((id, vm)): VmPath,
     Body(request): Body<KeyRequest>,
 ) -> Created<SealedKey> {
@@ -85,6 +86,8 @@ pub async fn new_key(
     let wrapped = provider.keys.wrap(KeyLabel::VmFile(&id, &vm, key_id), key.expose())?;
     vms::add_file_key(&mut tx, &id, &vm, key_id, &wrapped, now_us).await?;
     let sealed = seal(&request, &id, vm.as_str(), key_id, &key)?;
+    let draft = Draft::new(&id, caller.actor(), AuditKind::VmFileKeyCreated).vm(&vm).detail("key_id", key_id);
+    append(&mut tx, now_us, draft).await?;
     tx.commit().await?;
     Ok((StatusCode::CREATED, Json(sealed)))
 }
@@ -183,11 +186,12 @@ pub async fn revoke(State(provider): State<Arc<Provider>>, caller: Caller, At((i
     done()
 }
 
-/// After a restore: an administrator vouches that no instance from before it runs.
+/// After a restore: an administrator vouches that no instance from before it runs. Nothing is to be vouched for once the VM no
+/// longer waits: what runs then was started by this provider.
 pub async fn confirm(State(provider): State<Arc<Provider>>, caller: Caller, At((id, vm)): VmPath) -> Answer<Done> {
     let now_us = provider.clock.now_us();
     let mut tx = provider.db.write().await?;
-    if find(&mut tx, &id, &vm).await?.unconfirmed_until_us == 0 {
+    if now_us >= find(&mut tx, &id, &vm).await?.unconfirmed_until_us {
         return Err(conflict(format!("VM {vm} waits for no confirmation")));
     }
     vms::confirm(&mut tx, &id, &vm).await?;

@@ -46,8 +46,11 @@ use tokio::sync::{Semaphore, watch};
 /// longer here than they are given, for the sake of slow clocks.
 pub const LEASE_MARGIN_US: u64 = 2_000_000;
 
-/// Evidence that is judged at once: each may take [`REQUEST_LIMIT`] bytes several times over.
-static JUDGED: Semaphore = Semaphore::const_new(64);
+/// Evidence that is judged at once, in MiB: each may take its length several times over.
+static JUDGED: Semaphore = Semaphore::const_new(512);
+
+/// The least that evidence counts, in MiB, so that there is not too much of it at once.
+const LEAST: u32 = 8;
 
 /// An IMA log of which so many bytes were read is not sent again from its start for a power-on.
 const LONG_IMA: u64 = 1 << 20;
@@ -159,7 +162,8 @@ async fn judge(
         .detail("address", challenge.address);
     let restricted = challenge.operation.operation.class() == OperationClass::Restricted;
     let (id, customer, vm) = (challenge.id, challenge.customer.clone(), challenge.vm.clone());
-    let answer = match JUDGED.acquire().await {
+    let room = u32::try_from(bytes.len() >> 20).unwrap_or(u32::MAX).max(LEAST);
+    let answer = match JUDGED.acquire_many(room).await {
         Ok(_place) => decide(&provider, *challenge, bytes, digest, wanted).await,
         Err(_) => Err(unavailable()),
     };
@@ -204,7 +208,8 @@ async fn decide(
         Ok::<_, Refusal>((challenge, evidence, verified))
     });
     let (challenge, evidence, verified) = judged.await.map_err(|_| unavailable())??;
-    if verified.is_err() && verdict::may_be_ima(&challenge) {
+    // Only of evidence that this host's TPM signed for this request: whoever merely asks must not undo what was read.
+    if verified.as_ref().is_err_and(|r| r.kind == ProblemType::BadLog) && verdict::may_be_ima(&challenge) {
         let mut tx = provider.db.write().await?;
         inventory::forget_ima(&mut tx, &challenge.customer, &challenge.host, &challenge.ak_name).await?;
         tx.commit().await?;

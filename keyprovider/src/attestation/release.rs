@@ -72,6 +72,7 @@ pub async fn release(
         }
     };
     volumes::extend_all(c, &instance.customer, &instance.vm, instance.number, instance.lease_end_us).await?;
+    vms::keep_lease(c, &instance, instance.lease_end_us - now_us).await?;
     let release = Release {
         version: PROTOCOL_VERSION,
         customer: instance.customer.clone(),

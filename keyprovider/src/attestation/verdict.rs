@@ -32,7 +32,7 @@ pub fn verify(challenge: &Challenge, evidence: &Evidence, pin: &Digest) -> Resul
     }
 }
 
-/// Whether a refusal may come from an IMA log that was asked for from its middle: then the next one is asked for whole.
+/// Whether a refusal for a bad log may come from an IMA log that was asked for from its middle: then the next one is asked for whole.
 pub fn may_be_ima(challenge: &Challenge) -> bool {
     challenge.ima.is_some_and(|ima| ima.state.offset > 0)
 }

@@ -102,11 +102,12 @@ pub(super) enum Command {
         #[arg(long, value_name = "FILE")]
         out: PathBuf,
     },
-    /// Bring a provider back from a backup, into a folder that holds its master.key and no database.
+    /// Bring a provider back from a backup, into a folder that holds its master.key, no database, and nothing that SQLite
+    /// left of one (keys.db-wal, keys.db-shm, keys.db-journal).
     ///
     /// What a backup can't know is voided: nonces, leases, sessions. Every volume gets a new key for new writes and waits
-    /// for `volume confirm`; instance numbers go on above the time of the restore; VMs wait until instances that the backup
-    /// never saw have surely lost their leases, or for `vm confirm`.
+    /// for `volume confirm`; instance numbers go on above the time of the restore; VMs wait for `vm confirm`, or for seven
+    /// days: the longest lease that an instance which the backup never saw can have.
     Restore {
         /// The provider's folder.
         #[arg(long, value_name = "DIR")]
@@ -367,8 +368,8 @@ pub(super) enum VolumeCommand {
         #[arg(last = true, required = true)]
         command: Vec<OsString>,
     },
-    /// After a restore: confirm that the provider's anchor is the volume's newest, or move it forward to what the volume
-    /// itself shows (`fealty-disk info`).
+    /// After a restore: confirm that the provider's anchor is the volume's newest (or that the volume was never filled, where
+    /// there is none), or move it forward to what the volume itself shows (`fealty-disk info`).
     Confirm {
         /// The customer.
         customer: CustomerId,

@@ -2,8 +2,9 @@
 
 use super::CliError;
 use super::output::Output;
-use crate::provider::{Provider, ProviderError, lock};
+use crate::provider::{Provider, ProviderError, discard, lock};
 use crate::store::restore::{Restored, prepare};
+use std::fs::File;
 use std::path::Path;
 
 /// Brings a provider back from a backup.
@@ -16,11 +17,10 @@ pub(super) fn restore(dir: &Path, from: &Path, out: Output) -> Result<(), CliErr
         )));
     }
     let _lock = lock(dir)?;
-    if target.exists() {
-        return Err(ProviderError::Exists(target).into());
-    }
+    Provider::no_database(dir)?;
     let beside = dir.join("restoring.db");
-    let _ = std::fs::remove_file(&beside);
+    // A restore that was killed may have left a journal, which SQLite would play back into the copy.
+    discard(&beside);
     let copied = std::fs::copy(from, &beside).map_err(|e| CliError::Read(from.to_owned(), e));
     let restored = copied.and_then(|_| {
         super::serve::runtime()?.block_on(async {
@@ -28,12 +28,12 @@ pub(super) fn restore(dir: &Path, from: &Path, out: Output) -> Result<(), CliErr
             Ok(prepare(&beside, &keys).await?)
         })
     });
-    let Restored { volumes, vms, floor } = restored.inspect_err(|_| {
-        let _ = std::fs::remove_file(&beside);
-    })?;
-    std::fs::rename(&beside, &target).map_err(|e| CliError::Write(target, e))?;
+    let Restored { volumes, vms, floor } = restored.inspect_err(|_| discard(&beside))?;
+    let durable = |path: &Path| File::open(path)?.sync_all();
+    let named = durable(&beside).and_then(|()| std::fs::rename(&beside, &target)).and_then(|()| durable(dir));
+    named.map_err(|e| CliError::Write(target, e))?;
     let line = format!(
-        "restored into {}: {volumes} volumes wait for `volume confirm`, {vms} VMs for the end of leases or `vm confirm`; \
+        "restored into {}: {volumes} volumes wait for `volume confirm`, {vms} VMs for `vm confirm` or seven days; \
          instances go on from {floor}",
         dir.display()
     );

@@ -10,6 +10,7 @@ use crate::client::Profile;
 use crate::provider::Provider;
 use crate::server::Server;
 use crate::store::people::Role;
+use policy::audit::Actor;
 use policy::header::ProviderUrl;
 use rcgen::{KeyPair, PublicKeyData};
 use rustix::process::{Resource, getrlimit, setrlimit};
@@ -29,7 +30,7 @@ pub(super) fn init(init: &Init, out: Output) -> Result<(), CliError> {
         let provider = Provider::create(&init.dir, &init.names).await?;
         let (key, profile) = new_admin_key()?;
         let new = NewAdmin { name: "admin".into(), role: Role::Admin, customer: None, public: key.into() };
-        let (name, made) = admins::register(&provider, new).await?;
+        let (name, made) = admins::register(&provider, Actor::Provider, new).await?;
         let profile = Profile::new(&name, url, provider.pin, &made.certificate, &profile);
         write_profile(&init.dir.join("admin.json"), &profile)?;
         let authority = pem("CERTIFICATE", provider.authority.certificate());

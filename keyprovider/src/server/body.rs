@@ -75,12 +75,16 @@ pub fn parse<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, Refusal> {
     serde_json::from_slice(bytes).map_err(|error| Refusal::unreadable("the body can't be read", &error))
 }
 
+/// The length that a request says its body has, in bytes.
+fn announced(request: &Request) -> Option<u64> {
+    let announced = request.headers().get(axum::http::header::CONTENT_LENGTH)?;
+    announced.to_str().ok()?.parse().ok()
+}
+
 /// Reads a body of at most `limit` bytes within [`BODY_TIME`].
 pub async fn read(request: Request, limit: usize) -> Result<Vec<u8>, Refusal> {
     let too_long = || Refusal::new(ProblemType::TooMuch, format!("the body is longer than {limit} bytes"));
-    let announced = request.headers().get(axum::http::header::CONTENT_LENGTH);
-    let announced = announced.and_then(|v| v.to_str().ok()).and_then(|v| v.parse::<u64>().ok());
-    if announced.is_some_and(|length| length > limit as u64) {
+    if announced(&request).is_some_and(|length| length > limit as u64) {
         return Err(too_long());
     }
     match tokio::time::timeout(BODY_TIME, axum::body::to_bytes(request.into_body(), limit)).await {

@@ -44,6 +44,9 @@ pub enum StoreError {
     Exhausted(&'static str),
 }
 
+/// The schema, one step a file.
+static SCHEMA: sqlx::migrate::Migrator = sqlx::migrate!("./migrations");
+
 /// The database of one provider.
 #[derive(Debug, Clone)]
 pub struct Database {
@@ -73,7 +76,7 @@ impl Database {
             .test_before_acquire(false)
             .connect_with(options.clone())
             .await?;
-        sqlx::migrate!("./migrations").run(&writer).await?;
+        SCHEMA.run(&writer).await?;
         let readers = SqlitePoolOptions::new()
             .max_connections(4)
             .acquire_timeout(Duration::from_secs(30))
@@ -82,10 +85,13 @@ impl Database {
             .await?;
         let database = Self { writer, readers };
         let mut reader = database.read().await?;
-        if meta(&mut reader, "backup").await?.is_some() {
+        let backup = meta(&mut reader, "backup").await?.is_some();
+        drop(reader);
+        if backup {
+            // A log left beside it would be in the way of the restore that this asks for.
+            database.close().await;
             return Err(StoreError::Backup(path.to_owned()));
         }
-        drop(reader);
         Ok(database)
     }
 
@@ -140,13 +146,15 @@ pub async fn set_meta(c: &mut SqliteConnection, name: &str, value: &str) -> Resu
     Ok(())
 }
 
-/// The latest time that anything in the database was recorded at.
+/// The latest time that anything in the database was recorded at: whatever is done is in a customer's log.
 pub async fn latest_us(c: &mut SqliteConnection) -> Result<u64, StoreError> {
-    let row: (Option<i64>, Option<i64>) =
-        sqlx::query_as("SELECT (SELECT max(started_us) FROM instances), (SELECT max(created_us) FROM customers)")
-            .fetch_one(c)
-            .await?;
-    Ok(number(row.0.max(row.1).unwrap_or(0)))
+    let row: (Option<i64>,) = sqlx::query_as(
+        "SELECT max(json_extract(CAST(event AS TEXT), '$.time_us')) FROM audit
+         WHERE (customer, sequence) IN (SELECT customer, max(sequence) FROM audit GROUP BY customer)",
+    )
+    .fetch_one(c)
+    .await?;
+    Ok(number(row.0.unwrap_or(0)))
 }
 
 /// A fresh key id, never given out before.

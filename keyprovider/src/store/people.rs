@@ -133,10 +133,10 @@ pub async fn admins(c: &mut SqliteConnection) -> Result<Vec<(Admin, Digest, bool
         .collect()
 }
 
-/// Revokes an administrator; false where there is none of that name.
-pub async fn revoke_admin(c: &mut SqliteConnection, name: &str) -> Result<bool, StoreError> {
-    let done = sqlx::query("UPDATE admins SET revoked = 1 WHERE name = ?").bind(name).execute(c).await?;
-    Ok(done.rows_affected() == 1)
+/// Revokes an administrator.
+pub async fn revoke_admin(c: &mut SqliteConnection, name: &str) -> Result<(), StoreError> {
+    sqlx::query("UPDATE admins SET revoked = 1 WHERE name = ?").bind(name).execute(c).await?;
+    Ok(())
 }
 
 fn read_admin(name: String, role: &str, customer: Option<&str>) -> Result<Admin, StoreError> {

@@ -1,17 +1,18 @@
 //! Bringing a backup back to life. What it can't know is voided or raised, so that nothing is ever given out twice:
 //!
 //! - answers and holders go; leases of instances in the backup are void: none of them may renew;
-//! - each VM's instance numbers go on above the stored one and the time of the restore in microseconds, and it waits until
-//!   an instance that the backup never saw has surely lost its lease (or for `vm confirm`);
-//! - each volume gets a new key id for new writes, its open numbers are raised, and its anchor waits for `volume confirm`.
+//! - each VM's instance numbers go on above the stored one and the time of the restore in microseconds, and it waits for the
+//!   longest lease that any policy can give, when an instance that the backup never saw has surely lost its own (or for `vm
+//!   confirm`);
+//! - each volume gets a new key id for new writes, its open numbers are raised, and its anchor waits for `volume confirm`: also
+//!   one that the backup does not have, for the volume may have been filled since.
 
 use super::{StoreError, meta, number, provider_key, set_meta, time_column, volumes};
 use crate::clock::Clock;
 use crate::keystore::{KeyLabel, KeyStore};
 use crate::store::audit::{Draft, append};
 use policy::audit::{Actor, AuditKind};
-use policy::document::PolicyDocument;
-use policy::{CustomerId, InstanceNumber};
+use policy::{InstanceNumber, LeaseTerms};
 use sqlx::SqliteConnection;
 use sqlx::sqlite::{SqliteConnectOptions, SqliteJournalMode, SqlitePoolOptions, SqliteSynchronous};
 use std::path::Path;
@@ -19,9 +20,6 @@ use std::path::Path;
 /// How far open numbers are raised: more openings than a volume sees between two backups. A backup older than that is still
 /// safe, for new writes have a new key; such a volume needs `volume confirm --anchor`.
 const OPENINGS: u64 = 65_536;
-
-/// The longest lease that a policy can give, in seconds: what counts for a customer whose policy can't be read.
-const LONGEST_LEASE: u64 = 604_800;
 
 /// What a restore did.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -43,6 +41,8 @@ pub async fn prepare(path: &Path, keys: &dyn KeyStore) -> Result<Restored, Store
         .synchronous(SqliteSynchronous::Full)
         .foreign_keys(true);
     let pool = SqlitePoolOptions::new().max_connections(1).connect_with(options).await?;
+    // A backup may be older than this program.
+    super::SCHEMA.run(&pool).await?;
     let mut tx = pool.begin_with("BEGIN IMMEDIATE").await?;
     let checked: (String,) = sqlx::query_as("PRAGMA integrity_check").fetch_one(&mut *tx).await?;
     if checked.0 != "ok" || meta(&mut tx, "backup").await?.is_none() {
@@ -69,8 +69,9 @@ async fn rewrite(c: &mut SqliteConnection) -> Result<Restored, StoreError> {
     sqlx::query("UPDATE instances SET revoked = 1 WHERE ended = 0").execute(&mut *c).await?;
     set_meta(c, "instance-floor", &floor.to_string()).await?;
     let (mut all_vms, mut all_volumes) = (0, 0);
+    // A policy that the backup does not have may have given longer leases than those that it has.
+    let until_us = now_us + u64::from(LeaseTerms::LONGEST_SECONDS) * 1_001_000 + crate::attestation::LEASE_MARGIN_US;
     for (customer, _) in super::people::customers(c).await? {
-        let until_us = now_us + lease_seconds(c, &customer).await? * 1_001_000 + crate::attestation::LEASE_MARGIN_US;
         let done = sqlx::query(
             "UPDATE vms SET instance_floor = max(instance_floor, ?), unconfirmed_until_us = ? WHERE customer = ?",
         )
@@ -84,7 +85,7 @@ async fn rewrite(c: &mut SqliteConnection) -> Result<Restored, StoreError> {
             volumes::new_write_key(c, &volume).await?;
             volumes::raise_open(c, &volume, volume.next_open + OPENINGS).await?;
         }
-        let done = sqlx::query("UPDATE volumes SET unconfirmed = 1 WHERE customer = ? AND anchor IS NOT NULL")
+        let done = sqlx::query("UPDATE volumes SET unconfirmed = 1 WHERE customer = ?")
             .bind(customer.as_str())
             .execute(&mut *c)
             .await?;
@@ -99,14 +100,4 @@ async fn rewrite(c: &mut SqliteConnection) -> Result<Restored, StoreError> {
     }
     sqlx::query("DELETE FROM meta WHERE name = 'backup'").execute(&mut *c).await?;
     Ok(Restored { volumes: all_volumes, vms: all_vms, floor })
-}
-
-/// The longest lease that any policy of a customer in the backup gave; the longest possible where there is none.
-async fn lease_seconds(c: &mut SqliteConnection, customer: &CustomerId) -> Result<u64, StoreError> {
-    let documents: Vec<(String,)> =
-        sqlx::query_as("SELECT document FROM policies WHERE customer = ?").bind(customer.as_str()).fetch_all(c).await?;
-    let seconds =
-        documents.iter().map(|(text,)| PolicyDocument::parse(text).map(|d| u64::from(d.settings.lease.seconds)));
-    let longest = seconds.map(|s| s.unwrap_or(LONGEST_LEASE)).max();
-    Ok(longest.unwrap_or(LONGEST_LEASE))
 }

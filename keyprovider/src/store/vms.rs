@@ -131,11 +131,12 @@ pub async fn list(c: &mut SqliteConnection, customer: &CustomerId) -> Result<Vec
     rows.iter().map(|(id,)| label(id, "VM")).collect()
 }
 
-/// An administrator vouches that no instance from before a restore runs any more.
+/// An administrator vouches that no instance from before a restore runs any more: those have numbers below the floor.
 pub async fn confirm(c: &mut SqliteConnection, customer: &CustomerId, vm: &VmId) -> Result<(), StoreError> {
     for statement in [
-        "UPDATE vms SET unconfirmed_until_us = 0 WHERE customer = ? AND id = ?",
-        "UPDATE instances SET ended = 1 WHERE customer = ? AND vm = ?",
+        "UPDATE vms SET unconfirmed_until_us = 0 WHERE customer = ?1 AND id = ?2",
+        "UPDATE instances SET ended = 1 WHERE customer = ?1 AND vm = ?2
+         AND number < (SELECT instance_floor FROM vms WHERE customer = ?1 AND id = ?2)",
     ] {
         sqlx::query(statement).bind(customer.as_str()).bind(vm.as_str()).execute(&mut *c).await?;
     }
@@ -328,6 +329,44 @@ pub async fn update_instance(c: &mut SqliteConnection, i: &Instance) -> Result<(
     .bind(time_column(i.number.get()))
     .execute(c)
     .await?;
+    Ok(())
+}
+
+/// Remembers how long the lease that an instance was just given lasts, in microseconds from now.
+pub async fn keep_lease(c: &mut SqliteConnection, i: &Instance, lease_us: u64) -> Result<(), StoreError> {
+    sqlx::query("UPDATE instances SET lease_us = ? WHERE customer = ? AND vm = ? AND number = ?")
+        .bind(time_column(lease_us))
+        .bind(i.customer.as_str())
+        .bind(i.vm.as_str())
+        .bind(time_column(i.number.get()))
+        .execute(c)
+        .await?;
+    Ok(())
+}
+
+/// Has every lease begin anew at `now_us`, when a provider starts: its wall clock may be ahead, so that leases look past that are
+/// not. Those that were past at `latest_us` already, by a clock that ran since they were given, stay past.
+pub async fn lengthen_leases(c: &mut SqliteConnection, latest_us: u64, now_us: u64) -> Result<(), StoreError> {
+    let past = time_column(latest_us.saturating_sub(crate::attestation::LEASE_MARGIN_US));
+    type Row = (String, String, i64, i64);
+    let lengthened: Vec<Row> = sqlx::query_as(
+        "UPDATE instances SET lease_end_us = max(lease_end_us, ?1 + lease_us) WHERE ended = 0 AND lease_end_us > ?2
+         RETURNING customer, vm, number, lease_end_us",
+    )
+    .bind(time_column(now_us))
+    .bind(past)
+    .fetch_all(&mut *c)
+    .await?;
+    for (customer, vm, number_of, end) in lengthened {
+        let (customer, vm) = (label(&customer, "customer")?, label(&vm, "VM")?);
+        super::volumes::extend_all(c, &customer, &vm, instance_number(number_of)?, number(end)).await?;
+    }
+    let session_us = u64::from(crate::admin::volumes::SESSION_SECONDS) * 1_000_000;
+    sqlx::query("UPDATE holders SET until_us = max(until_us, ?) WHERE session IS NOT NULL AND until_us > ?")
+        .bind(time_column(now_us + session_us))
+        .bind(past)
+        .execute(c)
+        .await?;
     Ok(())
 }
 

@@ -5,7 +5,7 @@ use crate::support::{Lab, Provider, anchor, keys_command};
 use attest::protocol::{AnchorUpdate, ProblemType};
 use std::collections::HashSet;
 use std::process::Command;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 #[test]
 fn killed_at_any_moment_the_provider_gives_out_no_number_twice() {
@@ -159,22 +159,96 @@ fn a_restored_provider_voids_what_it_can_not_know() {
 }
 
 #[test]
-fn a_restored_provider_lets_vms_start_when_old_leases_are_past() {
+fn a_killed_provider_s_write_ahead_log_does_not_undo_a_restore() {
+    let mut lab = Lab::new();
+    lab.keys(&["backup", "--out", "backup.db"]);
+    let lost = SoftVm::new(&lab).start(&lab.host).release;
+    lab.provider.kill();
+    let restore =
+        || keys_command().args(["restore", "--dir", &lab.text("keys"), "--from", &lab.text("backup.db")]).output();
+    let log = lab.path("keys/keys.db-wal");
+    assert!(std::fs::metadata(&log).expect("a killed provider leaves it").len() > 0);
+    std::fs::remove_file(lab.path("keys/keys.db")).expect("removed");
+    for left in ["keys.db-wal", "keys.db-shm"] {
+        let refused = restore().expect("runs");
+        let said = String::from_utf8_lossy(&refused.stderr).into_owned();
+        assert!(!refused.status.success() && said.contains(left) && said.contains("move it away"), "{said}");
+        assert!(!lab.path("keys/keys.db").exists());
+        std::fs::remove_file(lab.path("keys").join(left)).expect("removed");
+    }
+    // Neither does what a killed restore left.
+    std::fs::write(lab.path("keys/restoring.db-journal"), b"left").expect("written");
+    crate::support::good(restore().expect("runs"));
+    assert!(!lab.path("keys/restoring.db-journal").exists());
+    lab.provider = Provider::start(&lab.path("keys"));
+    let mut vm = SoftVm::new(&lab);
+    assert_eq!(vm.refused(&lab.host), ProblemType::StillRuns);
+    lab.keys(&["vm", "confirm", "acme", "payroll"]);
+    lab.keys(&["volume", "confirm", "acme", "root"]);
+    let after = vm.start(&lab.host).release;
+    assert!(after.volumes[0].open_number > lost.volumes[0].open_number);
+}
+
+#[test]
+fn a_restored_provider_waits_for_leases_that_no_policy_of_the_backup_gave() {
     let mut lab = Lab::with(2, crate::support::GO);
     lab.keys(&["backup", "--out", "backup.db"]);
-    lab.provider.kill();
-    std::fs::create_dir(lab.path("again")).expect("a folder");
-    std::fs::copy(lab.path("keys/master.key"), lab.path("again/master.key")).expect("copied");
-    let restored =
-        keys_command().args(["restore", "--dir", &lab.text("again"), "--from", &lab.text("backup.db")]).output();
-    crate::support::good(restored.expect("runs"));
-    lab.provider = Provider::start(&lab.path("again"));
+    // The backup knows only the short lease.
+    lab.set_policy(604_800, crate::support::GO);
+    SoftVm::new(&lab).start(&lab.host);
+    lab.restore("backup.db");
     lab.keys(&["volume", "confirm", "acme", "root"]);
+    let listed: serde_json::Value =
+        serde_json::from_str(lab.keys(&["vm", "list", "acme", "--json"]).trim()).expect("a VM");
+    let restored = lab.events("provider-restored").pop().expect("an event");
+    let waits =
+        listed["unconfirmed_until_us"].as_u64().expect("it waits") - restored["time_us"].as_u64().expect("time");
+    assert!(waits > 604_800_000_000, "{waits}");
+    assert_eq!(SoftVm::new(&lab).refused(&lab.host), ProblemType::StillRuns);
+    // When that time is past, nobody needs to confirm anything.
+    lab.stopped_sql("UPDATE vms SET unconfirmed_until_us = 1");
+    SoftVm::new(&lab).start(&lab.host);
+}
+
+#[test]
+fn a_confirmation_that_comes_too_late_ends_no_instance() {
+    let mut lab = Lab::new();
+    lab.keys(&["backup", "--out", "backup.db"]);
+    lab.restore("backup.db");
+    lab.keys(&["volume", "confirm", "acme", "root"]);
+    lab.stopped_sql("UPDATE vms SET unconfirmed_until_us = 1");
     let mut vm = SoftVm::new(&lab);
-    let start = Instant::now();
-    while let Err(error) = vm.attest(&lab.host) {
-        assert_eq!(error.problem(), Some(ProblemType::StillRuns));
-        assert!(start.elapsed().as_secs() < 60, "it never starts");
-        std::thread::sleep(Duration::from_millis(200));
-    }
+    let instance = vm.start(&lab.host).release.instance;
+    let said = lab.refused(&["vm", "confirm", "acme", "payroll"]);
+    assert!(said.contains("waits for no confirmation"), "{said}");
+    vm.report(instance, policy::report::ReportEvent::Runs).expect("it lives");
+    vm.operation = policy::operation::OperationRequest::plain(policy::Operation::Renew);
+    assert_eq!(vm.start(&lab.host).release.instance, instance);
+    // Nor does the confirmation itself end what was started since the restore.
+    lab.stopped_sql("UPDATE vms SET unconfirmed_until_us = 9000000000000000");
+    lab.keys(&["vm", "confirm", "acme", "payroll"]);
+    vm.reconnect(&lab);
+    assert_eq!(vm.start(&lab.host).release.instance, instance);
+}
+
+#[test]
+fn a_volume_that_was_filled_after_the_backup_opens_once_its_anchor_is_confirmed() {
+    let mut lab = Lab::new();
+    let volume = lab.make_volume("data");
+    lab.make_volume("empty");
+    let file = lab.seal("payroll", &[volume]);
+    lab.keys(&["backup", "--out", "backup.db"]);
+    let newest = lab.anchor_volume("data", 2);
+    lab.restore("backup.db");
+    lab.keys(&["vm", "confirm", "acme", "payroll"]);
+    lab.keys(&["volume", "confirm", "acme", "data", "--anchor", &crate::support::text_of(&newest)]);
+    let mut vm = SoftVm::of(&lab, "acme", "payroll", file);
+    assert_eq!(vm.start(&lab.host).release.volumes[0].anchor, Some(newest));
+    // One that was never filled waits too: the provider can't know.
+    let one_time = fealty_keyprovider::client::OneTimeKey::generate().expect("memory");
+    let open = "/v1/customers/acme/volumes/empty/sessions";
+    let refused: Result<fealty_keyprovider::api::SessionView, _> = lab.admin().post(open, &one_time.request());
+    assert!(refused.is_err());
+    lab.keys(&["volume", "confirm", "acme", "empty"]);
+    lab.anchor_volume("empty", 1);
 }

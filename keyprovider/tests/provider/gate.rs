@@ -139,3 +139,32 @@ fn attack_48_tricks_with_names_lead_nowhere() {
         assert_eq!(made.expect_err("refused").problem(), Some(ProblemType::BadRequest), "{name:?}");
     }
 }
+
+#[test]
+fn every_act_of_an_administrator_stands_in_the_logs_of_those_it_concerns() {
+    let lab = Lab::new();
+    lab.keys(&["customer", "create", "other", "--lab", "--policy-key", &lab.text("other.key")]);
+    let before = lab.audit().len();
+    lab.keys(&["admin", "add", "ann", "--role", "admin", "--out", "ann.json"]);
+    lab.keys(&["admin", "add", "theirs", "--role", "auditor", "--customer", "other", "--out", "theirs.json"]);
+    lab.keys(&["admin", "revoke", "ann"]);
+    lab.keys(&["admin", "revoke", "theirs"]);
+    lab.keys(&["cloud", "create", "north", "--kind", "maker", "--roots", &lab.text("roots.pem")]);
+    lab.keys(&["backup", "--out", "backup.db"]);
+    lab.seal("payroll", &[lab.volume]);
+    let kinds = |events: &[serde_json::Value]| -> Vec<String> {
+        events.iter().map(|e| e["kind"].as_str().expect("a kind").to_owned()).collect()
+    };
+    let ours = lab.audit().split_off(before);
+    let all = ["admin-created", "admin-revoked", "cloud-created", "backup-created"];
+    assert_eq!(kinds(&ours), [&all[..], &["vm-file-key-created", "vm-file-current"]].concat());
+    assert_eq!(ours[0]["details"]["name"], "ann");
+    assert_eq!(ours[0]["details"]["scope"], "all customers");
+    assert!(ours.iter().all(|e| e["actor"]["admin"] == "admin"), "{ours:?}");
+    let theirs = lab.keys(&["audit", "list", "other", "--json"]);
+    let theirs: Vec<serde_json::Value> = theirs.lines().map(|l| serde_json::from_str(l).expect("an event")).collect();
+    let expected =
+        ["admin-created", "admin-created", "admin-revoked", "admin-revoked", "cloud-created", "backup-created"];
+    assert_eq!(kinds(&theirs[1..]), expected);
+    assert_eq!(theirs[2]["details"]["scope"], "other");
+}

@@ -91,3 +91,38 @@ fn a_host_that_was_reset_is_asked_for_its_whole_log() {
     vm.operation = OperationRequest::plain(Operation::Renew);
     assert_eq!(vm.refused(&lab.host), ProblemType::OldInstance);
 }
+
+#[test]
+fn a_stranger_can_not_have_a_long_log_asked_for_from_its_start() {
+    let mut lab = lab();
+    let long = format!("/usr/lib/{}", "n".repeat(4000));
+    lab.host.measure(&long, b"long");
+    lab.set_reference();
+    // More than a firmware log may have: it is still taken whole, once.
+    while lab.host.ima.len() < 5 << 19 {
+        lab.host.measure(&long, b"long");
+    }
+    let mut vm = SoftVm::new(&lab);
+    vm.start(&lab.host);
+    vm.operation = OperationRequest::plain(Operation::Renew);
+    let read = Some(lab.host.ima.len() as u64);
+    assert_eq!(offset(&mut vm, &lab), read);
+    let mut stranger = SoftVm::new(&lab);
+    let challenge = stranger.post(&stranger.request(&lab.host)).expect("a challenge");
+    assert_eq!(challenge.ima_offset, read);
+    let key = attest::bundle::BundleKey::generate().expect("memory");
+    let mut evidence = stranger.evidence(&lab.host, &challenge, &key);
+    let last = evidence.quote.0.last_mut().expect("a quote");
+    *last ^= 1;
+    let refused = stranger.put(&challenge, &evidence).err().and_then(|e| e.problem());
+    assert_eq!(refused, Some(ProblemType::BadEvidence));
+    assert_eq!(offset(&mut vm, &lab), read, "what was read stays read");
+    vm.attest(&lab.host).expect("renewed");
+    // Where the host itself sent a log that does not fit, all of it is asked for next time.
+    let whole = lab.host.ima.clone();
+    lab.host.ima.extend_from_slice(b"garbage");
+    assert_eq!(vm.refused(&lab.host), ProblemType::BadLog);
+    lab.host.ima = whole;
+    assert_eq!(offset(&mut vm, &lab), Some(0));
+    vm.attest(&lab.host).expect("renewed");
+}

@@ -283,6 +283,25 @@ impl Lab {
         })
     }
 
+    /// The same while no provider runs, for what one reads at its start.
+    pub(crate) fn stopped_sql(&mut self, statement: &'static str) {
+        self.provider.kill();
+        self.sql(statement);
+        self.provider = Provider::start(&self.path("keys"));
+    }
+
+    /// Kills the provider and brings it back from a backup.
+    pub(crate) fn restore(&mut self, backup: &str) {
+        self.provider.kill();
+        for file in ["keys.db", "keys.db-wal", "keys.db-shm"] {
+            let _ = std::fs::remove_file(self.path("keys").join(file));
+        }
+        let restored =
+            keys_command().args(["restore", "--dir", &self.text("keys"), "--from", &self.text(backup)]).output();
+        good(restored.expect("runs"));
+        self.provider = Provider::start(&self.path("keys"));
+    }
+
     /// What SQLite says of the database.
     pub(crate) fn integrity(&self) -> String {
         let runtime = tokio::runtime::Runtime::new().expect("a runtime");
