@@ -367,6 +367,10 @@ mod tests {
             next_open: 1,
             anchor: None,
             unconfirmed: false,
+            size: None,
+            retired: false,
+            rekey: None,
+            next_kek: None,
         };
         volumes::create(&mut tx, &volume, SECOND).await.expect("created");
         for (vm, end_us) in [(&live, 700 * SECOND), (&dead, 50 * SECOND)] {
@@ -377,7 +381,7 @@ mod tests {
         }
         let kind = HolderKind::Instance(live.clone(), InstanceNumber::try_from(1).expect("a number"));
         let open_number = OpenNumber::try_from(1).expect("a number");
-        let holder = Holder { kind, client_key: Digest([1; 32]), open_number, until_us: 700 * SECOND };
+        let holder = Holder { kind, client_key: Digest([1; 32]), open_number, until_us: 700 * SECOND, operation: None };
         volumes::hold(&mut tx, &volume.id, &holder).await.expect("held");
         append(&mut tx, 100 * SECOND, Draft::new(acme, Actor::Provider, AuditKind::Report)).await.expect("logged");
         tx.commit().await.expect("committed");

@@ -117,9 +117,7 @@ impl OperationRequest {
 
     /// Checks the bounds on parameters.
     pub fn check(&self) -> Result<(), ParameterError> {
-        let short = |s: &String| s.len() <= 256;
-        let fits = self.parameters.len() <= 16 && self.parameters.iter().all(|(k, v)| short(k) && short(v));
-        if fits { Ok(()) } else { Err(ParameterError) }
+        check_parameters(&self.parameters)
     }
 
     /// The digest that the quote binds: the name, then each parameter's name and value in order.
@@ -131,6 +129,12 @@ impl OperationRequest {
         }
         Digest::of_fields("fealty operation v1", &fields)
     }
+}
+
+pub(crate) fn check_parameters(parameters: &BTreeMap<String, String>) -> Result<(), ParameterError> {
+    let short = |s: &String| s.len() <= 256;
+    let fits = parameters.len() <= 16 && parameters.iter().all(|(k, v)| short(k) && short(v));
+    if fits { Ok(()) } else { Err(ParameterError) }
 }
 
 #[cfg(test)]

@@ -258,9 +258,9 @@ impl Volume {
         self.shared.grow(size)
     }
 
-    /// Wraps the volume's masters under `new` instead of `old`, its key-encryption key so far. From its return on, `new` opens the volume
-    /// and `old` does not; where a crash interrupts it, one of the two does ([`inspect`] says which), so that the provider must keep
-    /// both until then.
+    /// Wraps the volume's masters under `new` instead of `old`, its key-encryption key so far. The provider must keep both until it has
+    /// an anchor that names `new`, and may forget `old` then: wherever a crash interrupts this, the key that the newest anchor
+    /// names opens the volume.
     pub fn rewrap(&self, old: &Kek, new: &Kek) -> Result<(), VolumeError> {
         self.shared.rewrap(old, new)
     }
@@ -339,6 +339,7 @@ impl Core {
             chain: self.log.chain,
             root: self.superblock.mac,
             key: self.superblock.key(),
+            kek: self.superblock.slot.kek,
         };
         fields.build()
     }

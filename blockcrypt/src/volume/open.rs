@@ -13,8 +13,8 @@ use crate::format::geometry::Geometry;
 use crate::format::page::{Child, Header, Tree};
 use crate::format::slot::{MAX_PAGES, Slot, SlotPage};
 use crate::format::snapshot::{MAX_PAGES as SNAPSHOT_PAGES, Snapshot, SnapshotPage};
-use crate::format::superblock::{Cut, Superblock, claimed_total, has_magic};
-use crate::format::{BLOCK, Block, FormatError, MAC, zero_block};
+use crate::format::superblock::{Superblock, claimed_total, has_magic};
+use crate::format::{BLOCK, Block, FormatError, zero_block};
 use crate::keys::{KeyRing, VolumeKey, same};
 use crate::space::Space;
 use crate::tree::{Forest, Root};
@@ -111,23 +111,7 @@ impl Volume {
         let backing = Backing::new(Box::new(store), geometry, grant.volume, keys, events.clone());
         prepare_store(&backing)?;
         let options = OpenOptions::default();
-        let superblock = Superblock {
-            uuid: grant.volume,
-            geometry,
-            epoch: 0,
-            writer: grant.open_number,
-            clean: false,
-            map: Child::EMPTY,
-            free: Child::EMPTY,
-            cut: Cut { offset: 0, sequence: 0, chain: [0; MAC] },
-            mapped: 0,
-            older: Child::EMPTY,
-            snapshots: Child::EMPTY,
-            used: 0,
-            taken: 0,
-            slot,
-            mac: [0; MAC],
-        };
+        let superblock = Superblock::first(grant, geometry, slot);
         let log = Log::new(grant.open_number.get(), &backing, 0, 0);
         let lists = Lists::default();
         let mut core = Core::new(superblock, 1, log, lists, &backing, options);
@@ -214,6 +198,7 @@ pub fn inspect(store: &dyn Store) -> Result<PlainInfo, VolumeError> {
         chain: superblock.cut.chain,
         root: superblock.mac,
         key: superblock.key(),
+        kek: superblock.slot.kek,
     };
     Ok(PlainInfo {
         volume: superblock.uuid,

@@ -1,6 +1,7 @@
 //! New keys for old: the key-encryption key's change, the master's rotation, and the end of all of them.
 //!
-//! - **Rewrap**: each slot's master is wrapped under another key-encryption key. No block changes.
+//! - **Rewrap**: each slot's master is wrapped under another key-encryption key. No block changes. A superblock with the new wrappings
+//!   is written and anchored while the one before, with the old ones, still stands: the anchor's key opens the anchored state.
 //! - **Rotation**: an opener whose grant names a new key id has a new master for what it writes. [`Shared::rotate`] writes
 //!   the rest again under it, block by block and page by page, while requests are served; what is under the new key already is
 //!   passed over, so that a crash costs nothing but a look at the map. When nothing needs them any more, the older slots go.
@@ -34,12 +35,18 @@ impl Shared {
         let rewrapped = |slot: &Slot| old.rewrap(slot, &self.customer, new, &self.customer);
         let new_current = rewrapped(&current)?;
         let new_older = older.iter().map(rewrapped).collect::<Result<Vec<_>, _>>()?;
+        // One that never had an anchor has none to tell the provider with.
+        self.anchoring.kept().ok_or(VolumeError::NoAnchor)?;
         self.core()?.change_slots(new_current, new_older);
-        // Twice, so that neither superblock has the old wrapping.
         if let Err(error) = self.write_checkpoint(&group, Occasion::Running) {
             self.core()?.change_slots(current, older);
             return Err(error);
         }
+        if let Err(error) = self.anchoring.keep_now() {
+            // Which key the provider goes by is not known: both superblocks must stay as they are.
+            return Err(self.core()?.fail(error, &*self.backing.events));
+        }
+        // Once more, so that neither superblock has the old wrapping.
         self.write_checkpoint(&group, Occasion::Running)?;
         self.wipe_stale_slots()?;
         drop(group);

@@ -12,7 +12,7 @@ use crate::store::audit::{Draft, Logged, append};
 use crate::store::inventory::{self, Cloud, CloudKind, ImaMark};
 use crate::store::vms::{self, Instance};
 use crate::store::volumes::{self, HolderKind};
-use crate::store::{StoreError, answers, documents, new_key_id, people};
+use crate::store::{StoreError, answers, documents, new_key_id};
 use attest::note::Receipt;
 use attest::protocol::{Evidence, KeyName, PROTOCOL_VERSION, ProblemType, Release, Released};
 use attest::verify::VerifiedEvidence;
@@ -144,16 +144,7 @@ async fn permitted(
     now_us: u64,
 ) -> Result<(Settings, PolicyInForce), Refusal> {
     let refuses = |why: String| Refusal::new(ProblemType::PolicyRefuses, why);
-    let policy = documents::policy(c, &challenge.customer).await?;
-    let policy = policy.ok_or_else(|| refuses("the customer has no policy".into()))?;
-    let rules = match provider.rules.kept(&challenge.customer, &policy) {
-        Some(rules) => Ok(rules),
-        None => {
-            let customer = people::customer(c, &challenge.customer).await?;
-            provider.rules.read(&customer.ok_or_else(|| refuses("there is no such customer".into()))?, &policy)
-        }
-    };
-    let rules = rules.map_err(|why| refuses(format!("the customer's policy can't be read: {why}")))?;
+    let (policy, rules) = provider.rules.in_force(c, &challenge.customer).await?.map_err(refuses)?;
     rules.settings.judge(&verified.claims).map_err(|e| refuses(e.to_string()))?;
     let operation = challenge.operation.operation;
     let instance = match operation {
