@@ -337,6 +337,7 @@ mod tests {
             file: Digest([4; 32]),
             started_us: 1_000_000,
             lease_end_us,
+            lease_us: 600_000_000,
             ended: false,
             revoked: false,
             report_sequence: 0,
@@ -377,7 +378,6 @@ mod tests {
             let instance = instance(acme, vm, end_us);
             vms::create(&mut tx, acme, vm, instance.number).await.expect("created");
             vms::add_instance(&mut tx, &instance).await.expect("added");
-            vms::keep_lease(&mut tx, &instance, 600 * SECOND).await.expect("kept");
         }
         let kind = HolderKind::Instance(live.clone(), InstanceNumber::try_from(1).expect("a number"));
         let open_number = OpenNumber::try_from(1).expect("a number");

@@ -154,14 +154,14 @@ impl Volume {
         if anchor.volume != grant.volume {
             return Err(VolumeError::Grant("its anchor is another volume's"));
         }
-        if options.writes() {
-            // A killed process may have left writes that only the kernel has. What is read from here on is overwritten on the
-            // strength of what else is read: none of it may vanish with the power.
-            store.sync_data().map_err(VolumeError::store("make writes durable"))?;
-        }
         let found_size = store.len().map_err(VolumeError::store("say its length"))?;
         let (verified, damaged) = verify_superblocks(find_superblocks(&*store)?, grant, kek)?;
         let (chosen, epoch) = choose(verified, damaged, &anchor, grant)?;
+        if options.writes() && !is_anchored_close(&chosen.superblock, &anchor) {
+            // A killed process may have left writes that only the kernel has. What was and is read here is overwritten on the
+            // strength of what else is read: none of it may vanish with the power.
+            store.sync_data().map_err(VolumeError::store("make writes durable"))?;
+        }
         let expected = chosen.superblock.geometry.total * BLOCK as u64;
         if found_size < expected {
             return Err(VolumeError::Truncated { found: found_size, expected });
@@ -534,6 +534,12 @@ fn choose(
         ))
     };
     chosen.map(|found| (found, epoch)).ok_or_else(missing)
+}
+
+/// Whether this is the very state that the last holder closed with and the provider keeps. All of it was durable before its
+/// superblock was written, and that before the anchor was sent; and no record follows it.
+fn is_anchored_close(superblock: &Superblock, anchor: &AnchorFields) -> bool {
+    superblock.clean && superblock.epoch == anchor.epoch && same(&superblock.mac, &anchor.root)
 }
 
 /// The state before recovery.
