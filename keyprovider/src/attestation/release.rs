@@ -12,7 +12,7 @@ use crate::store::audit::{Draft, Logged, append};
 use crate::store::inventory::{self, Cloud, CloudKind, ImaMark};
 use crate::store::vms::{self, Instance};
 use crate::store::volumes::{self, HolderKind};
-use crate::store::{StoreError, answers, documents, new_key_id};
+use crate::store::{StoreError, answers, documents, new_key_id, people};
 use attest::note::Receipt;
 use attest::protocol::{Evidence, KeyName, PROTOCOL_VERSION, ProblemType, Release, Released};
 use attest::verify::VerifiedEvidence;
@@ -47,6 +47,7 @@ pub async fn release(
     let mut tx = provider.db.write().await?;
     let now_us = provider.clock.now_us();
     let c: &mut SqliteConnection = &mut tx;
+    confirmed(c, challenge).await?;
     remember_key(c, challenge, now_us).await?;
     let cloud = known_platform(c, challenge, &verified).await?;
     let (settings, policy) = permitted(provider, c, challenge, &verified, &cloud, now_us).await?;
@@ -102,6 +103,18 @@ pub async fn release(
         Wanted::Opinion => tx.rollback().await?,
     }
     Ok(kept.body)
+}
+
+/// After a restore, what the customer took away may be back: nothing is released until somebody has looked.
+async fn confirmed(c: &mut SqliteConnection, challenge: &Challenge) -> Result<(), Refusal> {
+    let customer = &challenge.customer;
+    if !people::unconfirmed(c, customer).await? {
+        return Ok(());
+    }
+    let what =
+        "the provider was restored, and nobody has confirmed yet which policy, reference values and hosts came back";
+    Err(Refusal::new(ProblemType::PolicyRefuses, what)
+        .hint(format!("see: fealty-keys audit list {customer}; then: fealty-keys customer confirm {customer}")))
 }
 
 /// The attestation key has been proved: by the record it was verified with, or by the credential just now.
