@@ -122,7 +122,9 @@ fn a_restored_provider_voids_what_it_can_not_know() {
     let serve = keys_command().args(["serve", "--listen", "127.0.0.1:0", "--dir", &lab.text("again")]).output();
     assert!(String::from_utf8_lossy(&serve.expect("runs").stderr).contains("is a backup"));
     assert!(!restore().status.success(), "never over a database");
-    std::fs::remove_file(lab.path("again/keys.db")).expect("removed");
+    for file in ["keys.db", "keys.db-wal", "keys.db-shm"] {
+        let _ = std::fs::remove_file(lab.path("again").join(file));
+    }
     assert!(!restore().status.success(), "another master key");
     std::fs::remove_file(lab.path("again/master.key")).expect("removed");
     assert!(!restore().status.success(), "no master key");
@@ -299,4 +301,45 @@ fn what_a_backup_brings_back_is_named_and_releases_nothing_before_somebody_confi
     lab.refused(&["customer", "confirm", "acme", "--policy", "1", "--reference", "1"]);
     assert_eq!(lab.events("restore-confirmed").len(), 1);
     SoftVm::new(&lab).start(&lab.host);
+}
+
+#[test]
+fn an_init_that_was_killed_is_made_anew_or_is_finished() {
+    let dir = tempfile::tempdir().expect("a folder");
+    let keys = dir.path().join("keys");
+    let init = || {
+        let mut command = keys_command();
+        command.args(["init", "--name", "localhost", "--dir"]).arg(&keys);
+        command
+    };
+    // Killed at any moment, it leaves a provider, or nothing that stops the next one.
+    for round in 0..6 {
+        let mut child = init().stdout(std::process::Stdio::null()).spawn().expect("starts");
+        std::thread::sleep(Duration::from_millis(5 + 25 * round));
+        let _ = child.kill();
+        child.wait().expect("ended");
+        let again = init().output().expect("runs");
+        let exists = String::from_utf8_lossy(&again.stderr).contains("exists already");
+        assert!(again.status.success() || exists, "{}", String::from_utf8_lossy(&again.stderr));
+        Provider::start_as(keys_command(), &keys, "/dev/null".as_ref());
+        std::fs::remove_dir_all(&keys).expect("removed");
+    }
+    // The last moments of all, one after the other.
+    crate::support::good(init().output().expect("runs"));
+    let to = |from: &str, to: &str| std::fs::rename(keys.join(from), keys.join(to)).expect("renamed");
+    to("master.key", "master.key.new");
+    to("keys.db", "keys.db.new");
+    crate::support::good(init().output().expect("runs"));
+    assert!(!keys.join("keys.db.new").exists() && !keys.join("master.key.new").exists());
+    to("master.key", "master.key.new");
+    Provider::start_as(keys_command(), &keys, "/dev/null".as_ref());
+    assert!(keys.join("master.key").exists());
+    // A master key that somebody put there is never overwritten.
+    std::fs::remove_file(keys.join("keys.db")).expect("removed");
+    for end in ["-wal", "-shm"] {
+        let _ = std::fs::remove_file(keys.join(format!("keys.db{end}")));
+    }
+    let kept = std::fs::read(keys.join("master.key")).expect("a key");
+    assert!(!init().output().expect("runs").status.success());
+    assert_eq!(std::fs::read(keys.join("master.key")).expect("a key"), kept);
 }
