@@ -201,7 +201,7 @@ mod tests {
         serde_json::from_value(serde_json::json!({
             "cpus": {"boot_vcpus": 1}, "memory": {"size": 128 << 20},
             "payload": {"kernel": {"name": "vmlinuz", "sha256": Digest::of(b"k")}, "cmdline": "secret"},
-            "trust": {"policy_key": key, "directive_key": key, "audit_origin": "acme.keys", "audit_key": key}
+            "trust": {"policy_key": key, "policy_version": 1, "directive_key": key, "audit_origin": "acme.keys", "audit_key": key}
         }))
         .expect("a configuration")
     }

@@ -1,6 +1,7 @@
 //! What a running VM process may do beside attesting: report, and move its volumes' anchors forward. Its client key is who
 //! it is; the path only repeats that. Whatever an older instance sends is refused.
 
+use crate::bounds::Allowance;
 use crate::provider::Provider;
 use crate::server::body::{At, Json, Raw, SMALL, parse};
 use crate::server::gate::Caller;
@@ -33,9 +34,7 @@ pub async fn report(
     check_text(&report.event)?;
     let digest = Digest::of(&body);
     let now_us = provider.clock.now_us();
-    if !provider.reports.allow(&caller.key, now_us) {
-        return Err(Refusal::new(ProblemType::TooMuch, "too many reports in a minute").hint("send it again later"));
-    }
+    bounded(&provider, &caller, &vm, number, now_us).await?;
     let mut tx = provider.db.write().await?;
     let mut instance = running(&mut tx, &caller, &vm, number).await?;
     if report.sequence == instance.report_sequence && digest == instance.report_digest {
@@ -91,6 +90,7 @@ pub async fn anchor(
     Json(update): Json<AnchorUpdate>,
 ) -> Result<StatusCode, Refusal> {
     let now_us = provider.clock.now_us();
+    bounded(&provider, &caller, &vm, number, now_us).await?;
     let mut tx = provider.db.write().await?;
     let instance = running(&mut tx, &caller, &vm, number).await?;
     let kind = HolderKind::Instance(vm, number);
@@ -148,6 +148,23 @@ fn check_step(old: &Option<VolumeAnchor>, new: &VolumeAnchor, holder: &Holder) -
     }
 }
 
+/// Counts what an instance writes, before it takes the one place where something is written. Strangers are turned away
+/// uncounted: keys that anybody can make would use up the room for those that count.
+async fn bounded(
+    provider: &Provider,
+    caller: &Caller,
+    vm: &VmId,
+    number: InstanceNumber,
+    now_us: u64,
+) -> Result<(), Refusal> {
+    let mut reader = provider.db.read().await?;
+    running(&mut reader, caller, vm, number).await?;
+    if provider.reports.allow(&caller.key, now_us) == Allowance::Yes {
+        return Ok(());
+    }
+    Err(Refusal::new(ProblemType::TooMuch, "too many reports and anchors in a minute").hint("send it again later"))
+}
+
 /// The instance that asks, if it is the newest of its VM.
 async fn running(
     c: &mut SqliteConnection,
@@ -175,6 +192,17 @@ pub async fn missing_outcomes(c: &mut SqliteConnection, instance: &Instance, now
             .detail("missing", format!("the outcome of {operation}"));
         append(c, now_us, draft).await?;
     }
+    Ok(())
+}
+
+/// Tells that an instance is gone without having reported its end: it was killed, or its report was kept back.
+pub async fn missing_end(c: &mut SqliteConnection, instance: &Instance, now_us: u64) -> Result<(), Refusal> {
+    let draft = Draft::new(&instance.customer, Actor::Provider, AuditKind::ReportGap)
+        .vm(&instance.vm)
+        .instance(instance.number)
+        .host(instance.host)
+        .detail("missing", "its end");
+    append(c, now_us, draft).await?;
     Ok(())
 }
 

@@ -10,6 +10,7 @@
 
 use crate::api::TrustView;
 use crate::attestation::challenge::Challenges;
+use crate::attestation::lanes::Lanes;
 use crate::attestation::rules::RulesCache;
 use crate::authority::{Authority, AuthorityError, spki_of};
 use crate::bounds::PerMinute;
@@ -46,6 +47,15 @@ const UNFINISHED_DATABASE: &str = "keys.db.new";
 /// Its master key.
 const UNFINISHED_MASTER: &str = "master.key.new";
 
+/// Who was refused something.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Refused {
+    /// Somebody whose evidence was not verified, or did not come.
+    Stranger,
+    /// A host whose evidence was verified, by the policy.
+    Verified,
+}
+
 /// The provider.
 pub struct Provider {
     /// The database.
@@ -68,11 +78,13 @@ pub struct Provider {
     pub directive_key: SigningKey,
     /// Nonces that wait for evidence.
     pub challenges: Challenges,
+    /// Places for evidence that is being read.
+    pub lanes: Lanes,
     /// Parsed policies.
     pub rules: RulesCache,
-    /// Bounds what refused strangers write into a customer's audit log.
-    pub refusals: PerMinute<CustomerId>,
-    /// Bounds what an instance, by its client key, writes there.
+    /// Bounds what those who are refused write into a customer's audit log.
+    pub refusals: PerMinute<(CustomerId, Refused)>,
+    /// Bounds what an instance, by its client key, writes: reports and anchors.
     pub reports: PerMinute<Digest>,
     /// Its folder.
     pub dir: PathBuf,
@@ -270,6 +282,7 @@ impl Provider {
             audit_key,
             directive_key,
             challenges: Challenges::default(),
+            lanes: Lanes::default(),
             rules: RulesCache::default(),
             refusals: PerMinute::new(REFUSALS),
             reports: PerMinute::new(REPORTS),
@@ -283,11 +296,12 @@ impl Provider {
         format!("{}/{customer}", self.names[0])
     }
 
-    /// What the VM files of a customer seal as trust roots.
-    pub fn trust(&self, customer: &Customer) -> TrustView {
+    /// What the VM files of a customer seal as trust roots; `policy_version` is that of the policy in force, 0 without one.
+    pub fn trust(&self, customer: &Customer, policy_version: u64) -> TrustView {
         TrustView {
             trust: TrustRoots {
                 policy_key: customer.policy_key[..].into(),
+                policy_version,
                 directive_key: self.directive_key.public[..].into(),
                 audit_origin: self.audit_origin(&customer.id),
                 audit_key: self.audit_key.public[..].into(),
@@ -355,6 +369,7 @@ mod tests {
             ak: vec![3],
             reset_count: 1,
             file: Digest([4; 32]),
+            started_us: 1_000_000,
             lease_end_us,
             ended: false,
             revoked: false,
@@ -391,7 +406,7 @@ mod tests {
         for (vm, end_us) in [(&live, 700 * SECOND), (&dead, 50 * SECOND)] {
             let instance = instance(acme, vm, end_us);
             vms::create(&mut tx, acme, vm, instance.number).await.expect("created");
-            vms::add_instance(&mut tx, &instance, SECOND).await.expect("added");
+            vms::add_instance(&mut tx, &instance).await.expect("added");
             vms::keep_lease(&mut tx, &instance, 600 * SECOND).await.expect("kept");
         }
         let kind = HolderKind::Instance(live.clone(), InstanceNumber::try_from(1).expect("a number"));

@@ -369,6 +369,8 @@ impl PlainDisk {
 pub struct TrustRoots {
     /// Ed25519 public key (32 bytes) that signs the customer's policies.
     pub policy_key: Base64Url,
+    /// Version of the policy that was in force when the file was sealed, 0 where there was none: no older one is taken.
+    pub policy_version: u64,
     /// Ed25519 public key (32 bytes) that signs the provider's directives.
     pub directive_key: Base64Url,
     /// Origin line of the audit log (C2SP tlog-checkpoint).

@@ -7,6 +7,7 @@ use crate::machine::{BalloonSettings, Machine, MachineError, NetSlot, Tap};
 use crate::run::disks::limits;
 use policy::config::FileName;
 use policy::device::{Balloon, ConsoleMode, Devices, InterfaceName, MacAddress, Net, QUEUE_PAIRS_MAX};
+use serde_json::{Map, Value, json};
 use std::collections::BTreeMap;
 use std::os::unix::net::UnixListener;
 use std::path::Path;
@@ -163,6 +164,21 @@ pub fn add_devices(devices: Devices<'_>, ends: Ends, machine: &mut Machine) -> R
         machine.add_panic();
     }
     Ok(())
+}
+
+/// What a configuration has beside disks, as `vm.info` shows it: nothing of where it leads on the host.
+pub fn describe(devices: Devices<'_>) -> Map<String, Value> {
+    let net = |net: &Net| json!({ "id": net.id, "num_queues": net.num_queues, "queue_size": net.queue_size });
+    let nets: Vec<_> = devices.net.iter().map(net).collect();
+    let all = [
+        ("net", (!nets.is_empty()).then(|| json!(nets))),
+        ("rng", devices.rng.map(|rng| json!(rng))),
+        ("console", devices.console.map(|console| json!({ "mode": console.mode }))),
+        ("vsock", devices.vsock.map(|vsock| json!({ "cid": vsock.cid }))),
+        ("balloon", devices.balloon.map(|balloon| json!(balloon))),
+        ("pvpanic", devices.pvpanic.then(|| json!(true))),
+    ];
+    all.into_iter().filter_map(|(key, value)| Some((key.to_owned(), value?))).collect()
 }
 
 fn made_up() -> Result<MacAddress, getrandom::Error> {

@@ -13,7 +13,7 @@ use attest::protocol::KeyName;
 use policy::operation::{OperationClass, OperationRequest};
 use policy::report::ReportEvent;
 use policy::{InstanceNumber, Operation};
-use serde_json::{Value, json};
+use serde_json::{Map, Value, json};
 use std::fs::File;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -29,6 +29,8 @@ pub struct Facts {
     pub memory: u64,
     /// Disks: name, size in bytes, whether read only.
     pub disks: Vec<(String, u64, bool)>,
+    /// The other devices, by their keys in the configuration.
+    pub devices: Map<String, Value>,
 }
 
 /// The provider's side of a protected VM.
@@ -103,15 +105,19 @@ impl Operations {
         let (held, _) = self.helm.state();
         let disks: Vec<_> =
             self.facts.disks.iter().map(|(id, _, readonly)| json!({ "id": id, "readonly": readonly })).collect();
+        let mut config = json!({
+            "cpus": { "boot_vcpus": self.facts.vcpus, "max_vcpus": self.facts.vcpus },
+            "memory": { "size": self.facts.memory },
+            "payload": {},
+            "disks": disks,
+        });
+        if let Value::Object(config) = &mut config {
+            config.extend(self.facts.devices.clone());
+        }
         json!({
-            "config": {
-                "cpus": { "boot_vcpus": self.facts.vcpus, "max_vcpus": self.facts.vcpus },
-                "memory": { "size": self.facts.memory },
-                "payload": {},
-                "disks": disks,
-            },
+            "config": config,
             "state": if held { "Paused" } else { "Running" },
-            "memory_actual_size": self.facts.memory,
+            "memory_actual_size": self.facts.memory.saturating_sub(self.helm.running().in_balloon()),
         })
     }
 
@@ -181,6 +187,22 @@ impl Operations {
                 Err(state(format!("disk {id} has {size} bytes, not {desired}; change its file first")))
             }
             _ => Ok(size),
+        }
+    }
+
+    /// Asks the guest of an unprotected VM to put `size` bytes into its balloon, a multiple of 4096 less than its memory.
+    pub fn resize_balloon(&self, size: u64) -> Result<(), OperationError> {
+        let state = |why: String| Err(OperationError::State(why));
+        if self.protected.is_some() {
+            return state("the balloon of a protected VM keeps the size that its customer gave it".into());
+        }
+        if !size.is_multiple_of(4096) || size >= self.facts.memory {
+            let memory = self.facts.memory;
+            return state(format!("a balloon holds a multiple of 4096 bytes, less than the memory's {memory}"));
+        }
+        match self.helm.running().resize_balloon(size) {
+            true => Ok(()),
+            false => state("this VM has no balloon; its configuration may ask for one".into()),
         }
     }
 

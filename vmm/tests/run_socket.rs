@@ -2,10 +2,10 @@
 
 mod common;
 
-use common::{Ended, LIMIT, Program, configuration, fealty};
+use common::{Ended, LIMIT, Program, configuration, configuration_with, fealty};
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 struct Vm {
@@ -19,11 +19,17 @@ fn start(words: &str) -> Vm {
 
 /// With disks; each has a file of 1 MiB.
 fn start_with(words: &str, disks: serde_json::Value) -> Vm {
+    start_configured(words, |folder, words| {
+        for disk in disks.as_array().into_iter().flatten() {
+            std::fs::write(folder.join(disk["path"].as_str().expect("a path")), vec![0; 1 << 20]).expect("written");
+        }
+        configuration(folder, words, disks)
+    })
+}
+
+fn start_configured(words: &str, configuration: impl FnOnce(&Path, &str) -> PathBuf) -> Vm {
     let folder = tempfile::tempdir().expect("folder");
-    for disk in disks.as_array().into_iter().flatten() {
-        std::fs::write(folder.path().join(disk["path"].as_str().expect("a path")), vec![0; 1 << 20]).expect("written");
-    }
-    let path = configuration(folder.path(), words, disks);
+    let path = configuration(folder.path(), words);
     let socket = folder.path().join("api.sock");
     let mut command = fealty(&["run", "--unprotected", path.to_str().expect("UTF-8"), "--api-socket"]);
     let mut program = Program::start(command.arg(&socket));
@@ -102,6 +108,26 @@ fn a_disk_that_grows_is_told_to_the_guest() {
     assert!(vm.ctl(&["resize-disk", "root"]).code(0).out.contains("root has 2097152 bytes"));
     let ended = vm.program.end().code(0);
     assert!(ended.out.contains("disk 0 bytes=2097152") && ended.out.contains("verify 300 ok"), "{}", ended.out);
+}
+
+#[test]
+fn devices_are_shown_and_a_balloon_is_resized() {
+    let devices = serde_json::json!({
+        "rng": {}, "pvpanic": true, "balloon": { "size": 4096 }, "vsock": { "cid": 3, "socket": "vsock.sock" },
+        "console": { "mode": "Socket", "socket": "hvc.sock" } });
+    let vm = start_configured("spin", |folder, words| configuration_with(folder, words, devices));
+    let info: serde_json::Value = serde_json::from_str(&vm.ctl(&["info", "--json"]).code(0).out).expect("JSON");
+    let config = &info["info"]["config"];
+    assert_eq!((&config["pvpanic"], &config["vsock"]), (&true.into(), &serde_json::json!({ "cid": 3 })), "no paths");
+    assert!(vm.ctl(&["info"]).code(0).out.contains("devices: rng, console, vsock, balloon, pvpanic"));
+    assert!(vm.ctl(&["resize-balloon", "8192"]).code(0).out.contains("8192"));
+    for bytes in ["1", "67108864"] {
+        assert!(vm.ctl(&["resize-balloon", bytes]).code(4).why().contains("multiple of 4096"));
+    }
+    let body = br#"{"desired_vcpus":2}"#;
+    let request = format!("PUT /api/v1/vm.resize HTTP/1.1\r\nContent-Length: {}\r\n\r\n", body.len());
+    assert!(vm.raw(&[request.as_bytes(), body].concat()).starts_with("HTTP/1.1 400"));
+    assert!(start("spin").ctl(&["resize-balloon", "4096"]).code(4).why().contains("no balloon"));
 }
 
 #[test]

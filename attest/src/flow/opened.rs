@@ -41,7 +41,7 @@ impl OpenedRelease {
     }
 
     /// Checks against the trust roots, which the VM file's key opens, that the customer's audit log holds this very release and
-    /// that the policy which permitted it is his.
+    /// that the policy which permitted it is his, and not older than the file.
     ///
     /// # Errors
     /// `Receipt`, `Mismatch`.
@@ -70,8 +70,11 @@ impl OpenedRelease {
         let said = policy.statement(&self.release.customer).signed_bytes();
         UnparsedPublicKey::new(&ED25519, &*trust.policy_key)
             .verify(&said, &policy.signature)
-            .map(|()| policy.version)
-            .map_err(|_| FlowError::Mismatch("the policy is not signed by the customer's policy key"))
+            .map_err(|_| FlowError::Mismatch("the policy is not signed by the customer's policy key"))?;
+        if policy.version < trust.policy_version {
+            return Err(FlowError::Mismatch("the policy is older than the VM file"));
+        }
+        Ok(policy.version)
     }
 }
 

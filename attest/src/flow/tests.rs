@@ -109,6 +109,7 @@ impl Scene {
     fn trust(&self) -> TrustRoots {
         TrustRoots {
             policy_key: testing::policy_key().public_key().as_ref().into(),
+            policy_version: 0,
             directive_key: vec![2; 32].into(),
             audit_origin: ORIGIN.into(),
             audit_key: note::public_key(&self.audit_seed).expect("a key")[..].into(),
@@ -401,6 +402,11 @@ fn attack_36_the_process_checks_whose_policy_it_is_and_that_it_does_not_go_back(
     let opened = opened.unwrap_or_else(|e| panic!("{e}"));
     let refused = opened.establish(&scene.trust()).err();
     assert!(matches!(refused, Some(FlowError::Mismatch("the policy is not signed by the customer's policy key"))));
+    // One that is rightly signed, but that the customer had replaced when he sealed the VM file.
+    let (scene, opened, _) = attest(HONEST, 0);
+    let trust = TrustRoots { policy_version: 2, ..scene.trust() };
+    let refused = opened.map(|o| o.establish(&trust).err());
+    assert!(matches!(refused, Ok(Some(FlowError::Mismatch("the policy is older than the VM file")))));
     let other = later(with(|r| r.policy = testing::policy_in_force("other", 9)));
     assert!(matches!(other, Err(FlowError::Mismatch("the policy is not signed by the customer's policy key"))));
     let older = later(with(|r| r.policy = testing::policy_in_force("acme", 0)));

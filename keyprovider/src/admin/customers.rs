@@ -4,22 +4,20 @@ use super::{Answer, Created, conflict, customer, done};
 use crate::api::{
     AuditPage, ConfirmCustomer, CustomerView, Done, NewCustomer, ReferenceView, SignedPolicy, TrustView, VersionView,
 };
-use crate::attestation::rules::Rules;
+use crate::attestation::rules::{NotHis, Rules};
 use crate::provider::Provider;
 use crate::server::body::{Asked, At, DOCUMENT, Json as Body};
 use crate::server::gate::Caller;
-use crate::server::problem::{Refusal, chain};
+use crate::server::problem::Refusal;
 use crate::store::audit::{self, Draft, append};
 use crate::store::documents::{self, Policy};
 use crate::store::inventory::{self, CloudKind};
 use crate::store::people::{self, Customer};
 use attest::protocol::ProblemType;
-use aws_lc_rs::signature::{ED25519, UnparsedPublicKey};
 use axum::Json;
 use axum::extract::State;
 use axum::http::StatusCode;
 use policy::audit::AuditKind;
-use policy::document::PolicyStatement;
 use policy::{Base64Url, CloudId, CustomerId, Digest, ReferenceValues};
 use serde::Deserialize;
 use std::sync::Arc;
@@ -54,14 +52,15 @@ pub async fn create(
         .detail("policy_key", &new.policy_key);
     append(&mut tx, now_us, draft).await?;
     tx.commit().await?;
-    Ok((StatusCode::CREATED, Json(provider.trust(&customer))))
+    Ok((StatusCode::CREATED, Json(provider.trust(&customer, 0))))
 }
 
 /// A customer's trust roots.
 pub async fn show(State(provider): State<Arc<Provider>>, At(id): At<CustomerId>) -> Answer<TrustView> {
     let mut reader = provider.db.read().await?;
     let customer = customer(&mut reader, &id).await?;
-    Ok(Json(provider.trust(&customer)))
+    let in_force = documents::policy(&mut reader, &id).await?.map_or(0, |p| p.version);
+    Ok(Json(provider.trust(&customer, in_force)))
 }
 
 /// After a restore: an administrator states which policy and reference values should be in force, and that he has seen who and
@@ -171,22 +170,14 @@ pub async fn set_policy(
     let mut reader = provider.db.read().await?;
     let customer = customer(&mut reader, &id).await?;
     drop(reader);
-    let statement = PolicyStatement::of(&signed.document)
-        .map_err(|e| Refusal::new(ProblemType::BadRequest, format!("the policy: {}", chain(&e))))?;
-    UnparsedPublicKey::new(&ED25519, customer.policy_key)
-        .verify(&statement.signed_bytes(), &signed.signature)
-        .map_err(|_| {
-            Refusal::new(ProblemType::Forbidden, format!("the policy is not signed by {id}'s policy key"))
-                .hint("sign it with the key that `customer create --policy-key` made")
-        })?;
-    let document = signed.document.clone();
-    let parsed = tokio::task::spawn_blocking(move || Rules::parse(&document)).await;
-    let parsed = parsed.unwrap_or_else(|_| Err("it broke the parser".into()));
-    let rules = parsed.map_err(|why| Refusal::new(ProblemType::BadRequest, format!("the policy: {why}")))?;
-    if rules.settings.customer != id {
-        let of = &rules.settings.customer;
-        return Err(Refusal::new(ProblemType::BadRequest, format!("the policy is {of}'s, not {id}'s")));
-    }
+    let (document, signature) = (signed.document.clone(), signed.signature.0.clone());
+    let read = tokio::task::spawn_blocking(move || Rules::read(&document, &signature, &customer)).await;
+    let read = read.unwrap_or_else(|_| Err(NotHis::Unreadable("it broke the parser".into())));
+    let rules = read.map_err(|error| match error {
+        NotHis::Signature(_) => Refusal::new(ProblemType::Forbidden, error.to_string())
+            .hint("sign it with the key that `customer create --policy-key` made"),
+        _ => Refusal::new(ProblemType::BadRequest, error.to_string()),
+    })?;
     let now_us = provider.clock.now_us();
     let mut tx = provider.db.write().await?;
     let in_force = documents::policy(&mut tx, &id).await?.map_or(0, |p| p.version);

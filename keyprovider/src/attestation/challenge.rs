@@ -2,10 +2,11 @@
 //! none of its predecessor's. Taking one is a single step under one lock, so of two that come at once one wins; the other
 //! waits for the same answer if its bytes are the same, and is stale otherwise.
 
+use super::lanes::Lane;
 use crate::server::problem::Refusal;
 use attest::eventlog::ima::ImaState;
 use attest::protocol::ProblemType;
-use policy::operation::OperationRequest;
+use policy::operation::{Operation, OperationRequest};
 use policy::{AttestationId, CustomerId, Digest, HostId, Nonce, VmId};
 use secretmem::Secret;
 use std::collections::HashMap;
@@ -60,6 +61,21 @@ pub struct Challenge {
     pub address: IpAddr,
 }
 
+impl Challenge {
+    /// When the nonce was issued: the quote that holds it is not older.
+    pub fn asked_us(&self) -> u64 {
+        self.until_us.saturating_sub(NONCE_US)
+    }
+
+    /// Everything but a start was asked for by the newest instance itself.
+    fn lane(&self) -> Lane {
+        match self.operation.operation {
+            Operation::PowerOn => Lane::Host(self.host),
+            _ => Lane::Instance(self.client_key),
+        }
+    }
+}
+
 /// Where a wanted IMA log begins.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct ImaStart {
@@ -94,6 +110,7 @@ struct Entry {
     client_key: Digest,
     vm: VmId,
     address: IpAddr,
+    lane: Lane,
     until_us: u64,
 }
 
@@ -119,6 +136,7 @@ impl Challenges {
             client_key: challenge.client_key,
             vm: challenge.vm.clone(),
             address: challenge.address,
+            lane: challenge.lane(),
             until_us: challenge.until_us,
             stage: Stage::Open(Box::new(challenge)),
         };
@@ -126,10 +144,11 @@ impl Challenges {
         Ok(())
     }
 
-    /// Whether this client has this attestation of this VM open or answered: asked before its body is read.
-    pub fn knows(&self, id: &AttestationId, client_key: &Digest, vm: &VmId, now_us: u64) -> bool {
+    /// The lane of this client's attestation of this VM, open or answered: asked before its body is read.
+    pub fn lane(&self, id: &AttestationId, client_key: &Digest, vm: &VmId, now_us: u64) -> Option<Lane> {
         let all = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        all.get(id).is_some_and(|e| e.client_key == *client_key && e.vm == *vm && e.until_us > now_us)
+        let entry = all.get(id).filter(|e| e.client_key == *client_key && e.vm == *vm && e.until_us > now_us);
+        entry.map(|e| e.lane)
     }
 
     /// Forgets an attestation whose answer is kept elsewhere.
@@ -161,7 +180,6 @@ impl Challenges {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use policy::operation::Operation;
 
     fn challenge(id: u8, key: u8) -> Challenge {
         Challenge {

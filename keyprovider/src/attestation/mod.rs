@@ -10,12 +10,14 @@
 
 pub mod challenge;
 pub mod ek;
+pub mod lanes;
 pub mod release;
 pub mod rules;
 pub mod verdict;
 
-use crate::provider::Provider;
-use crate::server::body::{At, Json as Body, SMALL, announced, parse, read};
+use crate::bounds::Allowance;
+use crate::provider::{Provider, Refused};
+use crate::server::body::{At, Json as Body, SMALL, parse, read};
 use crate::server::gate::Caller;
 use crate::server::problem::Refusal;
 use crate::store::audit::{Draft, append};
@@ -31,6 +33,7 @@ use axum::extract::{Request, State};
 use axum::http::{Response, StatusCode, header};
 use axum::response::IntoResponse;
 use challenge::{Challenge, ImaStart, NONCE_US, Taken};
+use lanes::Lane;
 use policy::audit::{Actor, AuditKind};
 use policy::operation::Operation;
 use policy::{AttestationId, CustomerId, Digest, HostId, Nonce, OperationClass, ReferenceValues, VmId};
@@ -43,11 +46,11 @@ use tokio::sync::{Semaphore, watch};
 /// longer here than they are given, for the sake of slow clocks.
 pub const LEASE_MARGIN_US: u64 = 2_000_000;
 
-/// Evidence bodies that are read or judged at once, in MiB as announced: each may take its length several times over.
-static BODIES: Semaphore = Semaphore::const_new(512);
+/// Evidence that is judged at once, in MiB: each may take its length several times over.
+static JUDGED: Semaphore = Semaphore::const_new(512);
 
-/// The least that a body counts, in MiB, so that there are not too many small ones.
-const LEAST_BODY: u32 = 8;
+/// The least that evidence counts, in MiB, so that there is not too much of it at once.
+const LEAST: u32 = 8;
 
 /// An IMA log of which so many bytes were read is not sent again from its start for a power-on.
 const LONG_IMA: u64 = 1 << 20;
@@ -115,14 +118,13 @@ async fn answer_to(
     request: Request,
     wanted: Wanted,
 ) -> Result<Response<HttpBody>, Refusal> {
-    let kept = kept_answer(&provider, &caller, &id).await?.is_some();
-    if !kept && !provider.challenges.knows(&id, &caller.key, &vm, provider.clock.now_us()) {
-        return Err(stale());
-    }
-    let length = announced(&request).unwrap_or(REQUEST_LIMIT as u64).min(REQUEST_LIMIT as u64) >> 20;
-    let room = u32::try_from(length).unwrap_or(u32::MAX).max(LEAST_BODY);
-    let _room = BODIES.acquire_many(room).await.map_err(|_| stale())?;
+    let lane = match provider.challenges.lane(&id, &caller.key, &vm, provider.clock.now_us()) {
+        Some(lane) => lane,
+        None => kept_answer(&provider, &caller, &id).await?.map(|_| Lane::Instance(caller.key)).ok_or_else(stale)?,
+    };
+    let place = provider.lanes.enter(lane).await.ok_or_else(unavailable)?;
     let bytes = read(request, REQUEST_LIMIT).await?;
+    drop(place);
     // The same bytes for the other purpose are another request.
     let digest = Digest::of_fields(if wanted == Wanted::Keys { "evidence" } else { "opinion" }, &[&bytes]);
     let mut answer = match provider.challenges.take(&id, &caller.key, &digest, provider.clock.now_us()) {
@@ -160,7 +162,11 @@ async fn judge(
         .detail("address", challenge.address);
     let restricted = challenge.operation.operation.class() == OperationClass::Restricted;
     let (id, customer, vm) = (challenge.id, challenge.customer.clone(), challenge.vm.clone());
-    let answer = decide(&provider, *challenge, bytes, digest, wanted).await;
+    let room = u32::try_from(bytes.len() >> 20).unwrap_or(u32::MAX).max(LEAST);
+    let answer = match JUDGED.acquire_many(room).await {
+        Ok(_place) => decide(&provider, *challenge, bytes, digest, wanted).await,
+        Err(_) => Err(unavailable()),
+    };
     let answer = match (wanted, answer) {
         (Wanted::Keys, Ok(body)) => Ok(body),
         (Wanted::Keys, Err(refusal)) => {
@@ -396,17 +402,27 @@ fn because(draft: Draft, refusal: &Refusal) -> Draft {
     draft.detail("problem", kind.unwrap_or_default()).detail("reason", &refusal.title)
 }
 
-/// Writes to the customer's log what was not granted; `counted` names the VM where it counts among the operations asked for.
+/// Writes to the customer's log what was not granted; `counted` names the VM where it counts among the operations asked for. Only
+/// a verified host gets that far, so that its refusals have an allowance which strangers can't use up.
 async fn log(provider: &Provider, customer: &CustomerId, draft: Draft, counted: Option<&VmId>) {
     let logged = async {
         let now_us = provider.clock.now_us();
         // Strangers may name any customer: those that are none cost no write.
         let known = people::customer(&mut *provider.db.read().await?, customer).await?.is_some();
-        if !known || !provider.refusals.allow(customer, now_us) {
+        let party = (customer.clone(), if counted.is_some() { Refused::Verified } else { Refused::Stranger });
+        let allowance = if known { provider.refusals.allow(&party, now_us) } else { Allowance::No };
+        if counted.is_none() && allowance == Allowance::No {
             return Ok(());
         }
         let mut tx = provider.db.write().await?;
-        append(&mut tx, now_us, draft).await?;
+        match allowance {
+            Allowance::Yes => append(&mut tx, now_us, draft).await.map(drop)?,
+            Allowance::Spent => {
+                let draft = draft.detail("unlogged", "whatever else is refused in this minute");
+                append(&mut tx, now_us, draft).await.map(drop)?;
+            }
+            Allowance::No => {}
+        }
         if let Some(vm) = counted {
             vms::count_asked(&mut tx, customer, vm, now_us).await?;
         }

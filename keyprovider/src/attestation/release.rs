@@ -4,7 +4,7 @@
 use super::challenge::Challenge;
 use super::{Wanted, asks_for_itself};
 use crate::admin::volumes::{grant, holder_name, holds};
-use crate::instance::missing_outcomes;
+use crate::instance::{missing_end, missing_outcomes};
 use crate::keystore::KeyLabel;
 use crate::provider::Provider;
 use crate::server::problem::Refusal;
@@ -60,7 +60,7 @@ pub async fn release(
     instance.lease_end_us = instance.lease_end_us.max(now_us + lease_us);
     let handed = match challenge.operation.operation {
         Operation::PowerOn => {
-            vms::add_instance(c, &instance, now_us).await?;
+            vms::add_instance(c, &instance).await?;
             power_on_keys(provider, c, &instance, now_us).await?
         }
         Operation::CoreDump => {
@@ -159,7 +159,13 @@ async fn permitted(
     let refuses = |why: String| Refusal::new(ProblemType::PolicyRefuses, why);
     let policy = documents::policy(c, &challenge.customer).await?;
     let policy = policy.ok_or_else(|| refuses("the customer has no policy".into()))?;
-    let rules = provider.rules.get(&challenge.customer, &policy);
+    let rules = match provider.rules.kept(&challenge.customer, &policy) {
+        Some(rules) => Ok(rules),
+        None => {
+            let customer = people::customer(c, &challenge.customer).await?;
+            provider.rules.read(&customer.ok_or_else(|| refuses("there is no such customer".into()))?, &policy)
+        }
+    };
     let rules = rules.map_err(|why| refuses(format!("the customer's policy can't be read: {why}")))?;
     rules.settings.judge(&verified.claims).map_err(|e| refuses(e.to_string()))?;
     let operation = challenge.operation.operation;
@@ -210,9 +216,10 @@ async fn new_instance(
         .hint(format!("wait, or state that none runs: fealty-keys vm confirm {customer} {id}")));
     }
     let last = vms::last_instance(c, customer, id).await?;
-    // The service's word on earlier peers counts for the attestation key it was given with.
-    let same_key = last.as_ref().is_none_or(|l| l.ak == challenge.ak_name);
-    let earlier_peer = if same_key { verified.earlier_peer } else { EarlierPeer::Unknown };
+    // The service's word on earlier peers counts for the attestation key it was given with, and for instances that had
+    // started when this process asked for its nonce: a quote that was held back knows nothing of one that started since.
+    let knows = |last: &Instance| last.ak == challenge.ak_name && challenge.asked_us() >= last.started_us;
+    let earlier_peer = if last.as_ref().is_none_or(knows) { verified.earlier_peer } else { EarlierPeer::Unknown };
     let candidate = Candidate { host: challenge.host, reset_count: verified.clock.reset_count, earlier_peer };
     let as_last = last.as_ref().map(|l| l.as_last(super::lease_past(l, now_us)));
     let number = policy::instance::next(as_last.as_ref(), &candidate, vm.instance_floor);
@@ -221,6 +228,9 @@ async fn new_instance(
     volumes::free_all(c, customer, id).await?;
     if let Some(last) = &last {
         missing_outcomes(c, last, now_us).await?;
+        if !last.ended {
+            missing_end(c, last, now_us).await?;
+        }
     }
     Ok(Instance {
         customer: customer.clone(),
@@ -231,6 +241,7 @@ async fn new_instance(
         ak: challenge.ak_name.clone(),
         reset_count: verified.clock.reset_count,
         file: evidence.vm_file,
+        started_us: now_us,
         lease_end_us: 0,
         ended: false,
         revoked: false,

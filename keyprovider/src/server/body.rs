@@ -76,7 +76,7 @@ pub fn parse<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, Refusal> {
 }
 
 /// The length that a request says its body has, in bytes.
-pub fn announced(request: &Request) -> Option<u64> {
+fn announced(request: &Request) -> Option<u64> {
     let announced = request.headers().get(axum::http::header::CONTENT_LENGTH)?;
     announced.to_str().ok()?.parse().ok()
 }

@@ -88,10 +88,13 @@ impl Database {
             .await?;
         let database = Self { writer, readers };
         let mut reader = database.read().await?;
-        if meta(&mut reader, "backup").await?.is_some() {
+        let backup = meta(&mut reader, "backup").await?.is_some();
+        drop(reader);
+        if backup {
+            // A log left beside it would be in the way of the restore that this asks for.
+            database.close().await;
             return Err(StoreError::Backup(path.to_owned()));
         }
-        drop(reader);
         Ok(database)
     }
 

@@ -58,6 +58,8 @@ pub struct Instance {
     pub reset_count: u32,
     /// The VM file it started with.
     pub file: Digest,
+    /// When its keys were first released, by the provider's clock.
+    pub started_us: u64,
     /// When its lease ends by the provider's clock.
     pub lease_end_us: u64,
     /// Whether its end report came.
@@ -231,6 +233,7 @@ struct InstanceRow {
     ak: Vec<u8>,
     reset_count: i64,
     file: Vec<u8>,
+    started_us: i64,
     lease_end_us: i64,
     ended: bool,
     revoked: bool,
@@ -250,6 +253,7 @@ impl InstanceRow {
             ak: self.ak,
             reset_count: u32::try_from(self.reset_count).map_err(|_| StoreError::Damaged("resetCount"))?,
             file: digest(&self.file, "VM file's digest")?,
+            started_us: number(self.started_us),
             lease_end_us: number(self.lease_end_us),
             ended: self.ended,
             revoked: self.revoked,
@@ -286,7 +290,7 @@ pub async fn instance_by_key(c: &mut SqliteConnection, client_key: &Digest) -> R
 }
 
 /// Records a new instance.
-pub async fn add_instance(c: &mut SqliteConnection, i: &Instance, now_us: u64) -> Result<(), StoreError> {
+pub async fn add_instance(c: &mut SqliteConnection, i: &Instance) -> Result<(), StoreError> {
     sqlx::query(
         "INSERT INTO instances (customer, vm, number, client_key, host, ak, reset_count, file, started_us, lease_end_us,
                                 report_sequence, report_digest) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
@@ -299,7 +303,7 @@ pub async fn add_instance(c: &mut SqliteConnection, i: &Instance, now_us: u64) -
     .bind(&i.ak)
     .bind(i64::from(i.reset_count))
     .bind(&i.file.as_bytes()[..])
-    .bind(time_column(now_us))
+    .bind(time_column(i.started_us))
     .bind(time_column(i.lease_end_us))
     .bind(time_column(i.report_sequence))
     .bind(&i.report_digest.as_bytes()[..])

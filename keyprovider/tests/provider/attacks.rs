@@ -295,6 +295,40 @@ fn attack_36_policies_are_signed_and_never_go_back() {
 }
 
 #[test]
+fn attack_36_a_policy_that_was_changed_in_the_database_is_none() {
+    let lab = Lab::new();
+    let mut vm = SoftVm::new(&lab);
+    let keys = vm.start(&lab.host);
+    vm.end(keys.release.instance).expect("ended");
+    let released = || lab.events("keys-released").len();
+    // Whoever can write to the database makes the rules his own; the signature he can't make.
+    lab.sql("DROP TRIGGER policies_do_not_change");
+    lab.sql(
+        "UPDATE policies SET document = document || 'permit (principal, action == Action::\"vm.coredump\", resource);'",
+    );
+    assert_eq!(SoftVm::new(&lab).refused(&lab.host), ProblemType::PolicyRefuses);
+    assert_eq!(released(), 1, "nothing was issued");
+    // One that is rightly signed, under another number, so that it stays in force.
+    lab.set_policy(600, GO);
+    lab.sql("UPDATE policies SET version = version + 100 WHERE version = (SELECT max(version) FROM policies)");
+    assert_eq!(SoftVm::new(&lab).refused(&lab.host), ProblemType::PolicyRefuses);
+    assert_eq!(released(), 1);
+}
+
+#[test]
+fn attack_36_no_version_of_what_the_customer_said_is_changed_or_taken_away() {
+    let lab = Lab::new();
+    let refuses = |statement, why: &str| {
+        let said = lab.try_sql(statement).expect_err(statement);
+        assert!(said.contains(why), "{statement}: {said}");
+    };
+    refuses("DELETE FROM policies", "is kept");
+    refuses("DELETE FROM reference_values", "is kept");
+    refuses("UPDATE policies SET document = ''", "never changed");
+    refuses("UPDATE reference_values SET document = ''", "never changed");
+}
+
+#[test]
 fn attack_38_without_a_verdict_there_are_no_keys() {
     let lab = Lab::with(600, "permit (principal, action == Action::\"vm.renew\", resource);");
     assert_eq!(SoftVm::new(&lab).refused(&lab.host), ProblemType::PolicyRefuses);

@@ -4,6 +4,8 @@ use crate::support::Lab;
 use crate::support::vm::SoftVm;
 use attest::client::Method;
 use attest::protocol::{ProblemType, REQUEST_LIMIT};
+use policy::report::{Report, ReportEvent};
+use policy::{Digest, InstanceNumber, Operation};
 use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer, PrivatePkcs8KeyDer};
 use rustls::{ClientConfig, ClientConnection, RootCertStore, StreamOwned};
@@ -180,6 +182,48 @@ fn attack_39_a_slow_body_is_cut_off_and_holds_nobody_up() {
     SoftVm::new(&lab).start(&lab.host);
     let answer = say(&mut slow[0], b"");
     assert!(answer.contains("too-much"), "{answer}");
+}
+
+#[test]
+fn attack_39_slow_evidence_of_strangers_holds_no_instance_up() {
+    let lab = Lab::new();
+    let mut vm = SoftVm::new(&lab);
+    vm.start(&lab.host);
+    let request = serde_json::to_string(&vm.request(&lab.host)).expect("json");
+    // Anybody with a VM on this host knows its keys, and may begin a start.
+    let slow: Vec<Tls> = (0..80)
+        .map(|_| {
+            let mut tls = connect(&lab, true);
+            let length = request.len();
+            let head =
+                format!("POST /v1/vms/payroll/attestations HTTP/1.1\r\nhost: x\r\ncontent-length: {length}\r\n\r\n");
+            let answer = say(&mut tls, format!("{head}{request}").as_bytes());
+            let id = answer.split_once("\"id\":\"").and_then(|(_, rest)| rest.split_once('"')).expect("a challenge").0;
+            let path = format!("/v1/vms/payroll/attestations/{id}/evidence");
+            let head = format!("PUT {path} HTTP/1.1\r\nhost: x\r\ncontent-length: 100000\r\n\r\n{{");
+            tls.write_all(head.as_bytes()).and_then(|()| tls.flush()).expect("sent");
+            tls
+        })
+        .collect();
+    vm.asking(Operation::Renew).attest(&lab.host).expect("renewed");
+    // The first of them was not cut off yet: the renewal did not wait for that.
+    slow[0].sock.set_nonblocking(true).expect("set");
+    let nothing = slow[0].sock.peek(&mut [0]).expect_err("nothing was answered");
+    assert_eq!(nothing.kind(), std::io::ErrorKind::WouldBlock);
+}
+
+#[test]
+fn attack_39_reports_of_strangers_use_up_nobodys_room() {
+    let lab = Lab::new();
+    let mut stranger = SoftVm::new(&lab);
+    let instance = InstanceNumber::try_from(1).expect("in range");
+    let report = Report { sequence: 1, previous: Digest([0; 32]), boottime_ms: 5, event: ReportEvent::Runs };
+    let report = serde_json::to_vec(&report).expect("json");
+    // More than a minute's allowance.
+    for _ in 0..3100 {
+        let refused = stranger.send_report(instance, &report);
+        assert_eq!(refused.expect_err("refused").problem(), Some(ProblemType::Forbidden));
+    }
 }
 
 #[test]

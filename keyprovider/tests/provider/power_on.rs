@@ -4,6 +4,7 @@ use crate::support::vm::{SoftVm, check_receipt};
 use crate::support::{GO, Lab, anchor};
 use attest::bundle::BundleKey;
 use attest::protocol::{AnchorUpdate, KeyName, ProblemType};
+use fealty_keyprovider::api::TrustView;
 use policy::Operation;
 use policy::operation::OperationRequest;
 use policy::report::ReportEvent;
@@ -25,6 +26,8 @@ fn a_host_that_proves_itself_gets_its_keys_and_a_receipt() {
     assert_eq!(grant.open_number.get(), 2, "the first opening created it");
     assert!(grant.anchor.is_some());
     check_receipt(&lab, &keys);
+    let seals: TrustView = lab.admin().get("/v1/customers/acme").expect("trust roots");
+    assert_eq!(seals.trust.policy_version, release.policy.version);
     assert_eq!(keys.event.instance, Some(release.instance));
     assert_eq!(keys.event.details["qualified"], release.qualified.to_string());
     // The key opens the VM file, whose trust roots are those that the receipt was checked against.
@@ -127,6 +130,36 @@ fn one_instance_at_most() {
         assert!(start.elapsed().as_secs() < 60, "the lease never ends");
         std::thread::sleep(std::time::Duration::from_millis(200));
     }
+}
+
+#[test]
+fn a_quote_that_was_held_back_frees_nothing() {
+    let lab = Lab::new();
+    // Asked and quoted while no other process lived, then held back by the network.
+    let mut held = SoftVm::new(&lab);
+    let challenge = held.post(&held.request(&lab.host)).expect("a challenge");
+    let evidence = held.evidence(&lab.host, &challenge, &BundleKey::generate().expect("memory"));
+    let mut running = SoftVm::new(&lab);
+    running.start(&lab.host);
+    let late = held.put(&challenge, &evidence).err();
+    assert_eq!(late.expect("refused").problem(), Some(ProblemType::StillRuns));
+    running.asking(Operation::Renew).attest(&lab.host).expect("the instance is still the newest");
+}
+
+#[test]
+fn an_instance_that_vanishes_is_told() {
+    let lab = Lab::new();
+    let instance = SoftVm::new(&lab).start(&lab.host).release.instance;
+    assert!(lab.events("report-gap").is_empty());
+    let mut next = SoftVm::new(&lab);
+    let number = next.start(&lab.host).release.instance;
+    let told = lab.events("report-gap");
+    assert_eq!(told.len(), 1, "{told:?}");
+    assert_eq!(told[0]["instance"], instance.get());
+    assert_eq!(told[0]["details"]["missing"], "its end");
+    next.end(number).expect("reported");
+    SoftVm::new(&lab).start(&lab.host);
+    assert_eq!(lab.events("report-gap").len(), 1, "this one said that it ends");
 }
 
 #[test]

@@ -20,6 +20,7 @@ pub(super) fn route(
         (Method::Get, "vm.info") => ok(&operations.map_or_else(|| json!({ "state": "Created" }), Operations::info)),
         (Method::Get, "vm.counters") => ok(&operations.map_or_else(|| json!({}), Operations::counters)),
         (Method::Get, "fealty/status") => ok(&operations.map_or_else(starting, Operations::status)),
+        (Method::Put, "vm.resize") => resize(&request.body, operations),
         (Method::Put, "vm.resize-disk") => resize_disk(&request.body, operations),
         (Method::Put, path) => match operation(path) {
             None => refused(404, "this VM has no such operation"),
@@ -27,6 +28,25 @@ pub(super) fn route(
             Some(operation) => perform(operation, descriptor, operations),
         },
         _ => refused(404, "there is nothing here; see the control socket's paths in the manual"),
+    }
+}
+
+/// `vm.resize`, in Cloud Hypervisor's shape; of what it can resize, the balloon alone.
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Resize {
+    /// Bytes that the guest is to put into its balloon.
+    desired_balloon: u64,
+}
+
+fn resize(body: &[u8], operations: Option<&Operations>) -> (u16, Option<String>) {
+    let Some(operations) = operations else { return refused(409, "the VM does not run yet") };
+    match serde_json::from_slice::<Resize>(body) {
+        Err(_) => refused(400, "the body is {\"desired_balloon\": BYTES}; vCPUs and memory keep their size"),
+        Ok(Resize { desired_balloon }) => match operations.resize_balloon(desired_balloon) {
+            Ok(()) => (204, None),
+            Err(error) => failed(&error),
+        },
     }
 }
 

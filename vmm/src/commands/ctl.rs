@@ -36,6 +36,11 @@ pub enum Action {
         /// The disk's name
         id: String,
     },
+    /// Ask the guest of an unprotected VM to give memory back through its balloon, or to take it again
+    ResizeBalloon {
+        /// Bytes that the balloon is to hold: a multiple of 4096
+        bytes: u64,
+    },
     /// Write a core dump, sealed for the customer; needs the customer's permission
     Coredump {
         /// The file to make
@@ -70,6 +75,12 @@ pub fn run(socket: &Path, action: &Action, json: bool) -> Result<Exit, Failure> 
             let body = serde_json::json!({ "id": id }).to_string();
             let done = talk.send("PUT", "vm.resize-disk", &body, None)?;
             print(if json { done.to_string() } else { format!("{id} has {} bytes", done["size"]) });
+        }
+        Action::ResizeBalloon { bytes } => {
+            let body = serde_json::json!({ "desired_balloon": bytes }).to_string();
+            talk.send("PUT", "vm.resize", &body, None)?;
+            let said = format!("the guest is asked for {bytes} bytes");
+            print(if json { serde_json::json!({ "done": said }).to_string() } else { said });
         }
         Action::Coredump { .. } => {
             let Some((path, file)) = out else { return Ok(Exit::Internal) };
@@ -161,6 +172,14 @@ fn for_people(all: &Value) -> String {
         for disk in config["disks"].as_array().into_iter().flatten() {
             let readonly = if disk["readonly"] == true { ", read only" } else { "" };
             lines.push(format!("disk: {}{readonly}", text(&disk["id"])));
+        }
+        for net in config["net"].as_array().into_iter().flatten() {
+            lines.push(format!("network: {}, {} queues", text(&net["id"]), net["num_queues"]));
+        }
+        let others = ["rng", "console", "vsock", "balloon", "pvpanic"].into_iter().filter(|key| !config[key].is_null());
+        let others: Vec<_> = others.collect();
+        if !others.is_empty() {
+            lines.push(format!("devices: {}", others.join(", ")));
         }
     }
     if status["protected"] == true {

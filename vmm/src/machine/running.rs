@@ -106,6 +106,11 @@ impl Running {
         self.0.devices.balloon.as_ref().map(|balloon| balloon.resize(size)).is_some()
     }
 
+    /// Bytes that the guest says are in its balloon.
+    pub fn in_balloon(&self) -> u64 {
+        self.0.devices.balloon.as_ref().map_or(0, |balloon| balloon.held())
+    }
+
     /// Gives the guest another generation id, and tells it: for a machine that goes on from a saved state. It must be paused.
     pub fn renew_generation(&self) -> Result<(), InspectError> {
         let _turn = lock(&self.0.turn);

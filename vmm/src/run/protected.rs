@@ -7,7 +7,7 @@ use super::{
     Host, Settings, connect, disks, folder_of, hook, machine_failure, outcome, read_file, serve_api, tell_start,
 };
 use crate::api::Api;
-use crate::attach::{Attachment, Ends, add_devices};
+use crate::attach::{Attachment, Ends, add_devices, describe};
 use crate::console::Console;
 use crate::exit::{Exit, Failure, chain};
 use crate::guard::Guard;
@@ -327,5 +327,6 @@ fn facts(config: &VmConfig, file: &VmFile, volumes: &Volumes) -> Facts {
         vcpus: config.cpus.boot_vcpus,
         memory: config.memory.size,
         disks: volumes.iter().map(disk).collect(),
+        devices: describe(config.devices()),
     }
 }

@@ -3,7 +3,7 @@
 use super::disks::settings as disk_settings;
 use super::plain::{CONFIG_LIMIT, parse};
 use super::{Settings, connect, folder_of, hook, machine_failure, outcome, read_file, serve_api, tell_start};
-use crate::attach::{Ends, add_devices};
+use crate::attach::{Ends, add_devices, describe};
 use crate::console::Console;
 use crate::exit::{Exit, Failure};
 use crate::helm::Helm;
@@ -115,6 +115,7 @@ impl Files {
             let slot = DiskSlot { id: name, disk: Arc::new(raw), settings: disk_settings(&disk.shape()) };
             machine.add_disk(slot).map_err(|e| machine_failure(&e))?;
         }
-        Ok(Facts { name: None, vcpus: config.cpus.boot_vcpus, memory: config.memory.size, disks })
+        let devices = describe(config.devices());
+        Ok(Facts { name: None, vcpus: config.cpus.boot_vcpus, memory: config.memory.size, disks, devices })
     }
 }

@@ -267,14 +267,20 @@ impl Lab {
 
     /// Changes the database behind the provider's back.
     pub(crate) fn sql(&self, statement: &'static str) {
+        self.try_sql(statement).expect(statement);
+    }
+
+    /// The same; what the database says where it refuses.
+    pub(crate) fn try_sql(&self, statement: &'static str) -> Result<(), String> {
         let runtime = tokio::runtime::Runtime::new().expect("a runtime");
         runtime.block_on(async {
             let db = Database::open(&self.path("keys/keys.db"), false).await.expect("opens");
             let mut tx = db.write().await.expect("begins");
-            sqlx::query(statement).execute(&mut *tx).await.expect(statement);
+            let done = sqlx::query(statement).execute(&mut *tx).await;
             tx.commit().await.expect("committed");
             db.close().await;
-        });
+            done.map(drop).map_err(|e| e.to_string())
+        })
     }
 
     /// The same while no provider runs, for what one reads at its start.

@@ -53,6 +53,13 @@ impl BalloonDevice {
         self.config.change(|config| config[..4].copy_from_slice(&pages(size).to_le_bytes()));
     }
 
+    /// Bytes that the driver says it holds.
+    pub fn held(&self) -> u64 {
+        let mut actual = [0; 4];
+        self.config.read(ACTUAL.start as u64, &mut actual);
+        u64::from(u32::from_le_bytes(actual)) * PAGE
+    }
+
     /// What it did.
     pub fn counters(&self) -> BalloonCounters {
         self.tally.snapshot(self.config.breaks())
