@@ -1,5 +1,6 @@
-//! AES-256-GCM and HKDF-SHA256 over keys in locked memory: the one place where this crate touches cipher state. Key
-//! schedules live on the stack of one call and are wiped with it; the contexts of a C library would keep them on its heap.
+//! AES-256-GCM and HKDF-SHA256 over keys in locked memory: the one place where this crate and the key provider touch cipher
+//! state. Key schedules live on the stack of one call and are wiped with it; the contexts of a C library would keep them on its
+//! heap.
 
 use aes_gcm::aead::{AeadInOut, KeyInit};
 use aes_gcm::{Aes256Gcm, Key, Nonce, Tag};
@@ -8,24 +9,24 @@ use secretmem::{Secret, SecretBox, SecretError, wipe, wiping_stack};
 use sha2::Sha256;
 
 /// Length of a tag in bytes.
-pub(crate) const TAG: usize = 16;
+pub const TAG: usize = 16;
 
 /// A ciphertext that is not what was sealed, under this key, nonce and associated data; or a plaintext longer than GCM
 /// takes (2^36 bytes), which none of our formats reaches.
 #[derive(Debug, PartialEq, Eq)]
-pub(crate) struct Tampered;
+pub struct Tampered;
 
 /// An expanded key.
-pub(crate) struct Cipher(SecretBox<Aes256Gcm>);
+pub struct Cipher(SecretBox<Aes256Gcm>);
 
 impl Cipher {
     /// Expands `key` in locked memory.
-    pub(crate) fn new(key: &[u8; 32]) -> Result<Self, SecretError> {
+    pub fn new(key: &[u8; 32]) -> Result<Self, SecretError> {
         wiping_stack(|| SecretBox::try_new_with(|slot| Ok(slot.write(expanded(key))))).map(Self)
     }
 
     /// Encrypts `buffer` in place and gives the tag.
-    pub(crate) fn seal(&self, nonce: &[u8; 12], aad: &[u8], buffer: &mut [u8]) -> Result<[u8; TAG], Tampered> {
+    pub fn seal(&self, nonce: &[u8; 12], aad: &[u8], buffer: &mut [u8]) -> Result<[u8; TAG], Tampered> {
         wiping_stack(|| {
             let tag = self.0.expose().encrypt_inout_detached(&Nonce::from(*nonce), aad, buffer.into());
             tag.map(Into::into).map_err(|_| Tampered)
@@ -33,13 +34,7 @@ impl Cipher {
     }
 
     /// Checks the tag, then decrypts `buffer` in place.
-    pub(crate) fn open(
-        &self,
-        nonce: &[u8; 12],
-        aad: &[u8],
-        buffer: &mut [u8],
-        tag: &[u8; TAG],
-    ) -> Result<(), Tampered> {
+    pub fn open(&self, nonce: &[u8; 12], aad: &[u8], buffer: &mut [u8], tag: &[u8; TAG]) -> Result<(), Tampered> {
         wiping_stack(|| {
             let opened =
                 self.0.expose().decrypt_inout_detached(&Nonce::from(*nonce), aad, buffer.into(), &Tag::from(*tag));

@@ -14,10 +14,11 @@
 //! | [`eventlog`] | firmware logs, layer logs, IMA logs: read, replayed, made |
 //! | [`verify`](mod@verify) | what evidence must prove, every check of it |
 //! | [`hpke`], [`bundle`] | the two layers in which keys travel |
+//! | [`aead`] | AES-256-GCM over keys in locked memory |
 //! | [`note`] | signed notes: receipts of the audit log |
 //! | [`vmfile`], [`stream`] | what is sealed at rest and on its way: VM files and streams |
 
-mod aead;
+pub mod aead;
 pub mod bundle;
 pub mod client;
 mod der;

@@ -164,6 +164,16 @@ pub struct VersionView {
     pub version: u64,
 }
 
+/// Confirms what a restore brought back.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ConfirmCustomer {
+    /// The version of the policy that is in force and should be; 0 for none.
+    pub policy: u64,
+    /// The same of the reference values.
+    pub reference: u64,
+}
+
 /// A new VM.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]

@@ -23,6 +23,7 @@ pub fn fuzz_bodies(data: &[u8]) {
     let _ = parse::<api::KeyRequest>(data);
     let _ = parse::<api::NewVolume>(data);
     let _ = parse::<api::ConfirmVolume>(data);
+    let _ = parse::<api::ConfirmCustomer>(data);
     let _ = parse::<api::SessionAnchor>(data);
     let _ = parse::<api::SessionEvent>(data);
     let _ = parse::<api::NewAdmin>(data);

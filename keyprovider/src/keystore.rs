@@ -7,18 +7,16 @@
 //!
 //! [`KeyStore`] is the border behind which a PKCS#11 token can stand later; [`FileKeyStore`] keeps the master key in a file.
 
-use aes_gcm::aead::AeadInOut;
-use aes_gcm::{Aes256Gcm, KeyInit, Nonce, Tag};
+use attest::aead::{Cipher, TAG};
 use policy::{CustomerId, Digest, KeyId, VmId, VolumeId};
 use rustix::fs::{Mode, OFlags};
-use secretmem::{Secret, SecretBox, SecretBuf, SecretError};
+use secretmem::{Secret, SecretBuf, SecretError};
 use std::fs::File;
 use std::io::{Read, Write};
 use std::path::{Path, PathBuf};
 
 const VERSION: u8 = 1;
 const NONCE: usize = 12;
-const TAG: usize = 16;
 
 /// What a wrapped key is, and whose: its AAD.
 #[derive(Debug, Clone, Copy)]
@@ -92,7 +90,7 @@ pub enum KeyStoreError {
 
 /// A master key in a file of 32 bytes, mode 0600.
 pub struct FileKeyStore {
-    cipher: SecretBox<Aes256Gcm>,
+    cipher: Cipher,
 }
 
 impl FileKeyStore {
@@ -104,7 +102,7 @@ impl FileKeyStore {
         let key = Secret::<32>::random()?;
         let mut file = File::from(fd);
         file.write_all(key.expose()).and_then(|()| file.sync_all()).map_err(failed)?;
-        Self::with(&key)
+        Ok(Self { cipher: Cipher::new(key.expose())? })
     }
 
     /// Opens the master key in `path`.
@@ -121,12 +119,7 @@ impl FileKeyStore {
         }
         let mut key = Secret::<32>::zeroed()?;
         File::from(fd).read_exact(key.expose_mut()).map_err(failed)?;
-        Self::with(&key)
-    }
-
-    fn with(key: &Secret<32>) -> Result<Self, KeyStoreError> {
-        let cipher = secretmem::wiping_stack(|| SecretBox::new(Aes256Gcm::new(key.expose().into())))?;
-        Ok(Self { cipher })
+        Ok(Self { cipher: Cipher::new(key.expose())? })
     }
 }
 
@@ -137,11 +130,7 @@ impl KeyStore for FileKeyStore {
         // The plain key is encrypted where it lies: in protected memory.
         let mut buffer = SecretBuf::copy_of(key)?;
         let aad = label.aad();
-        let tag = self
-            .cipher
-            .expose()
-            .encrypt_inout_detached(&Nonce::from(nonce), aad.as_bytes(), buffer.expose_mut().into())
-            .map_err(|_| KeyStoreError::Wrapped)?;
+        let tag = self.cipher.seal(&nonce, aad.as_bytes(), buffer.expose_mut()).map_err(|_| KeyStoreError::Wrapped)?;
         Ok([&[VERSION][..], &nonce, buffer.expose(), &tag].concat())
     }
 
@@ -151,10 +140,7 @@ impl KeyStore for FileKeyStore {
         let (sealed, tag) = rest.split_last_chunk::<TAG>().ok_or(KeyStoreError::Wrapped)?;
         let mut buffer = SecretBuf::copy_of(sealed)?;
         let aad = label.aad();
-        self.cipher
-            .expose()
-            .decrypt_inout_detached(&Nonce::from(*nonce), aad.as_bytes(), buffer.expose_mut().into(), &Tag::from(*tag))
-            .map_err(|_| KeyStoreError::Wrapped)?;
+        self.cipher.open(nonce, aad.as_bytes(), buffer.expose_mut(), tag).map_err(|_| KeyStoreError::Wrapped)?;
         Ok(buffer)
     }
 }

@@ -41,6 +41,12 @@ const REPORTS: u32 = 3000;
 /// What SQLite keeps beside a database, by the ends of the names.
 const SIDE_FILES: [&str; 3] = ["-wal", "-shm", "-journal"];
 
+/// The database of a provider that is being made.
+const UNFINISHED_DATABASE: &str = "keys.db.new";
+
+/// Its master key.
+const UNFINISHED_MASTER: &str = "master.key.new";
+
 /// Who was refused something.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Refused {
@@ -164,7 +170,8 @@ impl Provider {
         dir.join("master.key")
     }
 
-    /// Makes a new provider called `names` in `dir`: authorities, keys, an empty database.
+    /// Makes a new provider called `names` in `dir`: authorities, keys, an empty database. Master key and database get their
+    /// names with [`Self::finish`]; until then `dir` holds no provider, and what a maker left that was killed is made anew.
     pub async fn create(dir: &Path, names: &[String]) -> Result<Self, ProviderError> {
         check_names(names)?;
         let folder = |e: std::io::Error| ProviderError::Folder(dir.to_owned(), e);
@@ -175,14 +182,34 @@ impl Provider {
         if Self::master_path(dir).exists() {
             return Err(ProviderError::Exists(Self::master_path(dir)));
         }
-        let keys = FileKeyStore::create(&Self::master_path(dir))?;
-        let db = Database::open(&Self::database_path(dir), true).await?;
+        discard(&dir.join(UNFINISHED_DATABASE));
+        let _ = std::fs::remove_file(dir.join(UNFINISHED_MASTER));
+        let keys = FileKeyStore::create(&dir.join(UNFINISHED_MASTER))?;
+        let db = Database::open(&dir.join(UNFINISHED_DATABASE), true).await?;
         Self::fill(&db, &keys, names).await?;
         Self::with(dir, lock, Box::new(keys), db).await
     }
 
+    /// Ends what [`Self::create`] began, durably: the database gets its name, then the master key.
+    pub async fn finish(self) -> Result<(), ProviderError> {
+        let database = self.dir.join(UNFINISHED_DATABASE);
+        // The last connection folds the write-ahead log into the database.
+        self.db.close().await;
+        if beside(&database, SIDE_FILES[0]).exists() {
+            return Err(ProviderError::Left(beside(&database, SIDE_FILES[0])));
+        }
+        let named = std::fs::rename(&database, Self::database_path(&self.dir));
+        named.map_err(|e| ProviderError::Folder(database, e))?;
+        name_master(&self.dir)
+    }
+
     /// Opens the provider in `dir`.
     pub async fn open(dir: &Path) -> Result<Self, ProviderError> {
+        // A maker that was killed between the two names: everything is there.
+        if Self::database_path(dir).exists() && !Self::master_path(dir).exists() && dir.join(UNFINISHED_MASTER).exists()
+        {
+            name_master(dir)?;
+        }
         for path in [Self::database_path(dir), Self::master_path(dir)] {
             if !path.exists() {
                 return Err(ProviderError::Missing(path));
@@ -289,6 +316,13 @@ fn check_names(names: &[String]) -> Result<(), ProviderError> {
     if (1..=16).contains(&names.len()) && names.iter().all(good) { Ok(()) } else { Err(ProviderError::Names) }
 }
 
+/// Gives the master key of a provider that is made its name.
+fn name_master(dir: &Path) -> Result<(), ProviderError> {
+    let named = std::fs::rename(dir.join(UNFINISHED_MASTER), Provider::master_path(dir));
+    let durable = named.and_then(|()| std::fs::File::open(dir)?.sync_all());
+    durable.map_err(|e| ProviderError::Folder(dir.to_owned(), e))
+}
+
 /// Removes a database that was never served from, and what SQLite kept beside it.
 pub fn discard(database: &Path) {
     let _ = std::fs::remove_file(database);
@@ -385,8 +419,7 @@ mod tests {
         volumes::hold(&mut tx, &volume.id, &holder).await.expect("held");
         append(&mut tx, 100 * SECOND, Draft::new(acme, Actor::Provider, AuditKind::Report)).await.expect("logged");
         tx.commit().await.expect("committed");
-        made.db.close().await;
-        drop(made);
+        made.finish().await.expect("finished");
 
         let started = Provider::open(dir.path()).await.expect("opens");
         let mut reader = started.db.read().await.expect("reads");

@@ -113,8 +113,10 @@ pub enum AuditKind {
     ReportGap,
     /// A core dump's key was handed to an administrator.
     DumpOpened,
-    /// The provider was restored from a backup.
+    /// The provider was restored from a backup: with these versions, files, administrators and hosts.
     ProviderRestored,
+    /// An administrator confirmed what a restore brought back.
+    RestoreConfirmed,
     /// An instance was revoked by an administrator.
     InstanceRevoked,
     /// An administrator of this customer, or of all, was registered.

@@ -99,14 +99,17 @@ impl fmt::Display for Operation {
 pub struct OperationRequest {
     /// What is to be done.
     pub operation: Operation,
-    /// Its parameters, by name; empty for most. At most 16, names and values at most 256 bytes (see [`Self::check`]).
+    /// Its parameters, by name; empty for most. At most 16; names are 1 to 256 of `a-z`, `0-9`, `_`, `-`, values at most 256
+    /// bytes (see [`Self::check`]).
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub parameters: BTreeMap<String, String>,
 }
 
-/// More or longer parameters than an operation may have.
+/// More or other parameters than an operation may have.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
-#[error("an operation has at most 16 parameters of at most 256 bytes each")]
+#[error(
+    "an operation has at most 16 parameters: names of a-z, 0-9, '_' and '-', names and values of at most 256 bytes"
+)]
 pub struct ParameterError;
 
 impl OperationRequest {
@@ -132,8 +135,10 @@ impl OperationRequest {
 }
 
 pub(crate) fn check_parameters(parameters: &BTreeMap<String, String>) -> Result<(), ParameterError> {
-    let short = |s: &String| s.len() <= 256;
-    let fits = parameters.len() <= 16 && parameters.iter().all(|(k, v)| short(k) && short(v));
+    // Whoever asks chooses the names, and people read them in the audit log.
+    let plain = |b: u8| b.is_ascii_lowercase() || b.is_ascii_digit() || matches!(b, b'_' | b'-');
+    let good = |name: &String| (1..=256).contains(&name.len()) && name.bytes().all(plain);
+    let fits = parameters.len() <= 16 && parameters.iter().all(|(name, value)| good(name) && value.len() <= 256);
     if fits { Ok(()) } else { Err(ParameterError) }
 }
 
@@ -157,7 +162,13 @@ mod tests {
     fn parameters_are_bounded() {
         let mut request = OperationRequest::plain(Operation::CoreDump);
         assert_eq!(request.check(), Ok(()));
+        request.parameters.insert("memory_mib-2".into(), "x".repeat(256));
+        assert_eq!(request.check(), Ok(()));
         request.parameters.insert("a".into(), "x".repeat(257));
         assert_eq!(request.check(), Err(ParameterError));
+        for name in ["", "A", "a b", "a=b", "a\n", "\u{1b}[2J", "\u{e4}", &"a".repeat(257)] {
+            request.parameters = [(name.to_owned(), String::new())].into();
+            assert_eq!(request.check(), Err(ParameterError), "{name:?}");
+        }
     }
 }

@@ -43,6 +43,7 @@ fn a_provider_restored_from_a_backup_asks_before_it_trusts_an_older_anchor() {
     lab.start_provider();
     let refused = lab.run_vm(&[]).refused();
     assert!(!refused.out.contains("fealty-guest"), "{}", refused.out);
+    lab.keys(&["customer", "confirm", "acme", "--policy", "1", "--reference", "1"]).good();
     lab.keys(&["vm", "confirm", "acme", "payroll"]).good();
     // The customer looks at the volume, and says that the state it shows is the one to go on from.
     let info = lab.run_tool("fealty-disk", &["--json", "info", &lab.text("store/root.vol")]).good().out;

@@ -1,14 +1,12 @@
 //! Frames of the TPM service's sockets: a big-endian `u32` length and that many bytes of JSON. Descriptors travel with
 //! the first byte of a frame.
 
-use rustix::net::{
-    RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer, SendAncillaryMessage, SendFlags,
-};
+use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
-use std::io::{self, ErrorKind, IoSlice, IoSliceMut, Read, Write};
+use std::io::{self, ErrorKind, IoSlice, Read, Write};
 use std::mem::MaybeUninit;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
 
 /// The most descriptors a frame may bring.
@@ -62,37 +60,6 @@ pub fn write_with_fds<T: Serialize>(
     stream.write_all(&bytes[sent..]).map_err(FrameError::Io)
 }
 
-/// Reads one message of at most `limit` bytes, and the descriptors that came with it (close-on-exec, at most
-/// [`MAX_FDS`]; what is beyond that is closed).
-pub fn read_with_fds<T: DeserializeOwned>(
-    stream: &mut UnixStream,
-    limit: usize,
-) -> Result<(T, Vec<OwnedFd>), FrameError> {
-    let mut length = [0; 4];
-    let mut fds = Vec::new();
-    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_FDS))];
-    let mut ancillary = RecvAncillaryBuffer::new(&mut space);
-    let got = loop {
-        let mut slices = [IoSliceMut::new(&mut length)];
-        match rustix::net::recvmsg(stream.as_fd(), &mut slices, &mut ancillary, RecvFlags::CMSG_CLOEXEC) {
-            Ok(message) => break message.bytes,
-            Err(rustix::io::Errno::INTR) => {}
-            Err(errno) => return Err(FrameError::Io(errno.into())),
-        }
-    };
-    for message in ancillary.drain() {
-        if let RecvAncillaryMessage::ScmRights(received) = message {
-            fds.extend(received);
-        }
-    }
-    if got == 0 {
-        return Err(FrameError::Closed);
-    }
-    stream.read_exact(&mut length[got..]).map_err(FrameError::Io)?;
-    fds.truncate(MAX_FDS);
-    Ok((read_body(stream, length, limit)?, fds))
-}
-
 fn encode<T: Serialize>(message: &T) -> Result<Vec<u8>, FrameError> {
     let mut bytes = vec![0; 4];
     serde_json::to_writer(&mut bytes, message).map_err(FrameError::Json)?;
@@ -129,9 +96,8 @@ fn read_body<T: DeserializeOwned>(stream: &mut impl Read, length: [u8; 4], limit
 
 #[cfg(test)]
 mod tests {
-    use super::super::{Answer, REQUEST_LIMIT, VmRequest};
+    use super::super::{REQUEST_LIMIT, VmRequest};
     use super::*;
-    use std::fs::File;
 
     #[test]
     fn messages_come_through_in_order() {
@@ -142,18 +108,6 @@ mod tests {
         assert_eq!(read::<VmRequest>(&mut b, REQUEST_LIMIT).ok(), Some(VmRequest::Identity));
         assert!(matches!(read::<VmRequest>(&mut b, REQUEST_LIMIT), Ok(VmRequest::Ecdh { .. })));
         assert!(matches!(read::<VmRequest>(&mut b, REQUEST_LIMIT), Err(FrameError::Closed)));
-    }
-
-    #[test]
-    fn descriptors_come_with_their_message() {
-        let (mut a, mut b) = UnixStream::pair().expect("pair");
-        let file = File::open("/proc/self/stat").expect("open");
-        write_with_fds(&mut a, &Answer::Done, &[file.as_fd(), file.as_fd()]).expect("written");
-        write(&mut a, &Answer::Done).expect("written");
-        let (first, fds) = read_with_fds::<Answer>(&mut b, 100).expect("read");
-        assert_eq!((first, fds.len()), (Answer::Done, 2));
-        let (second, fds) = read_with_fds::<Answer>(&mut b, 100).expect("read");
-        assert_eq!((second, fds.len()), (Answer::Done, 0));
     }
 
     #[test]

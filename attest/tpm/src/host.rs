@@ -398,6 +398,9 @@ const POLICY_C_SHA384: [u8; 48] = [
 #[cfg(test)]
 mod tests {
     use super::*;
+    use tss_esapi::constants::tss::{TPM2_RH_NULL, TPM2_ST_HASHCHECK};
+    use tss_esapi::structures::MaxBuffer;
+    use tss_esapi::tss2_esys::TPMT_TK_HASHCHECK;
 
     #[test]
     fn sizes_must_be_exact() {
@@ -417,5 +420,41 @@ mod tests {
         assert_eq!((bytes[0], bytes[1], bytes[2], bytes[33]), (4, 0, 1, 2));
         let long = EccPoint::new(EccParameter::try_from(vec![1; 33]).expect("fits"), EccParameter::default());
         assert_eq!(uncompressed(&long), None);
+    }
+
+    /// TPM2_Sign by the AK over a digest of `data`, with a ticket where the TPM itself hashed it and gave one.
+    fn sign(host: &mut HostTpm, data: &[u8], hashed_inside: bool) -> Result<(), String> {
+        let ak = host.ak;
+        let buffer = MaxBuffer::try_from(data.to_vec()).expect("fits");
+        let hash = host.tpm.without_sessions(|c| c.hash(buffer, HashingAlgorithm::Sha256, Hierarchy::Owner));
+        let (digest, mut ticket) = hash.expect("TPM2_Hash");
+        if !hashed_inside {
+            let none =
+                TPMT_TK_HASHCHECK { tag: TPM2_ST_HASHCHECK, hierarchy: TPM2_RH_NULL, digest: Default::default() };
+            ticket = none.try_into().expect("a null ticket");
+        }
+        let session = Some(AuthSession::Password);
+        let signed =
+            host.tpm.context.execute_with_session(session, |c| c.sign(ak, digest, SignatureScheme::Null, ticket));
+        signed.map(drop).map_err(|e| e.to_string())
+    }
+
+    #[test]
+    fn attack_51_the_ak_signs_nothing_that_poses_as_the_tpm_s_own() {
+        let dir = tempfile::tempdir().expect("a folder");
+        let swtpm = fealty_tests::swtpm::Swtpm::start(dir.path());
+        let tcti: Tcti = swtpm.tcti().parse().expect("a TCTI string");
+        Tpm::start_up(&tcti).expect("TPM2_Startup");
+        let mut host = HostTpm::open(&tcti, EkChoice::Certified).expect("opens");
+        let quote = host.quote(&Digest::of(b"h"), &[0]).expect("a quote").signed.attest;
+        // Whoever has the AK's handle makes up a quote: hashed outside, or by the TPM, which knows its own kind (TPM_GENERATED).
+        for hashed_inside in [false, true] {
+            let refused = sign(&mut host, &quote, hashed_inside).expect_err("a made-up quote was signed");
+            assert!(refused.contains("ticket"), "{refused}");
+        }
+        // The key does sign what the TPM hashed and found to be none of its own: the refusals above are not for another reason.
+        sign(&mut host, b"a letter", true).expect("signed");
+        let refused = sign(&mut host, b"a letter", false).expect_err("a digest from outside was signed");
+        assert!(refused.contains("ticket"), "{refused}");
     }
 }

@@ -1,5 +1,6 @@
 //! The service's side of a connection: frames of a bounded length that arrive within a bounded time.
 
+use attest::service::frame::MAX_FDS;
 use attest::service::{ANSWER_LIMIT, Answer, REQUEST_LIMIT};
 use rustix::event::{PollFd, PollFlags, Timespec};
 use rustix::io::Errno;
@@ -24,7 +25,7 @@ pub(super) struct Frame {
 pub(super) enum Descriptors {
     /// The kernel closes what comes.
     Refused,
-    /// Two at most.
+    /// At most [`MAX_FDS`].
     Taken,
 }
 
@@ -114,7 +115,7 @@ impl Receiver<'_> {
             // Without room for them, the kernel closes descriptors that come along.
             return Ok(rustix::net::recv(self.socket, buffer, RecvFlags::DONTWAIT).map(|(count, _)| count)?);
         }
-        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(2))];
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_FDS))];
         let mut control = RecvAncillaryBuffer::new(&mut space);
         let flags = RecvFlags::DONTWAIT | RecvFlags::CMSG_CLOEXEC;
         let got = rustix::net::recvmsg(self.socket, &mut [IoSliceMut::new(buffer)], &mut control, flags)?;
@@ -123,7 +124,7 @@ impl Receiver<'_> {
                 self.descriptors.extend(rights);
             }
         }
-        if got.flags.contains(ReturnFlags::CTRUNC) || self.descriptors.len() > 2 {
+        if got.flags.contains(ReturnFlags::CTRUNC) || self.descriptors.len() > MAX_FDS {
             return Err(io::Error::new(io::ErrorKind::InvalidData, "too many descriptors"));
         }
         Ok(got.bytes)
@@ -175,5 +176,19 @@ mod tests {
         let (client, server) = UnixStream::pair().expect("a pair");
         drop(client);
         assert!(receive(server.as_fd(), Descriptors::Taken).expect("good").is_none());
+    }
+
+    #[test]
+    fn descriptors_come_with_their_message() {
+        let (mut client, server) = UnixStream::pair().expect("a pair");
+        let file = std::fs::File::open("/proc/self/stat").expect("open");
+        let both = [file.as_fd(), file.as_fd()];
+        attest::service::frame::write_with_fds(&mut client, &Answer::Done, &both).expect("sent");
+        attest::service::frame::write(&mut client, &Answer::Done).expect("sent");
+        for count in [2, 0] {
+            let frame = receive(server.as_fd(), Descriptors::Taken).expect("good").expect("a frame");
+            assert_eq!(serde_json::from_slice::<Answer>(&frame.bytes).ok(), Some(Answer::Done));
+            assert_eq!(frame.descriptors.len(), count);
+        }
     }
 }

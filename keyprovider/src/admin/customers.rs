@@ -1,7 +1,9 @@
 //! Customers, and what they say: reference values, policy; and what they read: the audit log.
 
 use super::{Answer, Created, conflict, customer, done};
-use crate::api::{AuditPage, CustomerView, Done, NewCustomer, ReferenceView, SignedPolicy, TrustView, VersionView};
+use crate::api::{
+    AuditPage, ConfirmCustomer, CustomerView, Done, NewCustomer, ReferenceView, SignedPolicy, TrustView, VersionView,
+};
 use crate::attestation::rules::{NotHis, Rules};
 use crate::provider::Provider;
 use crate::server::body::{Asked, At, DOCUMENT, Json as Body};
@@ -59,6 +61,35 @@ pub async fn show(State(provider): State<Arc<Provider>>, At(id): At<CustomerId>)
     let customer = customer(&mut reader, &id).await?;
     let in_force = documents::policy(&mut reader, &id).await?.map_or(0, |p| p.version);
     Ok(Json(provider.trust(&customer, in_force)))
+}
+
+/// After a restore: an administrator states which policy and reference values should be in force, and that he has seen who and
+/// what came back.
+pub async fn confirm(
+    State(provider): State<Arc<Provider>>,
+    caller: Caller,
+    At(id): At<CustomerId>,
+    Body(said): Body<ConfirmCustomer>,
+) -> Answer<Done> {
+    let now_us = provider.clock.now_us();
+    let mut tx = provider.db.write().await?;
+    customer(&mut tx, &id).await?;
+    if !people::unconfirmed(&mut tx, &id).await? {
+        return Err(conflict(format!("customer {id} waits for no confirmation")));
+    }
+    let policy = documents::policy(&mut tx, &id).await?.map_or(0, |p| p.version);
+    let reference = documents::reference(&mut tx, &id).await?.map_or(0, |(version, _)| version);
+    if (said.policy, said.reference) != (policy, reference) {
+        let what = format!("policy version {policy} and reference values version {reference} of {id} are in force");
+        return Err(conflict(what).hint("set newer ones where these are not the last that you set, then confirm those"));
+    }
+    people::set_unconfirmed(&mut tx, &id, false).await?;
+    let draft = Draft::new(&id, caller.actor(), AuditKind::RestoreConfirmed)
+        .detail("policy", policy)
+        .detail("reference", reference);
+    append(&mut tx, now_us, draft).await?;
+    tx.commit().await?;
+    done()
 }
 
 /// Lets the customer's VMs run in a cloud.

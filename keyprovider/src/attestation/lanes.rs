@@ -1,5 +1,6 @@
-//! Evidence is megabytes, and whoever sends it may take his time. So each party has places of its own for bodies that are being read:
-//! strangers on one host, of which there can be any number, don't hold up another host, nor an instance that must renew its lease.
+//! Evidence is megabytes, and whoever sends it may take his time. So each party has places of its own for bodies that are being
+//! read or wait to be judged: strangers on one host, of which there can be any number, don't hold up another host, nor an instance
+//! that must renew its lease.
 
 use policy::{Digest, HostId};
 use std::collections::HashMap;
@@ -19,7 +20,7 @@ pub enum Lane {
 }
 
 impl Lane {
-    /// Bodies that are read at once.
+    /// Bodies that are read or judged at once.
     fn places(self) -> usize {
         match self {
             Self::Instance(_) => 2,

@@ -124,15 +124,22 @@ async fn answer_to(
     };
     let place = provider.lanes.enter(lane).await.ok_or_else(unavailable)?;
     let bytes = read(request, REQUEST_LIMIT).await?;
-    drop(place);
     // The same bytes for the other purpose are another request.
     let digest = Digest::of_fields(if wanted == Wanted::Keys { "evidence" } else { "opinion" }, &[&bytes]);
     let mut answer = match provider.challenges.take(&id, &caller.key, &digest, provider.clock.now_us()) {
-        Taken::Wait(answer) => answer,
+        Taken::Wait(answer) => {
+            drop(place);
+            answer
+        }
         Taken::Judge(challenge, sender) => {
             let answer = sender.subscribe();
-            // A task of its own: a client that hangs up can't stop a decision half way.
-            tokio::spawn(judge(provider.clone(), challenge, bytes, digest, wanted, sender));
+            // A task of its own: a client that hangs up can't stop a decision half way. It keeps the place: what waits to be
+            // judged is megabytes too.
+            let judged = judge(provider.clone(), challenge, bytes, digest, wanted, sender);
+            tokio::spawn(async move {
+                judged.await;
+                drop(place);
+            });
             answer
         }
         // Keys were released already, perhaps a moment ago, perhaps by a provider that ran before this one.

@@ -50,6 +50,7 @@ pub async fn release(
     let mut tx = provider.db.write().await?;
     let now_us = provider.clock.now_us();
     let c: &mut SqliteConnection = &mut tx;
+    confirmed(c, challenge).await?;
     remember_key(c, challenge, now_us).await?;
     let cloud = known_platform(c, challenge, &verified).await?;
     let (settings, policy) = permitted(provider, c, challenge, &verified, &cloud, now_us).await?;
@@ -115,6 +116,18 @@ fn sealer(verified: &VerifiedEvidence) -> JoinHandle<Result<Sealer, BundleError>
 
 fn unsealed(error: BundleError) -> Refusal {
     Refusal::new(ProblemType::BadEvidence, format!("the bundle can't be sealed: {error}"))
+}
+
+/// After a restore, what the customer took away may be back: nothing is released until somebody has looked.
+async fn confirmed(c: &mut SqliteConnection, challenge: &Challenge) -> Result<(), Refusal> {
+    let customer = &challenge.customer;
+    if !people::unconfirmed(c, customer).await? {
+        return Ok(());
+    }
+    let what =
+        "the provider was restored, and nobody has confirmed yet which policy, reference values and hosts came back";
+    Err(Refusal::new(ProblemType::PolicyRefuses, what)
+        .hint(format!("see: fealty-keys audit list {customer}; then: fealty-keys customer confirm {customer}")))
 }
 
 /// The attestation key has been proved: by the record it was verified with, or by the credential just now.

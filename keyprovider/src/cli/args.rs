@@ -128,7 +128,8 @@ pub(super) enum Command {
     ///
     /// What a backup can't know is voided: nonces, leases, sessions. Every volume gets a new key for new writes and waits
     /// for `volume confirm`; instance numbers go on above the time of the restore; VMs wait for `vm confirm`, or for seven
-    /// days: the longest lease that an instance which the backup never saw can have.
+    /// days: the longest lease that an instance which the backup never saw can have. What was taken away since the backup is
+    /// back: nothing is released for a customer until `customer confirm`, and who should stay revoked is named here.
     Restore {
         /// The provider's folder.
         #[arg(long, value_name = "DIR")]
@@ -136,6 +137,9 @@ pub(super) enum Command {
         /// The backup.
         #[arg(long, value_name = "FILE")]
         from: PathBuf,
+        /// An administrator who was revoked since the backup; may be given several times.
+        #[arg(long, value_name = "NAME")]
+        revoke: Vec<String>,
     },
 }
 
@@ -184,6 +188,18 @@ pub(super) enum CustomerCommand {
     },
     /// List customers.
     List,
+    /// After a restore: confirm that this policy and these reference values are the last that were set, and that the
+    /// administrators, hosts and VM files that came back (`audit list` shows them) should be there. Nothing is released before.
+    Confirm {
+        /// The customer.
+        customer: CustomerId,
+        /// Version of the policy; 0 for none.
+        #[arg(long, value_name = "VERSION")]
+        policy: u64,
+        /// Version of the reference values; 0 for none.
+        #[arg(long, value_name = "VERSION")]
+        reference: u64,
+    },
     /// Let a customer's VMs run on the hosts of a cloud.
     AllowCloud {
         /// The customer.

@@ -52,6 +52,8 @@ fn line(event: &AuditEvent) -> String {
     let mut text = format!("{} {} {kind} by {actor}", event.sequence, utc(event.time_us));
     let mut add = |name: &str, value: Option<String>| {
         if let Some(value) = value {
+            // Names too can come from a VM process: none may look like another field or move the cursor.
+            let name = name.replace(|c: char| !c.is_ascii_alphanumeric() && !"._-".contains(c), "?");
             text.push_str(&format!(" {name}={}", value.replace(char::is_control, " ")));
         }
     };
@@ -129,4 +131,29 @@ fn fetch(s: &mut Session, view: &BackupView, out: &Path) -> Result<(), CliError>
         return Err(CliError::Input("the backup changed on its way; fetch it again".into()));
     }
     pending.finish()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use policy::audit::AuditKind;
+
+    #[test]
+    fn neither_name_nor_value_of_a_detail_steers_the_terminal_or_poses_as_another_field() {
+        let event = AuditEvent {
+            sequence: 7,
+            previous: Digest([0; 32]),
+            time_us: 0,
+            customer: "acme".parse().expect("label"),
+            actor: Actor::Instance,
+            kind: AuditKind::OperationPermitted,
+            vm: None,
+            instance: None,
+            host: None,
+            volume: None,
+            attestation: None,
+            details: [("parameter.a\u{1b}[2J vm=b\n9".to_owned(), "x\u{1b}\r\ny".to_owned())].into(),
+        };
+        assert_eq!(line(&event), "7 1970-01-01 00:00:00Z operation-permitted by instance parameter.a??2J?vm?b?9=x   y");
+    }
 }

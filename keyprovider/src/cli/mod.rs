@@ -94,7 +94,7 @@ fn run(cli: Cli, out: Output) -> Result<ExitCode, CliError> {
         Command::Dump(command) => audit::dump(session()?, command)?,
         Command::Admin(command) => people::admin(session()?, command)?,
         Command::Backup { out } => audit::backup(session()?, &out)?,
-        Command::Restore { dir, from } => restore::restore(&dir, &from, out)?,
+        Command::Restore { dir, from, revoke } => restore::restore(&dir, &from, &revoke, out)?,
     }
     Ok(ExitCode::SUCCESS)
 }

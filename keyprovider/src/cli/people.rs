@@ -4,7 +4,8 @@ use super::args::{AdminCommand, CustomerCommand, PolicyCommand};
 use super::serve::{new_admin_key, write_profile};
 use super::{CliError, Session, files};
 use crate::api::{
-    AdminCertificate, AdminView, CustomerView, Done, NewAdmin, NewCustomer, SignedPolicy, TrustView, VersionView,
+    AdminCertificate, AdminView, ConfirmCustomer, CustomerView, Done, NewAdmin, NewCustomer, SignedPolicy, TrustView,
+    VersionView,
 };
 use crate::authority::pem;
 use crate::client::{Profile, from_pem};
@@ -27,6 +28,11 @@ pub(super) fn customer(mut s: Session, command: CustomerCommand) -> Result<(), C
         CustomerCommand::List => {
             let all: Vec<CustomerView> = s.client.get("/v1/customers")?;
             s.out.list(&all, |c| format!("{}{}", c.customer, if c.lab { " (lab)" } else { "" }))
+        }
+        CustomerCommand::Confirm { customer, policy, reference } => {
+            let said = ConfirmCustomer { policy, reference };
+            let done: Done = s.client.post(&format!("/v1/customers/{customer}/confirm"), &said)?;
+            s.out.print(format!("policy {policy} and reference values {reference} of {customer} are confirmed"), &done)
         }
         CustomerCommand::AllowCloud { customer, cloud } => {
             let done: Done = s.client.put(&format!("/v1/customers/{customer}/clouds/{cloud}"), &())?;

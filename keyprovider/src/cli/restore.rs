@@ -8,7 +8,7 @@ use std::fs::File;
 use std::path::Path;
 
 /// Brings a provider back from a backup.
-pub(super) fn restore(dir: &Path, from: &Path, out: Output) -> Result<(), CliError> {
+pub(super) fn restore(dir: &Path, from: &Path, revoke: &[String], out: Output) -> Result<(), CliError> {
     let (target, master) = (Provider::database_path(dir), Provider::master_path(dir));
     if !master.exists() {
         return Err(CliError::Input(format!(
@@ -25,17 +25,21 @@ pub(super) fn restore(dir: &Path, from: &Path, out: Output) -> Result<(), CliErr
     let restored = copied.and_then(|_| {
         super::serve::runtime()?.block_on(async {
             let keys = crate::keystore::FileKeyStore::open(&master).map_err(ProviderError::from)?;
-            Ok(prepare(&beside, &keys).await?)
+            Ok(prepare(&beside, &keys, revoke).await?)
         })
     });
-    let Restored { volumes, vms, floor } = restored.inspect_err(|_| discard(&beside))?;
+    let Restored { customers, volumes, vms, floor, admins } = restored.inspect_err(|_| discard(&beside))?;
     let durable = |path: &Path| File::open(path)?.sync_all();
     let named = durable(&beside).and_then(|()| std::fs::rename(&beside, &target)).and_then(|()| durable(dir));
     named.map_err(|e| CliError::Write(target, e))?;
     let line = format!(
-        "restored into {}: {volumes} volumes wait for `volume confirm`, {vms} VMs for `vm confirm` or seven days; \
-         instances go on from {floor}",
-        dir.display()
+        "restored into {}: {customers} customers wait for `customer confirm`, {volumes} volumes for `volume confirm`, {vms} VMs \
+         for `vm confirm` or seven days; instances go on from {floor}; administrators: {}",
+        dir.display(),
+        admins.join(", ")
     );
-    out.print(line, &serde_json::json!({ "volumes": volumes, "vms": vms, "instance_floor": floor }))
+    let counts = serde_json::json!({
+        "customers": customers, "volumes": volumes, "vms": vms, "instance_floor": floor, "admins": admins,
+    });
+    out.print(line, &counts)
 }

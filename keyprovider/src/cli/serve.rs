@@ -31,14 +31,17 @@ pub(super) fn init(init: &Init, out: Output) -> Result<(), CliError> {
         let (key, profile) = new_admin_key()?;
         let new = NewAdmin { name: "admin".into(), role: Role::Admin, customer: None, public: key.into() };
         let (name, made) = admins::register(&provider, Actor::Provider, new).await?;
-        let profile = Profile::new(&name, url, provider.pin, &made.certificate, &profile);
-        write_profile(&init.dir.join("admin.json"), &profile)?;
+        let pin = provider.pin;
+        let profile = Profile::new(&name, url, pin, &made.certificate, &profile);
+        // Both may be there already, of an `init` that was killed: there is no provider yet for which they are good.
+        let text = serde_json::to_vec_pretty(&profile).map_err(|e| CliError::Input(e.to_string()))?;
+        files::write(&init.dir.join("admin.json"), &text, 0o600)?;
         let authority = pem("CERTIFICATE", provider.authority.certificate());
         files::write(&init.dir.join("ca.pem"), authority.as_bytes(), 0o644)?;
-        provider.db.close().await;
+        provider.finish().await?;
         let dir = init.dir.display();
-        let line = format!("made a provider in {dir}, pin {}; keep a copy of {dir}/master.key apart", provider.pin);
-        out.print(line, &serde_json::json!({ "dir": init.dir, "pin": provider.pin, "url": profile.url }))
+        let line = format!("made a provider in {dir}, pin {pin}; keep a copy of {dir}/master.key apart");
+        out.print(line, &serde_json::json!({ "dir": init.dir, "pin": pin, "url": profile.url }))
     })
 }
 

@@ -52,6 +52,7 @@ fn customer_routes() -> Vec<Route> {
         (Method::GET, "/v1/customers", Auditor, get(a::list)),
         (Method::POST, "/v1/customers", Admin, post(a::create)),
         (Method::GET, "/v1/customers/{customer}", Auditor, get(a::show)),
+        (Method::POST, "/v1/customers/{customer}/confirm", Admin, post(a::confirm)),
         (Method::PUT, "/v1/customers/{customer}/clouds/{cloud}", Admin, put(a::allow_cloud)),
         (Method::GET, "/v1/customers/{customer}/reference", Auditor, get(a::reference)),
         (Method::PUT, "/v1/customers/{customer}/reference", Admin, put(a::set_reference)),

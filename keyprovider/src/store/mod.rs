@@ -39,6 +39,9 @@ pub enum StoreError {
     /// A file that is only a copy.
     #[error("{0} is a backup: bring it back with `fealty-keys restore`, which voids what may be out of date")]
     Backup(PathBuf),
+    /// Nobody of that name.
+    #[error("the backup knows no administrator {0}")]
+    NoAdmin(String),
     /// A counter at its end.
     #[error("{0} has no numbers left")]
     Exhausted(&'static str),

@@ -78,6 +78,23 @@ pub async fn customers(c: &mut SqliteConnection) -> Result<Vec<(CustomerId, bool
     rows.into_iter().map(|(id, lab)| Ok((label(&id, "customer")?, lab))).collect()
 }
 
+/// Whether nobody has confirmed yet what a restore brought back for a customer.
+pub async fn unconfirmed(c: &mut SqliteConnection, id: &CustomerId) -> Result<bool, StoreError> {
+    let row: Option<(bool,)> =
+        sqlx::query_as("SELECT unconfirmed FROM customers WHERE id = ?").bind(id.as_str()).fetch_optional(c).await?;
+    Ok(row.is_some_and(|r| r.0))
+}
+
+/// Takes note that it waits for that, or no longer.
+pub async fn set_unconfirmed(c: &mut SqliteConnection, id: &CustomerId, unconfirmed: bool) -> Result<(), StoreError> {
+    sqlx::query("UPDATE customers SET unconfirmed = ? WHERE id = ?")
+        .bind(unconfirmed)
+        .bind(id.as_str())
+        .execute(c)
+        .await?;
+    Ok(())
+}
+
 /// Lets a customer's VMs run in a cloud.
 pub async fn allow_cloud(c: &mut SqliteConnection, customer: &CustomerId, cloud: &CloudId) -> Result<(), StoreError> {
     sqlx::query("INSERT OR IGNORE INTO customer_clouds (customer, cloud) VALUES (?, ?)")

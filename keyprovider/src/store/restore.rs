@@ -1,5 +1,7 @@
 //! Bringing a backup back to life. What it can't know is voided or raised, so that nothing is ever given out twice:
 //!
+//! - what was taken away since (an older policy, a revoked digest, a removed host, an administrator) is back: nothing is
+//!   released for a customer until somebody confirms the versions, and the log names who and what it is;
 //! - answers and holders go; leases of instances in the backup are void: none of them may renew;
 //! - each VM's instance numbers go on above the stored one and the time of the restore in microseconds, and it waits for the
 //!   longest lease that any policy can give, when an instance that the backup never saw has surely lost its own (or for `vm
@@ -7,12 +9,13 @@
 //! - each volume gets a new key id for new writes, its open numbers are raised, and its anchor waits for `volume confirm`: also
 //!   one that the backup does not have, for the volume may have been filled since.
 
-use super::{StoreError, meta, number, provider_key, set_meta, time_column, volumes};
+use super::people::{self, Admin};
+use super::{StoreError, documents, meta, number, provider_key, set_meta, time_column, vms, volumes};
 use crate::clock::Clock;
 use crate::keystore::{KeyLabel, KeyStore};
 use crate::store::audit::{Draft, append};
 use policy::audit::{Actor, AuditKind};
-use policy::{InstanceNumber, LeaseTerms};
+use policy::{CustomerId, InstanceNumber, LeaseTerms};
 use sqlx::SqliteConnection;
 use sqlx::sqlite::{SqliteConnectOptions, SqliteJournalMode, SqlitePoolOptions, SqliteSynchronous};
 use std::path::Path;
@@ -22,18 +25,22 @@ use std::path::Path;
 const OPENINGS: u64 = 65_536;
 
 /// What a restore did.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Restored {
+    /// Customers that wait for a confirmation.
+    pub customers: u64,
     /// Volumes that wait for a confirmation.
     pub volumes: u64,
     /// VMs that wait.
     pub vms: u64,
     /// The least instance number from now on.
     pub floor: u64,
+    /// Who is an administrator or auditor again, by name.
+    pub admins: Vec<String>,
 }
 
-/// Makes the backup in `path` one that a provider can serve from.
-pub async fn prepare(path: &Path, keys: &dyn KeyStore) -> Result<Restored, StoreError> {
+/// Makes the backup in `path` one that a provider can serve from, where the administrators in `revoke` are revoked.
+pub async fn prepare(path: &Path, keys: &dyn KeyStore, revoke: &[String]) -> Result<Restored, StoreError> {
     let options = SqliteConnectOptions::new()
         .filename(path)
         .create_if_missing(false)
@@ -51,13 +58,13 @@ pub async fn prepare(path: &Path, keys: &dyn KeyStore) -> Result<Restored, Store
     // The wrong master key must show now, not at the first release.
     let (wrapped, _) = provider_key(&mut tx, "audit").await?;
     keys.unwrap(KeyLabel::Provider("audit"), &wrapped)?;
-    let restored = rewrite(&mut tx).await?;
+    let restored = rewrite(&mut tx, revoke).await?;
     tx.commit().await?;
     pool.close().await;
     Ok(restored)
 }
 
-async fn rewrite(c: &mut SqliteConnection) -> Result<Restored, StoreError> {
+async fn rewrite(c: &mut SqliteConnection, revoke: &[String]) -> Result<Restored, StoreError> {
     let now_us = Clock::start(super::latest_us(c).await?).now_us();
     let stored: (Option<i64>,) = sqlx::query_as("SELECT max(number) FROM instances").fetch_one(&mut *c).await?;
     let floor = now_us.max(number(stored.0.unwrap_or(0)) + 1);
@@ -68,10 +75,20 @@ async fn rewrite(c: &mut SqliteConnection) -> Result<Restored, StoreError> {
     // No lease of the backup is worth anything: an instance it knows starts anew or not at all.
     sqlx::query("UPDATE instances SET revoked = 1 WHERE ended = 0").execute(&mut *c).await?;
     set_meta(c, "instance-floor", &floor.to_string()).await?;
-    let (mut all_vms, mut all_volumes) = (0, 0);
+    let known = people::admins(c).await?;
+    for name in revoke {
+        if !known.iter().any(|(admin, ..)| admin.name == *name) {
+            return Err(StoreError::NoAdmin(name.clone()));
+        }
+        people::revoke_admin(c, name).await?;
+    }
+    let admins: Vec<Admin> =
+        people::admins(c).await?.into_iter().filter_map(|(admin, _, revoked)| (!revoked).then_some(admin)).collect();
+    let (mut all_customers, mut all_vms, mut all_volumes) = (0, 0, 0);
     // A policy that the backup does not have may have given longer leases than those that it has.
     let until_us = now_us + u64::from(LeaseTerms::LONGEST_SECONDS) * 1_001_000 + crate::attestation::LEASE_MARGIN_US;
-    for (customer, _) in super::people::customers(c).await? {
+    for (customer, _) in people::customers(c).await? {
+        people::set_unconfirmed(c, &customer, true).await?;
         let done = sqlx::query(
             "UPDATE vms SET instance_floor = max(instance_floor, ?), unconfirmed_until_us = ? WHERE customer = ?",
         )
@@ -94,10 +111,42 @@ async fn rewrite(c: &mut SqliteConnection) -> Result<Restored, StoreError> {
             .detail("instance_floor", floor)
             .detail("vms", vms)
             .detail("volumes", raised);
+        let draft = brought_back(c, &customer, &admins, draft).await?;
         append(c, now_us, draft).await?;
+        all_customers += 1;
         all_vms += vms;
         all_volumes += raised;
     }
     sqlx::query("DELETE FROM meta WHERE name = 'backup'").execute(&mut *c).await?;
-    Ok(Restored { volumes: all_volumes, vms: all_vms, floor })
+    let admins = admins.into_iter().map(|admin| admin.name).collect();
+    Ok(Restored { customers: all_customers, volumes: all_volumes, vms: all_vms, floor, admins })
+}
+
+/// What a customer may have taken away since the backup, and has again.
+async fn brought_back(
+    c: &mut SqliteConnection,
+    customer: &CustomerId,
+    admins: &[Admin],
+    draft: Draft,
+) -> Result<Draft, StoreError> {
+    let policy = documents::policy(c, customer).await?.map_or(0, |p| p.version);
+    let reference = documents::reference(c, customer).await?.map_or(0, |(version, _)| version);
+    let of_customer = admins.iter().filter(|a| a.customer.as_ref().is_none_or(|of| of == customer));
+    let names: Vec<String> = of_customer.map(|a| format!("{} ({})", a.name, a.role.name())).collect();
+    let mut draft = draft.detail("policy", policy).detail("reference", reference).detail("admins", names.join(", "));
+    let clouds: Vec<(String, i64)> = sqlx::query_as(
+        "SELECT cloud, (SELECT count(*) FROM hosts WHERE hosts.cloud = customer_clouds.cloud) FROM customer_clouds
+         WHERE customer = ?",
+    )
+    .bind(customer.as_str())
+    .fetch_all(&mut *c)
+    .await?;
+    for (cloud, hosts) in clouds {
+        draft = draft.detail(format!("hosts.{cloud}"), hosts);
+    }
+    for vm in vms::list(c, customer).await? {
+        let file = vms::find(c, customer, &vm).await?.and_then(|found| found.current_file);
+        draft = draft.detail(format!("vm_file.{vm}"), file.map_or("none".to_owned(), |f| f.to_string()));
+    }
+    Ok(draft)
 }

@@ -122,7 +122,9 @@ fn a_restored_provider_voids_what_it_can_not_know() {
     let serve = keys_command().args(["serve", "--listen", "127.0.0.1:0", "--dir", &lab.text("again")]).output();
     assert!(String::from_utf8_lossy(&serve.expect("runs").stderr).contains("is a backup"));
     assert!(!restore().status.success(), "never over a database");
-    std::fs::remove_file(lab.path("again/keys.db")).expect("removed");
+    for file in ["keys.db", "keys.db-wal", "keys.db-shm"] {
+        let _ = std::fs::remove_file(lab.path("again").join(file));
+    }
     assert!(!restore().status.success(), "another master key");
     std::fs::remove_file(lab.path("again/master.key")).expect("removed");
     assert!(!restore().status.success(), "no master key");
@@ -138,6 +140,7 @@ fn a_restored_provider_voids_what_it_can_not_know() {
         vm.operation = policy::operation::OperationRequest::plain(policy::Operation::Renew);
         assert_eq!(vm.refused(&lab.host), ProblemType::OldInstance);
     }
+    lab.keys(&["customer", "confirm", "acme", "--policy", "1", "--reference", "1"]);
     // A new instance waits until whoever was never seen has surely lost its lease …
     let mut vm = SoftVm::new(&lab);
     assert_eq!(vm.refused(&lab.host), ProblemType::StillRuns);
@@ -181,6 +184,7 @@ fn a_killed_provider_s_write_ahead_log_does_not_undo_a_restore() {
     crate::support::good(restore().expect("runs"));
     assert!(!lab.path("keys/restoring.db-journal").exists());
     lab.provider = Provider::start(&lab.path("keys"));
+    lab.keys(&["customer", "confirm", "acme", "--policy", "1", "--reference", "1"]);
     let mut vm = SoftVm::new(&lab);
     assert_eq!(vm.refused(&lab.host), ProblemType::StillRuns);
     lab.keys(&["vm", "confirm", "acme", "payroll"]);
@@ -197,6 +201,7 @@ fn a_restored_provider_waits_for_leases_that_no_policy_of_the_backup_gave() {
     lab.set_policy(604_800, crate::support::GO);
     SoftVm::new(&lab).start(&lab.host);
     lab.restore("backup.db");
+    lab.keys(&["customer", "confirm", "acme", "--policy", "1", "--reference", "1"]);
     lab.keys(&["volume", "confirm", "acme", "root"]);
     let listed: serde_json::Value =
         serde_json::from_str(lab.keys(&["vm", "list", "acme", "--json"]).trim()).expect("a VM");
@@ -215,6 +220,7 @@ fn a_confirmation_that_comes_too_late_ends_no_instance() {
     let mut lab = Lab::new();
     lab.keys(&["backup", "--out", "backup.db"]);
     lab.restore("backup.db");
+    lab.keys(&["customer", "confirm", "acme", "--policy", "1", "--reference", "1"]);
     lab.keys(&["volume", "confirm", "acme", "root"]);
     lab.stopped_sql("UPDATE vms SET unconfirmed_until_us = 1");
     let mut vm = SoftVm::new(&lab);
@@ -240,6 +246,7 @@ fn a_volume_that_was_filled_after_the_backup_opens_once_its_anchor_is_confirmed(
     lab.keys(&["backup", "--out", "backup.db"]);
     let newest = lab.anchor_volume("data", 2);
     lab.restore("backup.db");
+    lab.keys(&["customer", "confirm", "acme", "--policy", "1", "--reference", "1"]);
     lab.keys(&["vm", "confirm", "acme", "payroll"]);
     lab.keys(&["volume", "confirm", "acme", "data", "--anchor", &crate::support::text_of(&newest)]);
     let mut vm = SoftVm::of(&lab, "acme", "payroll", file);
@@ -251,4 +258,88 @@ fn a_volume_that_was_filled_after_the_backup_opens_once_its_anchor_is_confirmed(
     assert!(refused.is_err());
     lab.keys(&["volume", "confirm", "acme", "empty"]);
     lab.anchor_volume("empty", 1);
+}
+
+#[test]
+fn what_a_backup_brings_back_is_named_and_releases_nothing_before_somebody_confirms_it() {
+    let mut lab = Lab::new();
+    lab.keys(&["admin", "add", "ann", "--role", "admin", "--out", "ann.json"]);
+    lab.keys(&["admin", "add", "bob", "--role", "auditor", "--customer", "acme", "--out", "bob.json"]);
+    lab.keys(&["backup", "--out", "backup.db"]);
+    // Taken away since: an administrator, a policy that lets a VM start, and reference values.
+    lab.keys(&["admin", "revoke", "ann"]);
+    lab.set_policy(600, "");
+    lab.set_reference();
+    assert_eq!(SoftVm::new(&lab).refused(&lab.host), ProblemType::PolicyRefuses);
+    lab.provider.kill();
+    for file in ["keys.db", "keys.db-wal", "keys.db-shm"] {
+        let _ = std::fs::remove_file(lab.path("keys").join(file));
+    }
+    let restore = |more: &[&str]| {
+        let mut command = keys_command();
+        command.args(["restore", "--dir", &lab.text("keys"), "--from", &lab.text("backup.db")]).args(more);
+        command.output().expect("runs")
+    };
+    let unknown = restore(&["--revoke", "nobody"]);
+    assert!(String::from_utf8_lossy(&unknown.stderr).contains("no administrator nobody"));
+    let said = crate::support::good(restore(&["--revoke", "ann"]));
+    assert!(said.trim_end().ends_with("administrators: admin, bob"), "{said}");
+    lab.provider = Provider::start(&lab.path("keys"));
+    assert!(!lab.try_keys_as(&lab.text("ann.json"), &["customer", "list"]).status.success());
+    lab.keys(&["vm", "confirm", "acme", "payroll"]);
+    lab.keys(&["volume", "confirm", "acme", "root"]);
+    assert_eq!(SoftVm::new(&lab).refused(&lab.host), ProblemType::PolicyRefuses);
+    let event = lab.events("provider-restored").pop().expect("an event");
+    assert_eq!(event["details"]["policy"], "1");
+    assert_eq!(event["details"]["reference"], "1");
+    assert_eq!(event["details"]["admins"], "admin (admin), bob (auditor)");
+    assert_eq!(event["details"]["hosts.lab"], "1");
+    assert_eq!(event["details"]["vm_file.payroll"], lab.file.to_string());
+    let wrong = lab.refused(&["customer", "confirm", "acme", "--policy", "2", "--reference", "2"]);
+    assert!(wrong.contains("policy version 1 and reference values version 1"), "{wrong}");
+    lab.keys(&["customer", "confirm", "acme", "--policy", "1", "--reference", "1"]);
+    lab.refused(&["customer", "confirm", "acme", "--policy", "1", "--reference", "1"]);
+    assert_eq!(lab.events("restore-confirmed").len(), 1);
+    SoftVm::new(&lab).start(&lab.host);
+}
+
+#[test]
+fn an_init_that_was_killed_is_made_anew_or_is_finished() {
+    let dir = tempfile::tempdir().expect("a folder");
+    let keys = dir.path().join("keys");
+    let init = || {
+        let mut command = keys_command();
+        command.args(["init", "--name", "localhost", "--dir"]).arg(&keys);
+        command
+    };
+    // Killed at any moment, it leaves a provider, or nothing that stops the next one.
+    for round in 0..6 {
+        let mut child = init().stdout(std::process::Stdio::null()).spawn().expect("starts");
+        std::thread::sleep(Duration::from_millis(5 + 25 * round));
+        let _ = child.kill();
+        child.wait().expect("ended");
+        let again = init().output().expect("runs");
+        let exists = String::from_utf8_lossy(&again.stderr).contains("exists already");
+        assert!(again.status.success() || exists, "{}", String::from_utf8_lossy(&again.stderr));
+        Provider::start_as(keys_command(), &keys, "/dev/null".as_ref());
+        std::fs::remove_dir_all(&keys).expect("removed");
+    }
+    // The last moments of all, one after the other.
+    crate::support::good(init().output().expect("runs"));
+    let to = |from: &str, to: &str| std::fs::rename(keys.join(from), keys.join(to)).expect("renamed");
+    to("master.key", "master.key.new");
+    to("keys.db", "keys.db.new");
+    crate::support::good(init().output().expect("runs"));
+    assert!(!keys.join("keys.db.new").exists() && !keys.join("master.key.new").exists());
+    to("master.key", "master.key.new");
+    Provider::start_as(keys_command(), &keys, "/dev/null".as_ref());
+    assert!(keys.join("master.key").exists());
+    // A master key that somebody put there is never overwritten.
+    std::fs::remove_file(keys.join("keys.db")).expect("removed");
+    for end in ["-wal", "-shm"] {
+        let _ = std::fs::remove_file(keys.join(format!("keys.db{end}")));
+    }
+    let kept = std::fs::read(keys.join("master.key")).expect("a key");
+    assert!(!init().output().expect("runs").status.success());
+    assert_eq!(std::fs::read(keys.join("master.key")).expect("a key"), kept);
 }
