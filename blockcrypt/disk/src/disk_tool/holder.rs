@@ -183,7 +183,9 @@ impl Holder {
         let mut talk = self.talk();
         match talk.exchange_once(&ToolMessage::Operation(request)).map_err(unknown)? {
             HolderAnswer::Refused(why) => Err(HolderError::Forbidden(operation, report::one_line(&why, TEXT))),
-            HolderAnswer::Permitted(permit) => talk.leave(permit),
+            HolderAnswer::Permitted(permit) => {
+                talk.leave(permit).inspect_err(|error| _ = talk.end(&report::chain(error)))
+            }
             HolderAnswer::Kept => Err(unknown("the key holder's answer makes no sense".to_owned())),
         }
     }
@@ -488,6 +490,29 @@ mod tests {
         answered(&framed(br#"{"refused":"no"}"#), |h| {
             h.integrity(None, None, "something");
             assert!(matches!(h.finish(), Err(HolderError::Unheard(why)) if why == "no"));
+        });
+    }
+
+    #[test]
+    fn a_permission_brings_its_key_to_the_last_byte() {
+        let ask = |h: &Holder| h.ask(VolumeRequest::plain(VolumeOperation::Rewrap));
+        let permit = serde_json::to_vec(&HolderAnswer::Permitted(Permit::Kek(KeyId(7)))).expect("JSON");
+        let with = |key: &[u8]| [&framed(&permit), key].concat();
+        answered(&with(&[0x5a; 32]), |h| assert!(matches!(ask(h), Ok(Leave::Kek(kek)) if kek.id() == KeyId(7))));
+        for cut in [0, 1, 31] {
+            answered(&with(&[0x5a; 32][..cut]), |h| {
+                assert!(matches!(ask(h), Err(HolderError::Truncated("the key"))));
+                assert!(matches!(h.anchor(&anchor()), Answer::Unknown(_)), "no conversation after that");
+            });
+        }
+        answered(&framed(br#"{"refused":"no"}"#), |h| {
+            assert!(matches!(ask(h), Err(HolderError::Forbidden(_, why)) if why == "no"))
+        });
+        for nonsense in [&b""[..], &framed(br#""kept""#), &framed(br#"{"permitted":"all"}"#)] {
+            answered(nonsense, |h| assert!(matches!(ask(h), Err(HolderError::NoPermit(..)))));
+        }
+        answered(&with(&[]), |h| {
+            assert!(matches!(h.anchor(&anchor()), Answer::Unknown(_)), "a permission keeps nothing")
         });
     }
 
