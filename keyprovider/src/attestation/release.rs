@@ -12,7 +12,7 @@ use crate::store::audit::{Draft, Logged, append};
 use crate::store::inventory::{self, Cloud, CloudKind, ImaMark};
 use crate::store::vms::{self, FileDisk, Instance};
 use crate::store::volumes::{self, HolderKind};
-use crate::store::{StoreError, answers, documents, new_key_id};
+use crate::store::{StoreError, answers, documents, new_key_id, people};
 use attest::bundle::{BundleError, Sealer};
 use attest::note::Receipt;
 use attest::protocol::{Evidence, KeyName, PROTOCOL_VERSION, ProblemType, Release, Released};
