@@ -124,6 +124,16 @@ impl Disk for Lent {
         self.told("write", offset, self.volume.write(offset, data))
     }
 
+    fn read_many(&self, requests: &mut [(u64, &mut [u8])]) -> Vec<Result<(), Fault>> {
+        let done = self.volume.read_many(requests);
+        done.into_iter().zip(requests).map(|(done, (offset, _))| self.told("read", *offset, done)).collect()
+    }
+
+    fn write_many(&self, requests: &[(u64, &[u8])]) -> Vec<Result<(), Fault>> {
+        let done = self.volume.write_many(requests);
+        done.into_iter().zip(requests).map(|(done, (offset, _))| self.told("write", *offset, done)).collect()
+    }
+
     fn flush(&self) -> Result<(), Fault> {
         self.told("flush", 0, self.volume.flush())
     }
