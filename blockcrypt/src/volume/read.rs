@@ -7,6 +7,7 @@ use crate::VolumeError;
 use crate::format::page::Entry;
 use crate::format::{BLOCK, Block, zero_block};
 use crate::keys::Open;
+use std::ops::Range;
 
 /// How a request went.
 pub(super) type Done = Result<(), VolumeError>;
@@ -128,13 +129,16 @@ impl Shared {
         Ok(())
     }
 
-    /// Reads neighbours in the store with one call each, and opens all as one batch; returns the numbers of those that do not verify.
+    /// Reads blocks from the store, neighbours as one, and opens all as one batch; returns the numbers of those that do not verify.
     fn fetch_and_open(&self, entries: &[Entry], spans: &mut [Span]) -> Result<Vec<usize>, VolumeError> {
-        let mut rest = entries;
+        let (pool, mut runs, mut rest) = (self.backing.geometry().pool(), Vec::with_capacity(spans.len()), entries);
         for span in &mut *spans {
             let (own, after) = rest.split_at(span.blocks.len());
-            self.fetch(own, span.blocks)?;
+            find_runs(own, span.blocks, &pool, &mut runs);
             rest = after;
+        }
+        if !runs.is_empty() {
+            self.backing.read_runs(&mut runs)?;
         }
         self.backing.with_keys(|ring, _| {
             let blocks = spans.iter_mut().flat_map(|span| (span.first..).zip(span.blocks.iter_mut()));
@@ -148,22 +152,6 @@ impl Shared {
             let numbers = entries.iter().enumerate().filter(|(_, entry)| entry.physical != 0).map(|(i, _)| i);
             Ok(numbers.zip(opened).filter(|(_, good)| !good).map(|(i, _)| i).collect())
         })
-    }
-
-    fn fetch(&self, entries: &[Entry], blocks: &mut [Block]) -> Result<(), VolumeError> {
-        let mut i = 0;
-        while i < entries.len() {
-            let run = run_length(&entries[i..]);
-            let part = blocks[i..i + run].as_flattened_mut();
-            match entries[i].data() {
-                Some(physical) if self.backing.in_pool(physical) && self.backing.in_pool(physical + run as u64 - 1) => {
-                    self.backing.read_blocks(physical, part)?;
-                }
-                _ => part.fill(0),
-            }
-            i += run;
-        }
-        Ok(())
     }
 
     /// A block that did not verify: it was replaced and its place reused meanwhile, or it is bad.
@@ -200,6 +188,26 @@ impl Shared {
         self.read_spans(&mut [Span { request: 0, first, blocks }], &mut done);
         let [done] = done;
         done
+    }
+}
+
+/// What is to be read from the store, and where: neighbours there in one piece. The rest of the blocks is zero.
+fn find_runs<'a>(
+    mut entries: &[Entry],
+    mut blocks: &'a mut [Block],
+    pool: &Range<u64>,
+    runs: &mut Vec<(u64, &'a mut [u8])>,
+) {
+    while !entries.is_empty() {
+        let run = run_length(entries);
+        let (part, rest) = blocks.split_at_mut(run);
+        match entries[0].data() {
+            Some(first) if pool.contains(&first) && pool.contains(&(first + run as u64 - 1)) => {
+                runs.push((first * BLOCK as u64, part.as_flattened_mut()));
+            }
+            _ => part.as_flattened_mut().fill(0),
+        }
+        (entries, blocks) = (&entries[run..], rest);
     }
 }
 

@@ -42,6 +42,7 @@ pub(super) fn serve(context: &Context, words: &Serve) -> Result<(), ToolError> {
     let Handover { grant, kek, holder } = context.handover("serve")?;
     let socket = Socket::listen(words.socket())?;
     let store = if words.read_only { FileStore::shared(file) } else { FileStore::exclusive(file) }.map_err(failed)?;
+    let store = if words.direct { store.direct().map_err(failed)? } else { store };
     let options = OpenOptions { read_only: words.read_only, ..Default::default() };
     // From here on an interruption closes the volume.
     let asked = context.interrupts.serving().map_err(ToolError::Signals)?;

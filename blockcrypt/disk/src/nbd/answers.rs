@@ -39,7 +39,7 @@ impl Answers {
         self.heads.extend_from_slice(head);
         match self.parts.last_mut() {
             // Headers without data follow each other.
-            Some((before, none)) if none.is_empty() => (*before, *none) = (*before + head.len(), data),
+            Some((before, none)) if none.start == none.end => (*before, *none) = (*before + head.len(), data),
             _ => self.parts.push((head.len(), data)),
         }
     }
