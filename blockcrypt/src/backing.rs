@@ -86,6 +86,11 @@ impl Backing {
         self.store.read_at(buffer, first * BLOCK as u64).map_err(VolumeError::store("read"))
     }
 
+    /// Fills several runs of blocks, each from the offset of its first in the store.
+    pub(crate) fn read_runs(&self, runs: &mut [(u64, &mut [u8])]) -> Result<(), VolumeError> {
+        self.store.read_many_at(runs).map_err(VolumeError::store("read"))
+    }
+
     pub(crate) fn write_blocks(&self, first: u64, bytes: &[u8]) -> Result<(), VolumeError> {
         // Before the write, so that nobody who knows of it finds this unset.
         self.written.store(true, Ordering::Release);

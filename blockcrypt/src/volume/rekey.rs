@@ -9,8 +9,8 @@
 //!
 //! Blocks that held slots are overwritten with zeroes before they are free.
 
+use super::batch::CHUNK;
 use super::durable::Occasion;
-use super::io::Plain;
 use super::open::{older_slot_blocks, superblock_places};
 use super::shared::Shared;
 use super::{Core, leaf};
@@ -84,7 +84,7 @@ impl Shared {
         while at < end {
             self.make_room()?;
             let _among_others = self.among_others()?;
-            let _locked = self.lock_blocks(at..end);
+            let _locked = self.lock_blocks(vec![at..end]);
             let mut entries = [Entry::UNMAPPED; ENTRIES];
             let entries = &mut entries[..(end - at) as usize];
             let current = self.with_core(|core| {
@@ -93,11 +93,11 @@ impl Shared {
             })?;
             let stale = |entry: &Entry| entry.data().is_some() && entry.key != current;
             let Some(skip) = entries.iter().position(stale) else { break };
-            let run = entries[skip..].iter().take_while(|entry| stale(entry)).take(super::io::CHUNK as usize).count();
+            let run = entries[skip..].iter().take_while(|entry| stale(entry)).take(CHUNK as usize).count();
             at += skip as u64;
             blocks.resize(run, [0; BLOCK]);
             match self.read_blocks(at, &mut blocks) {
-                Ok(()) => self.write_blocks(at, &mut blocks, Plain::default())?,
+                Ok(()) => self.write_blocks(at, &mut blocks)?,
                 // A bad block stays what it is, under the key that it had: that one is kept.
                 Err(VolumeError::Integrity { .. }) => {}
                 Err(other) => return Err(other),

@@ -613,9 +613,9 @@ fn a_checkpoint_of_changes_far_apart_ends_with_the_smallest_cache() {
     let store = || FileStore::exclusive(file.reopen().expect("opens")).expect("a store");
     let volume = provider.create(store(), far * count).expect("a volume");
     let fill = move |volume: &Volume, value: u8| {
-        for i in 0..count {
-            volume.write(i * far, &[value; 4096]).expect("written");
-        }
+        let data = [value; 4096];
+        let all: Vec<(u64, &[u8])> = (0..count).map(|i| (i * far, &data[..])).collect();
+        assert!(volume.write_many(&all).iter().all(Result::is_ok));
     };
     fill(&volume, 1);
     volume.close().expect("closed");

@@ -237,6 +237,9 @@ pub(crate) struct Serve {
     /// Seal everything anew under a new key meanwhile, as `rekey` does, in the background
     #[arg(long, conflicts_with = "read_only")]
     pub(crate) rekey: bool,
+    /// Read and write the volume past the page cache (O_DIRECT): saves the host's memory, and costs whatever it would have held
+    #[arg(long)]
+    pub(crate) direct: bool,
     /// With --vhost-user: virtio queues, each with a thread; as many as the guest has processors serve it best
     #[arg(long, value_name = "N", default_value_t = 4, value_parser = clap::value_parser!(u16).range(1..=16))]
     pub(crate) queues: u16,

@@ -43,6 +43,7 @@ pub(super) fn serve(context: &Context, words: &Serve) -> Result<(), ToolError> {
     let Handover { mut grant, kek, holder, .. } = context.handover("serve")?;
     let socket = Socket::listen(words.socket())?;
     let store = if words.read_only { FileStore::shared(file) } else { FileStore::exclusive(file) }.map_err(failed)?;
+    let store = if words.direct { store.direct().map_err(failed)? } else { store };
     let options = OpenOptions { read_only: words.read_only, ..Default::default() };
     if words.rekey {
         rotation::permitted(&holder, &mut grant)?;
@@ -140,6 +141,16 @@ impl Disk for Lent {
 
     fn write(&self, offset: u64, data: &[u8]) -> Result<(), Fault> {
         self.told("write", offset, self.volume.write(offset, data))
+    }
+
+    fn read_many(&self, requests: &mut [(u64, &mut [u8])]) -> Vec<Result<(), Fault>> {
+        let done = self.volume.read_many(requests);
+        done.into_iter().zip(requests).map(|(done, (offset, _))| self.told("read", *offset, done)).collect()
+    }
+
+    fn write_many(&self, requests: &[(u64, &[u8])]) -> Vec<Result<(), Fault>> {
+        let done = self.volume.write_many(requests);
+        done.into_iter().zip(requests).map(|(done, (offset, _))| self.told("write", *offset, done)).collect()
     }
 
     fn flush(&self) -> Result<(), Fault> {
