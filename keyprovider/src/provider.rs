@@ -413,6 +413,12 @@ mod tests {
             vms::create(&mut tx, acme, vm, instance.number).await.expect("created");
             vms::add_instance(&mut tx, &instance).await.expect("added");
         }
+        // It was restored, and waits for leases that nobody here saw.
+        sqlx::query("UPDATE vms SET unconfirmed_until_us = ? WHERE id = 'live'")
+            .bind((700 * SECOND) as i64)
+            .execute(&mut *tx)
+            .await
+            .expect("set");
         let kind = HolderKind::Instance(live.clone(), InstanceNumber::try_from(1).expect("a number"));
         let open_number = OpenNumber::try_from(1).expect("a number");
         let holder = Holder { kind, client_key: Digest([1; 32]), open_number, until_us: 700 * SECOND, operation: None };
@@ -430,6 +436,11 @@ mod tests {
         };
         assert!(!past(&mut reader, &live).await, "it may have all of its lease left");
         assert!(past(&mut reader, &dead).await, "past before the provider ended");
+        let waits = async |reader: &mut _, vm: &VmId| {
+            vms::find(reader, acme, vm).await.expect("read").expect("there").unconfirmed_until_us
+        };
+        assert!(waits(&mut reader, &live).await > now_us + 604_000 * SECOND);
+        assert_eq!(waits(&mut reader, &dead).await, 0, "it waits for nothing");
         let holder = volumes::holder(&mut reader, &volume.id).await.expect("read").expect("held");
         assert!(crate::admin::volumes::holds(&holder, now_us + 590 * SECOND));
         drop(reader);

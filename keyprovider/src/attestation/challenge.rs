@@ -53,6 +53,8 @@ pub struct Challenge {
     pub secret: Option<Secret<32>>,
     /// The PCRs to quote.
     pub pcrs: Vec<u8>,
+    /// The version of the reference values that say so.
+    pub reference: u64,
     /// Where the wanted part of the IMA log begins.
     pub ima: Option<ImaStart>,
     /// When the nonce ends.
@@ -194,6 +196,7 @@ mod tests {
             ak_name: vec![],
             secret: None,
             pcrs: vec![],
+            reference: 1,
             ima: None,
             until_us: 100,
             address: IpAddr::from([127, 0, 0, 1]),

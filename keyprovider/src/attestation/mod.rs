@@ -281,11 +281,10 @@ async fn challenge_for(
     check_ak(&ak).map_err(unfit)?;
     let found = vms::find(&mut reader, &request.customer, vm).await?;
     found.ok_or_else(|| Refusal::missing(format!("VM {vm} of {}", request.customer)))?;
+    confirmed(&mut reader, &request.customer).await?;
     if operation != Operation::PowerOn {
         let instance = asks_for_itself(&mut reader, &caller.key, &request.customer, vm).await?;
-        if operation == Operation::Renew && lease_past(&instance, now_us) {
-            return Err(slow_clock(&instance, now_us));
-        }
+        still_leased(operation, &instance, now_us)?;
     }
     let reference = documents::reference(&mut reader, &request.customer).await?;
     let (reference_version, reference) = reference
@@ -329,6 +328,7 @@ async fn challenge_for(
         ak_name,
         secret,
         pcrs: reference.selection(),
+        reference: reference_version,
         ima,
         until_us: now_us + NONCE_US,
         address: caller.address,
@@ -368,13 +368,27 @@ async fn asks_for_itself(
     }
 }
 
+/// After a restore, what the customer took away may be back: nothing is released until somebody has looked.
+async fn confirmed(c: &mut SqliteConnection, customer: &CustomerId) -> Result<(), Refusal> {
+    if !people::unconfirmed(c, customer).await? {
+        return Ok(());
+    }
+    let what =
+        "the provider was restored, and nobody has confirmed yet which policy, reference values and hosts came back";
+    Err(Refusal::new(ProblemType::PolicyRefuses, what)
+        .hint(format!("see: fealty-keys audit list {customer}; then: fealty-keys customer confirm {customer}")))
+}
+
 /// An instance whose lease is over has wiped its keys and asks for them anew. One that would still renew it counts time slower than
 /// the provider, which is how a host's clock stretches a lease.
-fn slow_clock(instance: &Instance, now_us: u64) -> Refusal {
+fn still_leased(operation: Operation, instance: &Instance, now_us: u64) -> Result<(), Refusal> {
+    if operation != Operation::Renew || !lease_past(instance, now_us) {
+        return Ok(());
+    }
     let late = now_us.saturating_sub(instance.lease_end_us) / 1_000_000;
     let what = format!("the lease of instance {} ended {late} s ago, and its host does not know it", instance.number);
-    Refusal::new(ProblemType::PolicyRefuses, what)
-        .hint("the host's clock runs slow, or the request was held up; the instance gets keys by vm.resume-keys")
+    Err(Refusal::new(ProblemType::PolicyRefuses, what)
+        .hint("the host's clock runs slow, or the request was held up; the instance gets keys by vm.resume-keys"))
 }
 
 /// What an instance is doing, for people.

@@ -2,7 +2,7 @@
 //! the audit log, the numbers are spent, the holders are set, and the very answer is kept.
 
 use super::challenge::Challenge;
-use super::{Wanted, asks_for_itself};
+use super::{Wanted, asks_for_itself, still_leased};
 use crate::admin::volumes::{grant, holder_name, holds};
 use crate::instance::{missing_end, missing_outcomes};
 use crate::keystore::KeyLabel;
@@ -12,7 +12,7 @@ use crate::store::audit::{Draft, Logged, append};
 use crate::store::inventory::{self, Cloud, CloudKind, ImaMark};
 use crate::store::vms::{self, FileDisk, Instance};
 use crate::store::volumes::{self, HolderKind};
-use crate::store::{StoreError, answers, documents, new_key_id, people};
+use crate::store::{StoreError, answers, documents, new_key_id};
 use attest::bundle::{BundleError, Sealer};
 use attest::note::Receipt;
 use attest::protocol::{Evidence, KeyName, PROTOCOL_VERSION, ProblemType, Release, Released};
@@ -50,13 +50,12 @@ pub async fn release(
     let mut tx = provider.db.write().await?;
     let now_us = provider.clock.now_us();
     let c: &mut SqliteConnection = &mut tx;
-    confirmed(c, challenge).await?;
     remember_key(c, challenge, now_us).await?;
     let cloud = known_platform(c, challenge, &verified).await?;
     let (settings, policy) = permitted(provider, c, challenge, &verified, &cloud, now_us).await?;
     let mut instance = match challenge.operation.operation {
         Operation::PowerOn => new_instance(c, challenge, evidence, &verified, now_us).await?,
-        _ => same_instance(c, challenge, evidence, &verified).await?,
+        _ => same_instance(c, challenge, evidence, &verified, now_us).await?,
     };
     // Slow clocks: a lease counts a thousandth longer here than it is given.
     let lease_us = settings.lease.end_ms() * 1001;
@@ -118,18 +117,6 @@ fn unsealed(error: BundleError) -> Refusal {
     Refusal::new(ProblemType::BadEvidence, format!("the bundle can't be sealed: {error}"))
 }
 
-/// After a restore, what the customer took away may be back: nothing is released until somebody has looked.
-async fn confirmed(c: &mut SqliteConnection, challenge: &Challenge) -> Result<(), Refusal> {
-    let customer = &challenge.customer;
-    if !people::unconfirmed(c, customer).await? {
-        return Ok(());
-    }
-    let what =
-        "the provider was restored, and nobody has confirmed yet which policy, reference values and hosts came back";
-    Err(Refusal::new(ProblemType::PolicyRefuses, what)
-        .hint(format!("see: fealty-keys audit list {customer}; then: fealty-keys customer confirm {customer}")))
-}
-
 /// The attestation key has been proved: by the record it was verified with, or by the credential just now.
 async fn remember_key(c: &mut SqliteConnection, challenge: &Challenge, now_us: u64) -> Result<(), Refusal> {
     if challenge.secret.is_some() {
@@ -154,6 +141,11 @@ async fn known_platform(
         serde_json::from_str(&reference).map_err(|_| StoreError::Damaged("set of reference values"))?;
     reference.judge(&verified.state).map_err(|e| Refusal::new(ProblemType::UntrustedPlatform, e.to_string()))?;
     if let Some(state) = verified.ima {
+        // What came before the evidence was judged by the values of when it was asked for.
+        if challenge.ima.is_some_and(|ima| ima.state.offset > 0) && challenge.reference != version {
+            return Err(Refusal::new(ProblemType::StaleNonce, "the reference values were changed meanwhile")
+                .hint("begin a new attestation"));
+        }
         let mark = ImaMark { reference: version, reset_count: verified.clock.reset_count, state };
         inventory::set_ima(c, &challenge.customer, &challenge.host, &challenge.ak_name, &mark).await?;
     }
@@ -262,8 +254,11 @@ async fn same_instance(
     challenge: &Challenge,
     evidence: &Evidence,
     verified: &VerifiedEvidence,
+    now_us: u64,
 ) -> Result<Instance, Refusal> {
     let instance = asks_for_itself(c, &challenge.client_key, &challenge.customer, &challenge.vm).await?;
+    // Once more: the evidence may have been held back until the lease was over.
+    still_leased(challenge.operation.operation, &instance, now_us)?;
     let same_boot = instance.host == challenge.host
         && instance.ak == challenge.ak_name
         && instance.reset_count == verified.clock.reset_count;

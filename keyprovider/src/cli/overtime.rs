@@ -93,8 +93,16 @@ mod tests {
     use std::os::unix::process::ExitStatusExt;
     use std::process::{Command, ExitStatus};
 
+    /// A command that does not heed SIGTERM, from the moment that this returns.
     fn stubborn() -> Child {
-        Command::new("sh").args(["-c", "trap '' TERM; while :; do sleep 0.1; done"]).spawn().expect("a shell")
+        let folder = tempfile::tempdir().expect("a folder");
+        let ready = folder.path().join("ready");
+        let script = "trap '' TERM; : >\"$0\"; while :; do sleep 0.1; done";
+        let child = Command::new("sh").args(["-c", script]).arg(&ready).spawn().expect("a shell");
+        while !ready.exists() {
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        child
     }
 
     fn killed(status: ExitStatus) -> bool {

@@ -64,6 +64,12 @@ pub async fn prepare(path: &Path, keys: &dyn KeyStore, revoke: &[String]) -> Res
     Ok(restored)
 }
 
+/// When every lease is past that was given before `now_us`. A policy that the backup does not have may have given longer ones than
+/// those that it has.
+pub(super) fn wait_until(now_us: u64) -> u64 {
+    now_us + u64::from(LeaseTerms::LONGEST_SECONDS) * 1_001_000 + crate::attestation::LEASE_MARGIN_US
+}
+
 async fn rewrite(c: &mut SqliteConnection, revoke: &[String]) -> Result<Restored, StoreError> {
     let now_us = Clock::start(super::latest_us(c).await?).now_us();
     let stored: (Option<i64>,) = sqlx::query_as("SELECT max(number) FROM instances").fetch_one(&mut *c).await?;
@@ -85,8 +91,7 @@ async fn rewrite(c: &mut SqliteConnection, revoke: &[String]) -> Result<Restored
     let admins: Vec<Admin> =
         people::admins(c).await?.into_iter().filter_map(|(admin, _, revoked)| (!revoked).then_some(admin)).collect();
     let (mut all_customers, mut all_vms, mut all_volumes) = (0, 0, 0);
-    // A policy that the backup does not have may have given longer leases than those that it has.
-    let until_us = now_us + u64::from(LeaseTerms::LONGEST_SECONDS) * 1_001_000 + crate::attestation::LEASE_MARGIN_US;
+    let until_us = wait_until(now_us);
     for (customer, _) in people::customers(c).await? {
         people::set_unconfirmed(c, &customer, true).await?;
         let done = sqlx::query(

@@ -355,6 +355,12 @@ pub async fn lengthen_leases(c: &mut SqliteConnection, latest_us: u64, now_us: u
         let (customer, vm) = (label(&customer, "customer")?, label(&vm, "VM")?);
         super::volumes::extend_all(c, &customer, &vm, instance_number(number_of)?, number(end)).await?;
     }
+    // And whoever waits since a restore, waits for a lease that the backup never saw.
+    sqlx::query("UPDATE vms SET unconfirmed_until_us = max(unconfirmed_until_us, ?) WHERE unconfirmed_until_us > ?")
+        .bind(time_column(super::restore::wait_until(now_us)))
+        .bind(past)
+        .execute(&mut *c)
+        .await?;
     let session_us = u64::from(crate::admin::volumes::SESSION_SECONDS) * 1_000_000;
     sqlx::query("UPDATE holders SET until_us = max(until_us, ?) WHERE session IS NOT NULL AND until_us > ?")
         .bind(time_column(now_us + session_us))

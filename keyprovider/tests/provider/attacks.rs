@@ -240,13 +240,17 @@ fn attack_29_a_lease_that_is_over_here_is_not_renewed() {
     let lab = Lab::with(2, GO);
     let mut vm = SoftVm::new(&lab);
     vm.start(&lab.host);
+    // Asked for in time, and held back.
+    let mut vm = vm.asking(Operation::Renew);
+    let challenge = vm.post(&vm.request(&lab.host)).expect("a challenge");
+    let evidence = vm.evidence(&lab.host, &challenge, &BundleKey::generate().expect("memory"));
     let start = std::time::Instant::now();
     while !lab.keys(&["vm", "list", "acme", "--json"]).contains("lease-past") {
         assert!(start.elapsed().as_secs() < 60, "the lease does not end");
         std::thread::sleep(std::time::Duration::from_millis(200));
     }
+    assert_eq!(vm.put(&challenge, &evidence).err().and_then(|e| e.problem()), Some(ProblemType::PolicyRefuses));
     // Whoever still holds the keys counts time slower than the provider does.
-    let mut vm = vm.asking(Operation::Renew);
     assert_eq!(vm.refused(&lab.host), ProblemType::PolicyRefuses);
     let told = lab.events("attestation-refused");
     assert!(told.iter().any(|e| e.to_string().contains("does not know it")), "{told:?}");

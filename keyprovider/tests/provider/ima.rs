@@ -2,6 +2,7 @@
 
 use crate::support::Lab;
 use crate::support::vm::SoftVm;
+use attest::bundle::BundleKey;
 use attest::protocol::ProblemType;
 use policy::Operation;
 use policy::operation::OperationRequest;
@@ -39,6 +40,26 @@ fn an_ima_log_is_read_on_from_where_it_ended() {
     // New reference values judge everything anew.
     lab.keys(&["reference", "set", "acme", &lab.text("values.json")]);
     assert_eq!(offset(&mut vm, &lab), Some(0));
+}
+
+#[test]
+fn attack_21_what_was_judged_by_older_values_is_not_taken_for_judged_by_newer_ones() {
+    let mut lab = lab();
+    lab.host.measure("/usr/bin/known", b"known");
+    let mut vm = SoftVm::new(&lab);
+    vm.start(&lab.host);
+    vm.operation = OperationRequest::plain(Operation::Renew);
+    // Evidence with the log's end alone is held back while the customer takes a file from the values.
+    let challenge = vm.post(&vm.request(&lab.host)).expect("a challenge");
+    assert!(challenge.ima_offset > Some(0));
+    let evidence = vm.evidence(&lab.host, &challenge, &BundleKey::generate().expect("memory"));
+    let mut values: serde_json::Value =
+        serde_json::from_slice(&std::fs::read(lab.path("values.json")).expect("values")).expect("json");
+    values["pcrs"]["10"].as_array_mut().expect("files").retain(|file| file["layer"] != "/usr/bin/known");
+    lab.write("fewer.json", values.to_string().as_bytes());
+    lab.keys(&["reference", "set", "acme", &lab.text("fewer.json")]);
+    assert_eq!(vm.put(&challenge, &evidence).err().and_then(|e| e.problem()), Some(ProblemType::StaleNonce));
+    assert_eq!(vm.refused(&lab.host), ProblemType::UntrustedPlatform);
 }
 
 #[test]

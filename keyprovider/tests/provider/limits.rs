@@ -191,7 +191,7 @@ fn attack_39_slow_evidence_of_strangers_holds_no_instance_up() {
     vm.start(&lab.host);
     let request = serde_json::to_string(&vm.request(&lab.host)).expect("json");
     // Anybody with a VM on this host knows its keys, and may begin a start.
-    let slow: Vec<Tls> = (0..80)
+    let slow: Vec<Tls> = (0..20)
         .map(|_| {
             let mut tls = connect(&lab, true);
             let length = request.len();
