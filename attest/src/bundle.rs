@@ -8,7 +8,7 @@
 //! info of both       = SHA-256 over customer, VM, instance, host, operation, lease (length-prefixed)
 //! ```
 
-use crate::hpke::{self, HpkeError, P256_ENC, X25519Key};
+use crate::hpke::{self, HpkeError, P256_ENC, Sender, X25519Key};
 use crate::protocol::Release;
 use crate::tpm::Public;
 use policy::Digest;
@@ -59,26 +59,34 @@ impl BundleKey {
     }
 }
 
-/// Seals `keys`, which `release_json` (the JSON bytes of a [`Release`]) names in this order, to the process's bundle key
-/// and the host's wrap key.
-pub fn seal(
-    release_json: &[u8],
-    keys: &[&Secret<32>],
-    bundle_key: &[u8; 32],
-    wrap_public: &Public,
-) -> Result<Vec<u8>, BundleError> {
-    let release = parse(release_json)?;
-    if keys.len() != release.keys.len() {
-        return Err(BundleError::Count);
+/// What seals one bundle: secrets shared with both recipients, made before anybody knows what is sealed.
+pub struct Sealer {
+    inner: Sender,
+    outer: Sender,
+}
+
+impl Sealer {
+    /// For the process's bundle key and the host's wrap key.
+    pub fn new(bundle_key: &[u8; 32], wrap_public: &Public) -> Result<Self, BundleError> {
+        let wrap_point = wrap_public.p256_point().ok_or(BundleError::WrapKey)?;
+        let inner = Sender::p256(&wrap_point).map_err(layer("inner"))?;
+        Ok(Self { inner, outer: Sender::x25519(bundle_key).map_err(layer("outer"))? })
     }
-    let info = info(&release);
-    let wrap_point = wrap_public.p256_point().ok_or(BundleError::WrapKey)?;
-    let mut plain = SecretBuf::with_len(32 * keys.len())?;
-    for (place, key) in plain.expose_mut().chunks_exact_mut(32).zip(keys) {
-        place.copy_from_slice(key.expose());
+
+    /// Seals `keys`, which `release_json` (the JSON bytes of a [`Release`]) names in this order.
+    pub fn seal(self, release_json: &[u8], keys: &[&Secret<32>]) -> Result<Vec<u8>, BundleError> {
+        let release = parse(release_json)?;
+        if keys.len() != release.keys.len() {
+            return Err(BundleError::Count);
+        }
+        let info = info(&release);
+        let mut plain = SecretBuf::with_len(32 * keys.len())?;
+        for (place, key) in plain.expose_mut().chunks_exact_mut(32).zip(keys) {
+            place.copy_from_slice(key.expose());
+        }
+        let inner = self.inner.seal(info.as_bytes(), release_json, plain.expose()).map_err(layer("inner"))?;
+        self.outer.seal(info.as_bytes(), release_json, &inner).map_err(layer("outer"))
     }
-    let inner = hpke::seal_p256(&wrap_point, info.as_bytes(), release_json, plain.expose()).map_err(layer("inner"))?;
-    hpke::seal_x25519(bundle_key, info.as_bytes(), release_json, &inner).map_err(layer("outer"))
 }
 
 /// Opens the outer layer of `sealed`. What is inside opens only with the TPM's help: see [`OuterOpened`].
@@ -184,6 +192,10 @@ mod tests {
 
     fn release() -> Release {
         Release { keys: vec![KeyName::VmFile(policy::KeyId(1)), KeyName::Volume(0)], ..testing::release() }
+    }
+
+    fn seal(json: &[u8], keys: &[&Secret<32>], bundle_key: &[u8; 32], wrap: &Public) -> Result<Vec<u8>, BundleError> {
+        Sealer::new(bundle_key, wrap)?.seal(json, keys)
     }
 
     fn json(release: &Release) -> Vec<u8> {

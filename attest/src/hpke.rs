@@ -68,12 +68,57 @@ impl X25519Key {
     }
 }
 
+/// One side of a message under way: a secret shared with the recipient's public key, which depends on nothing that is sealed and so
+/// may be made ahead. It seals once.
+pub struct Sender {
+    kem: Kem,
+    shared: Secret<32>,
+    enc: Vec<u8>,
+}
+
+impl Sender {
+    /// To an X25519 public key.
+    ///
+    /// # Errors
+    /// `PublicKey`, `Memory`.
+    pub fn x25519(peer: &[u8; X25519_ENC]) -> Result<Self, HpkeError> {
+        let ephemeral = X25519Key::generate()?;
+        let dh = ephemeral.agree(peer)?.ok_or(HpkeError::PublicKey)?;
+        let shared = Kem::X25519.shared_secret(&dh, ephemeral.public(), peer)?;
+        Ok(Self { kem: Kem::X25519, shared, enc: ephemeral.public().to_vec() })
+    }
+
+    /// To a P-256 public key, an uncompressed point.
+    ///
+    /// # Errors
+    /// `PublicKey`, `Memory`.
+    pub fn p256(peer: &[u8; P256_ENC]) -> Result<Self, HpkeError> {
+        let failed = |_| HpkeError::PublicKey;
+        let ephemeral = PrivateKey::generate(&ECDH_P256).map_err(failed)?;
+        let public = ephemeral.compute_public_key().map_err(failed)?;
+        let dh = agree(&ephemeral, UnparsedPublicKey::new(&ECDH_P256, peer), HpkeError::PublicKey, |x| {
+            let x: &[u8; 32] = x.try_into().map_err(|_| HpkeError::PublicKey)?;
+            Ok(Secret::copy_of(x)?)
+        })?;
+        let shared = Kem::P256.shared_secret(&dh, public.as_ref(), peer)?;
+        Ok(Self { kem: Kem::P256, shared, enc: public.as_ref().to_vec() })
+    }
+
+    /// Seals `plaintext` (1 byte to 1 MiB).
+    ///
+    /// # Errors
+    /// `Memory`.
+    pub fn seal(self, info: &[u8], aad: &[u8], plaintext: &[u8]) -> Result<Vec<u8>, HpkeError> {
+        let (key, nonce) = key_schedule(self.kem, AEAD_AES_256_GCM, 32, &self.shared, info)?;
+        let mut text = SecretBuf::copy_of(plaintext)?;
+        let tag = Cipher::new(key.expose())?.seal(&nonce, aad, text.expose_mut()).map_err(|_| HpkeError::Tampered)?;
+        Ok([&self.enc, text.expose(), &tag].concat())
+    }
+}
+
 /// Seals `plaintext` (1 byte to 1 MiB) to an X25519 public key.
-pub fn seal_x25519(peer: &[u8; 32], info: &[u8], aad: &[u8], plaintext: &[u8]) -> Result<Vec<u8>, HpkeError> {
-    let ephemeral = X25519Key::generate()?;
-    let dh = ephemeral.agree(peer)?.ok_or(HpkeError::PublicKey)?;
-    let shared = Kem::X25519.shared_secret(&dh, ephemeral.public(), peer)?;
-    seal(Kem::X25519, &shared, ephemeral.public(), info, aad, plaintext)
+pub fn seal_x25519(peer: &[u8; X25519_ENC], info: &[u8], aad: &[u8], plaintext: &[u8]) -> Result<Vec<u8>, HpkeError> {
+    Sender::x25519(peer)?.seal(info, aad, plaintext)
 }
 
 /// Opens what [`seal_x25519`] sealed.
@@ -86,16 +131,7 @@ pub fn open_x25519(key: &X25519Key, info: &[u8], aad: &[u8], sealed: &[u8]) -> R
 
 /// Seals `plaintext` (1 byte to 1 MiB) to a P-256 public key, an uncompressed point.
 pub fn seal_p256(peer: &[u8; P256_ENC], info: &[u8], aad: &[u8], plaintext: &[u8]) -> Result<Vec<u8>, HpkeError> {
-    let failed = |_| HpkeError::PublicKey;
-    let ephemeral = PrivateKey::generate(&ECDH_P256).map_err(failed)?;
-    let public = ephemeral.compute_public_key().map_err(failed)?;
-    let enc: [u8; P256_ENC] = public.as_ref().try_into().map_err(|_| HpkeError::PublicKey)?;
-    let dh = agree(&ephemeral, UnparsedPublicKey::new(&ECDH_P256, peer), HpkeError::PublicKey, |x| {
-        let x: &[u8; 32] = x.try_into().map_err(|_| HpkeError::PublicKey)?;
-        Ok(Secret::copy_of(x)?)
-    })?;
-    let shared = Kem::P256.shared_secret(&dh, &enc, peer)?;
-    seal(Kem::P256, &shared, &enc, info, aad, plaintext)
+    Sender::p256(peer)?.seal(info, aad, plaintext)
 }
 
 /// The encapsulation at the head of what [`seal_p256`] sealed: an uncompressed point on the curve, checked, so that it may
@@ -175,20 +211,6 @@ fn labeled_expand(
     length: u16,
 ) -> Result<Secret<32>, SecretError> {
     aead::expand(key, &[&length.to_be_bytes(), b"HPKE-v1", suite, label, info])
-}
-
-fn seal(
-    kem: Kem,
-    shared: &Secret<32>,
-    enc: &[u8],
-    info: &[u8],
-    aad: &[u8],
-    plaintext: &[u8],
-) -> Result<Vec<u8>, HpkeError> {
-    let (key, nonce) = key_schedule(kem, AEAD_AES_256_GCM, 32, shared, info)?;
-    let mut text = SecretBuf::copy_of(plaintext)?;
-    let tag = Cipher::new(key.expose())?.seal(&nonce, aad, text.expose_mut()).map_err(|_| HpkeError::Tampered)?;
-    Ok([enc, text.expose(), &tag].concat())
 }
 
 fn open(kem: Kem, shared: &Secret<32>, info: &[u8], aad: &[u8], sealed: &[u8]) -> Result<SecretBuf, HpkeError> {

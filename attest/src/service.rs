@@ -9,7 +9,7 @@ pub mod client;
 pub mod frame;
 pub mod start;
 
-pub use client::{Client, ControlClient, ServiceError};
+pub use client::{Client, ControlClient, Registering, ServiceError};
 pub use start::{StartError, spawn_or_join, spawn_or_join_with};
 
 use policy::{AttestationId, Base64Url, CustomerId, Digest, HostId, Nonce, VmId};

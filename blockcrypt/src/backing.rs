@@ -11,6 +11,7 @@ use crate::tree::Missing;
 use crate::{Events, Store, VolumeError};
 use policy::VolumeId;
 use secretmem::wiping_stack;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, PoisonError, RwLock};
 
 pub(crate) struct Backing {
@@ -19,6 +20,8 @@ pub(crate) struct Backing {
     pub(crate) uuid: VolumeId,
     pub(crate) events: Arc<dyn Events>,
     keys: RwLock<Option<KeyRing>>,
+    /// Whether anything was written through this. Until then there is nothing to make durable.
+    written: AtomicBool,
 }
 
 impl Backing {
@@ -29,7 +32,8 @@ impl Backing {
         keys: KeyRing,
         events: Arc<dyn Events>,
     ) -> Self {
-        Self { store, geometry: RwLock::new(geometry), uuid, events, keys: RwLock::new(Some(keys)) }
+        let (geometry, keys) = (RwLock::new(geometry), RwLock::new(Some(keys)));
+        Self { store, geometry, uuid, events, keys, written: AtomicBool::new(false) }
     }
 
     /// Where things lie, now: a volume may grow.
@@ -82,11 +86,22 @@ impl Backing {
         self.store.read_at(buffer, first * BLOCK as u64).map_err(VolumeError::store("read"))
     }
 
+    /// Fills several runs of blocks, each from the offset of its first in the store.
+    pub(crate) fn read_runs(&self, runs: &mut [(u64, &mut [u8])]) -> Result<(), VolumeError> {
+        self.store.read_many_at(runs).map_err(VolumeError::store("read"))
+    }
+
     pub(crate) fn write_blocks(&self, first: u64, bytes: &[u8]) -> Result<(), VolumeError> {
+        // Before the write, so that nobody who knows of it finds this unset.
+        self.written.store(true, Ordering::Release);
         self.store.write_at(bytes, first * BLOCK as u64).map_err(VolumeError::store("write"))
     }
 
+    /// Returns when everything that was written through this is durable.
     pub(crate) fn sync(&self) -> Result<(), VolumeError> {
+        if !self.written.load(Ordering::Acquire) {
+            return Ok(());
+        }
         self.store.sync_data().map_err(VolumeError::store("make writes durable"))
     }
 

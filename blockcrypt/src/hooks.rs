@@ -5,7 +5,7 @@ use policy::VolumeAnchor;
 
 /// Keeps anchors at the key provider.
 ///
-/// Called from the volume's own thread, from FLUSH in mode `flush`, from `open` and from `close`, one call at a time and in
+/// Called from the volume's own thread, from FLUSH in mode `flush`, from `open`, `rewrap` and `close`, one call at a time and in
 /// order; never while the volume holds a lock that [`wipe_keys`](crate::Volume::wipe_keys) needs.
 pub trait Anchors: Send + Sync {
     /// Returns when the provider has `anchor` durably. May block for as long as it takes.

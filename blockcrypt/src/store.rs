@@ -1,9 +1,15 @@
 //! Where a volume lies: bytes at offsets, hostile as far as the engine is concerned.
 
 use crate::VolumeError;
-use rustix::fs::{FallocateFlags, FileType, FlockOperation};
+use rustix::fs::{
+    Advice, AtFlags, FallocateFlags, FileType, FlockOperation, OFlags, StatxFlags, fadvise, fcntl_getfl, fcntl_setfl,
+    statx,
+};
+use rustix::io::{ReadWriteFlags, preadv2};
+use std::cell::Cell;
 use std::fs::File;
-use std::io;
+use std::io::{self, IoSliceMut};
+use std::num::NonZeroU64;
 use std::os::unix::fs::FileExt;
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -19,6 +25,12 @@ pub trait Store: Send + Sync {
 
     /// Fills `buffer` from `offset`; an error where the store ends before.
     fn read_at(&self, buffer: &mut [u8], offset: u64) -> io::Result<()>;
+
+    /// Fills several buffers, each from its offset; an error where one can't be filled. What has to be fetched is fetched at the same
+    /// time, where the store can do that.
+    fn read_many_at(&self, parts: &mut [(u64, &mut [u8])]) -> io::Result<()> {
+        parts.iter_mut().try_for_each(|(offset, buffer)| self.read_at(buffer, *offset))
+    }
 
     /// Writes all of `bytes` at `offset`. Durable only after [`sync_data`](Self::sync_data).
     fn write_at(&self, bytes: &[u8], offset: u64) -> io::Result<()>;
@@ -50,6 +62,9 @@ impl<S: Store + ?Sized> Store for Arc<S> {
     fn read_at(&self, buffer: &mut [u8], offset: u64) -> io::Result<()> {
         (**self).read_at(buffer, offset)
     }
+    fn read_many_at(&self, parts: &mut [(u64, &mut [u8])]) -> io::Result<()> {
+        (**self).read_many_at(parts)
+    }
     fn write_at(&self, bytes: &[u8], offset: u64) -> io::Result<()> {
         (**self).write_at(bytes, offset)
     }
@@ -70,11 +85,23 @@ impl<S: Store + ?Sized> Store for Arc<S> {
 /// A file or a block device, locked with flock(2) for as long as this lives: for writing by one process, for reading by
 /// several.
 ///
-/// System calls after the constructor: fstat, lseek, pread64, pwrite64, fdatasync, fallocate; and ftruncate where a volume is
-/// created.
+/// System calls after the constructor: fstat, lseek, pread64, preadv2, fadvise64, pwrite64, fdatasync, fallocate; and ftruncate
+/// where a volume is created.
 pub struct FileStore {
     file: File,
     device: bool,
+    /// Past the page cache.
+    direct: bool,
+}
+
+/// What O_DIRECT may ask for at most: that buffers in memory, offsets and lengths are multiples of this.
+const ALIGN: usize = 4096;
+/// Bytes that a buffer which lies badly is copied through at a time.
+const BOUNCE: usize = 256 << 10;
+
+thread_local! {
+    /// Where they are copied.
+    static BOUNCED: Cell<Vec<u8>> = const { Cell::new(Vec::new()) };
 }
 
 impl FileStore {
@@ -88,6 +115,29 @@ impl FileStore {
         Self::locked(file, FlockOperation::NonBlockingLockShared)
     }
 
+    /// Reads and writes past the page cache from now on (O_DIRECT): each waits for the device, and what is read is what the device
+    /// holds now, whoever else writes to it. [`VolumeError::Store`] where the file system or device can't do that for blocks of
+    /// 4096 bytes. Buffers that begin at multiples of 4096 bytes are not copied.
+    pub fn direct(self) -> Result<Self, VolumeError> {
+        let refused = |e: rustix::io::Errno| VolumeError::Store("be used past the page cache (O_DIRECT)", e.into());
+        let flags = fcntl_getfl(&self.file).map_err(refused)?;
+        fcntl_setfl(&self.file, flags | OFlags::DIRECT).map_err(refused)?;
+        let known = statx(&self.file, c"", AtFlags::EMPTY_PATH, StatxFlags::DIOALIGN).map_err(refused)?;
+        // Kernels before 6.1 don't say.
+        if known.stx_mask & StatxFlags::DIOALIGN.bits() != 0 {
+            let (memory, offset) = (known.stx_dio_mem_align as usize, known.stx_dio_offset_align as usize);
+            if offset == 0 || !ALIGN.is_multiple_of(offset) || memory == 0 || !ALIGN.is_multiple_of(memory) {
+                return Err(refused(rustix::io::Errno::OPNOTSUPP));
+            }
+        }
+        Ok(Self { direct: true, ..self })
+    }
+
+    /// Whether a transfer must go through memory that lies better.
+    fn bounces(&self, buffer: &[u8]) -> bool {
+        self.direct && buffer.as_ptr().align_offset(ALIGN) != 0
+    }
+
     fn locked(file: File, how: FlockOperation) -> Result<Self, VolumeError> {
         let kind = rustix::fs::fstat(&file).map_err(|e| VolumeError::Store("say what it is", e.into()))?.st_mode;
         let device = match FileType::from_raw_mode(kind) {
@@ -96,10 +146,19 @@ impl FileStore {
             _ => return Err(VolumeError::NotAVolume),
         };
         match rustix::fs::flock(&file, how) {
-            Ok(()) => Ok(Self { file, device }),
+            Ok(()) => Ok(Self { file, device, direct: false }),
             Err(rustix::io::Errno::WOULDBLOCK) => Err(VolumeError::Busy),
             Err(e) => Err(VolumeError::Store("be locked", e.into())),
         }
+    }
+}
+
+impl FileStore {
+    /// Whether all of it was there without waiting.
+    fn read_cached(&self, buffer: &mut [u8], offset: u64) -> bool {
+        let length = buffer.len();
+        let read = preadv2(&self.file, &mut [IoSliceMut::new(buffer)], offset, ReadWriteFlags::NOWAIT);
+        read.is_ok_and(|read| read == length)
     }
 }
 
@@ -113,11 +172,52 @@ impl Store for FileStore {
     }
 
     fn read_at(&self, buffer: &mut [u8], offset: u64) -> io::Result<()> {
-        self.file.read_exact_at(buffer, offset)
+        if !self.bounces(buffer) {
+            return self.file.read_exact_at(buffer, offset);
+        }
+        bounced(|room| {
+            for (at, piece) in (offset..).step_by(BOUNCE).zip(buffer.chunks_mut(BOUNCE)) {
+                let room = &mut room[..piece.len()];
+                self.file.read_exact_at(room, at)?;
+                piece.copy_from_slice(room);
+            }
+            Ok(())
+        })
+    }
+
+    /// What the kernel has is taken at once. The rest it is told of before the first of them is waited for, so that the device has all
+    /// of them in hand together.
+    fn read_many_at(&self, parts: &mut [(u64, &mut [u8])]) -> io::Result<()> {
+        if parts.len() == 1 || self.direct {
+            return parts.iter_mut().try_for_each(|(offset, buffer)| self.read_at(buffer, *offset));
+        }
+        let mut missing = Vec::new();
+        for (offset, buffer) in parts {
+            if !self.read_cached(buffer, *offset) {
+                missing.push((*offset, &mut **buffer));
+            }
+        }
+        if missing.len() > 1 {
+            for (offset, buffer) in &missing {
+                // Advice: whoever does not take it reads one after the other.
+                let _ = fadvise(&self.file, *offset, NonZeroU64::new(buffer.len() as u64), Advice::WillNeed);
+            }
+        }
+        missing.iter_mut().try_for_each(|(offset, buffer)| self.read_at(buffer, *offset))
     }
 
     fn write_at(&self, bytes: &[u8], offset: u64) -> io::Result<()> {
-        self.file.write_all_at(bytes, offset)
+        if !self.bounces(bytes) {
+            return self.file.write_all_at(bytes, offset);
+        }
+        bounced(|room| {
+            for (at, piece) in (offset..).step_by(BOUNCE).zip(bytes.chunks(BOUNCE)) {
+                let room = &mut room[..piece.len()];
+                room.copy_from_slice(piece);
+                self.file.write_all_at(room, at)?;
+            }
+            Ok(())
+        })
     }
 
     fn sync_data(&self) -> io::Result<()> {
@@ -150,6 +250,16 @@ impl Store for FileStore {
             other => Ok(other?),
         }
     }
+}
+
+/// Gives `f` [`BOUNCE`] bytes of memory that begin where O_DIRECT wants them.
+fn bounced(f: impl FnOnce(&mut [u8]) -> io::Result<()>) -> io::Result<()> {
+    let mut memory = BOUNCED.take();
+    memory.resize(BOUNCE + ALIGN, 0);
+    let start = memory.as_ptr().align_offset(ALIGN).min(ALIGN);
+    let done = f(&mut memory[start..start + BOUNCE]);
+    BOUNCED.set(memory);
+    done
 }
 
 /// Bytes in memory, gone with it: for tests.
@@ -225,6 +335,54 @@ mod tests {
         assert!(matches!(FileStore::exclusive(open()), Err(VolumeError::Busy)));
         drop((reader, second));
         FileStore::exclusive(open()).expect("free again");
+    }
+
+    /// On whatever disk the working folder is.
+    #[test]
+    fn past_the_page_cache_buffers_may_lie_anywhere() {
+        let file = tempfile::tempfile_in(".").expect("a file");
+        file.set_len(1 << 20).expect("room");
+        let store = match FileStore::exclusive(file).expect("free").direct() {
+            Ok(store) => store,
+            Err(error) => return assert!(matches!(error, VolumeError::Store(..)), "{error}"),
+        };
+        assert!(fcntl_getfl(&store.file).expect("flags").contains(OFlags::DIRECT));
+        let bytes: Vec<u8> = (0..3 * BOUNCE + 4096).map(|i| (i / 5) as u8).collect();
+        for shift in [0, 1, 512] {
+            let mut space = vec![0; bytes.len() + 2 * ALIGN];
+            let start = space.as_ptr().align_offset(ALIGN) + shift;
+            space[start..start + bytes.len()].copy_from_slice(&bytes);
+            store.write_at(&space[start..start + bytes.len()], 8192).expect("written");
+            space.fill(0);
+            store.read_at(&mut space[start..start + bytes.len()], 8192).expect("read");
+            assert!(space[start..start + bytes.len()] == bytes, "{shift}");
+            let (one, two) = space.split_at_mut(start + 4096);
+            let mut parts: [(u64, &mut [u8]); 2] = [(8192 + 4096, &mut one[start..]), (8192, &mut two[..4096])];
+            store.read_many_at(&mut parts).expect("read");
+            assert!(one[start..] == bytes[4096..8192] && two[..4096] == bytes[..4096]);
+        }
+        store.sync_data().expect("synced");
+    }
+
+    #[test]
+    fn several_parts_are_read_as_each_alone_and_an_end_is_an_error() {
+        let file = tempfile::tempfile().expect("a file");
+        let bytes: Vec<u8> = (0..64 * 1024_u32).map(|i| (i / 7) as u8).collect();
+        file.write_all_at(&bytes, 0).expect("room");
+        file.sync_all().expect("synced");
+        let store = FileStore::exclusive(file).expect("free");
+        for forget in [false, true] {
+            if forget {
+                fadvise(&store.file, 0, None, Advice::DontNeed).expect("advice");
+            }
+            let mut found = vec![0; 3 * 4096];
+            let mut parts: Vec<(u64, &mut [u8])> =
+                [8192, 60 * 1024, 0].into_iter().zip(found.chunks_mut(4096)).collect();
+            store.read_many_at(&mut parts).expect("read");
+            assert!(found == [&bytes[8192..12288], &bytes[60 * 1024..], &bytes[..4096]].concat());
+            let mut parts: Vec<(u64, &mut [u8])> = [0, 62 * 1024].into_iter().zip(found.chunks_mut(4096)).collect();
+            assert!(store.read_many_at(&mut parts).is_err());
+        }
     }
 
     #[test]

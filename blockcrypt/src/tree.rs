@@ -9,7 +9,7 @@ use crate::format::page::{CHILDREN, Child, Header, Tree, child, set_child};
 use crate::format::{Block, zero_block};
 use policy::KeyId;
 use std::collections::{BTreeSet, HashMap};
-use std::hash::{Hash, Hasher};
+use std::hash::{BuildHasher, Hash, Hasher, RandomState};
 
 /// Fewest clean pages kept, whatever the bound: what one operation needs at once.
 const FEWEST: usize = 512;
@@ -30,6 +30,41 @@ pub(crate) struct PageId {
 impl Hash for PageId {
     fn hash<H: Hasher>(&self, state: &mut H) {
         state.write_u64(self.index << 8 | u64::from(self.level) << 1 | u64::from(self.tree == Tree::Map));
+    }
+}
+
+/// A hash of one word that costs a multiplication: pages are looked up so often that SipHash took a twentieth of a write's time. Its
+/// seed is a secret, so that no guest can choose blocks whose pages collide.
+#[derive(Clone, Copy)]
+struct Mixed(u64);
+
+impl Mixed {
+    fn seeded() -> Self {
+        Self(RandomState::new().hash_one(0))
+    }
+}
+
+impl BuildHasher for Mixed {
+    type Hasher = Self;
+
+    fn build_hasher(&self) -> Self {
+        *self
+    }
+}
+
+impl Hasher for Mixed {
+    fn write(&mut self, bytes: &[u8]) {
+        bytes.iter().for_each(|byte| self.write_u64(u64::from(*byte)));
+    }
+
+    fn write_u64(&mut self, word: u64) {
+        // An odd number with no pattern: 2^64 by the golden ratio.
+        let product = u128::from(word ^ self.0) * 0x9e37_79b9_7f4a_7c15;
+        self.0 = product as u64 ^ (product >> 64) as u64;
+    }
+
+    fn finish(&self) -> u64 {
+        self.0
     }
 }
 
@@ -54,7 +89,7 @@ pub(crate) struct Page {
     pub(crate) birth: u64,
     /// The key that authenticates it.
     pub(crate) key: KeyId,
-    /// Newer than its durable version, and than what a checkpoint is writing.
+    /// Newer than its durable version, and than what a checkpoint is writing: one of the forest's dirty pages.
     dirty: bool,
     /// A checkpoint is writing it.
     pinned: bool,
@@ -85,7 +120,7 @@ impl From<VolumeError> for Halt {
 
 /// Both trees.
 pub(crate) struct Forest {
-    pages: HashMap<PageId, Page>,
+    pages: HashMap<PageId, Page, Mixed>,
     map: Root,
     free: Root,
     dirty: BTreeSet<PageId>,
@@ -105,7 +140,7 @@ pub(crate) struct Root {
 impl Forest {
     /// Trees of which at most `bound` clean pages are kept.
     pub(crate) fn new(map: Root, free: Root, bound: usize) -> Self {
-        let pages = HashMap::new();
+        let pages = HashMap::with_hasher(Mixed::seeded());
         Self { pages, map, free, dirty: BTreeSet::new(), pinned: BTreeSet::new(), clock: 0, bound: bound.max(FEWEST) }
     }
 
@@ -157,9 +192,11 @@ impl Forest {
     /// The page, to be written: it is dirty from now on.
     pub(crate) fn page_mut(&mut self, id: PageId) -> Result<&mut Page, Halt> {
         self.load(id)?;
-        self.dirty.insert(id);
         let page = self.pages.get_mut(&id).ok_or(VolumeError::System("page just loaded"))?;
-        page.dirty = true;
+        if !page.dirty {
+            page.dirty = true;
+            self.dirty.insert(id);
+        }
         Ok(page)
     }
 

@@ -1,6 +1,8 @@
 //! `fealty-host`: see the library.
 #![allow(unsafe_code)]
 
+mod openssl;
+
 use clap::Parser;
 use std::process::ExitCode;
 

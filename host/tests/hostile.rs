@@ -1,7 +1,7 @@
 //! Clients that misbehave, and TPMs that do.
 mod common;
 
-use attest::service::{Answer, ControlRequest, VmRequest, frame};
+use attest::service::{Answer, ControlRequest, Registering, VmRequest, frame};
 use common::{Host, LIMIT, Sleeper, pidfd, quote, refused};
 use fealty_tests::process::{Background, run};
 use policy::Digest;
@@ -20,7 +20,10 @@ fn raw_vm(host: &Host, process: &Sleeper) -> UnixStream {
     let (ours, theirs) = UnixStream::pair().expect("a pair");
     let (customer, vm) = ("acme".parse().expect("a label"), "raw".parse().expect("a label"));
     let file = Digest::of(b"file");
-    host.control().register(&customer, &vm, file, theirs.as_fd(), pidfd(process).as_fd()).expect("registered");
+    host.control()
+        .register(&customer, &vm, file, theirs.as_fd(), pidfd(process).as_fd())
+        .and_then(Registering::done)
+        .expect("registered");
     ours.set_read_timeout(Some(LIMIT)).expect("set");
     ours
 }
@@ -132,7 +135,7 @@ fn registration_takes_a_socket_and_a_pidfd() {
     let file = Digest::of(b"");
     let pairs = [(null.as_fd(), pid.as_fd()), (socket.as_fd(), null.as_fd()), (pid.as_fd(), socket.as_fd())];
     for (first, second) in pairs {
-        refused(host.control().register(&customer, &vm, file, first, second));
+        refused(host.control().register(&customer, &vm, file, first, second).and_then(Registering::done));
     }
     // Without descriptors at all.
     let mut stream = UnixStream::connect(host.socket()).expect("connects");

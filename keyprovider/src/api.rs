@@ -17,7 +17,9 @@
 //! GET  /v1/customers/{customer}/volumes                  POST …/volumes
 //! POST /v1/customers/{customer}/volumes/{name}/sessions  the volume's key, for a while
 //! PUT  …/volumes/{name}/sessions/{session}/anchor        POST …/{session}/events, …/{session}/renew
-//! POST …/volumes/{name}/sessions/{session}/end
+//! POST …/volumes/{name}/sessions/{session}/operations    is it permitted? POST …/{session}/outcome: how it ended
+//! PUT  …/volumes/{name}/sessions/{session}/size          POST …/volumes/{name}/sessions/{session}/end
+//! POST /v1/customers/{customer}/volumes/{name}/retire    its keys are destroyed, without its file
 //! POST /v1/customers/{customer}/volumes/{name}/confirm   after a restore: this anchor is right
 //! GET  /v1/customers/{customer}/streams                  core dumps; POST …/streams/{key}/open: the key of one
 //! GET  /v1/clouds                                        POST /v1/clouds
@@ -30,7 +32,7 @@ use crate::store::inventory::CloudKind;
 use crate::store::people::Role;
 use crate::store::vms::FileDisk;
 use policy::config::TrustRoots;
-use policy::disk::VolumeGrant;
+use policy::disk::{VolumeGrant, VolumeRequest};
 use policy::{
     Base64Url, CloudId, CustomerId, Digest, HostId, InstanceNumber, KeyId, OpenNumber, ReferenceValues, VmId,
     VolumeAnchor, VolumeId,
@@ -286,6 +288,12 @@ pub struct VolumeView {
     pub held_by: Option<String>,
     /// Whether an administrator has to confirm the anchor first.
     pub unconfirmed: bool,
+    /// Its size in bytes, as the customer's tool last said.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub size: Option<u64>,
+    /// Whether its keys are retired: nobody can read it any more.
+    #[serde(default)]
+    pub retired: bool,
 }
 
 /// A session of the tool with a volume.
@@ -300,6 +308,56 @@ pub struct SessionView {
     pub key: SealedKey,
     /// Seconds until the session ends by itself, unless it is renewed.
     pub seconds: u32,
+    /// The volume's size in bytes, as the customer's tool last said.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub size: Option<u64>,
+}
+
+/// Asks whether an operation is permitted.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct SessionOperation {
+    /// The operation.
+    pub request: VolumeRequest,
+    /// What a key that comes with the permission is sealed to.
+    pub key: KeyRequest,
+}
+
+/// It is; and what comes with it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+pub enum SessionPermit {
+    /// Nothing.
+    Plain,
+    /// For a rekey: the key id for new writes.
+    Key(KeyId),
+    /// For a rewrap: the next key-encryption key, sealed as the session's was.
+    Kek(SealedKey),
+    /// For a clone: a session with it.
+    Clone {
+        /// What the customer calls it.
+        name: String,
+        /// The session.
+        session: Box<SessionView>,
+    },
+}
+
+/// How a permitted operation ended.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct SessionOutcome {
+    /// Whether it was done.
+    pub done: bool,
+    /// One line, at most 512 bytes.
+    pub detail: String,
+}
+
+/// A volume's size.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct SessionSize {
+    /// In bytes.
+    pub bytes: u64,
 }
 
 /// A newer anchor.

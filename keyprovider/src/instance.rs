@@ -8,7 +8,7 @@ use crate::server::gate::Caller;
 use crate::server::problem::Refusal;
 use crate::store::audit::{Draft, append};
 use crate::store::vms::{self, Instance};
-use crate::store::volumes::{self, Holder, HolderKind};
+use crate::store::volumes::{self, Holder, HolderKind, Volume};
 use attest::protocol::{AnchorUpdate, ProblemType};
 use axum::extract::State;
 use axum::http::StatusCode;
@@ -113,7 +113,7 @@ pub async fn keep_anchor(
 ) -> Result<(), Refusal> {
     let id = anchor.volume();
     let held = || Refusal::new(ProblemType::VolumeHeld, format!("volume {id} is not held by this client"));
-    let volume = volumes::by_id(c, customer, &id).await?.ok_or_else(held)?;
+    let volume = volumes::by_id(c, customer, &id).await?.filter(|v| !v.retired).ok_or_else(held)?;
     let holder = volumes::holder(c, &id).await?;
     let Some(holder) = holder.filter(|h| h.kind == *kind) else {
         // An answer to a closing anchor can get lost: the same anchor again is no harm.
@@ -121,7 +121,7 @@ pub async fn keep_anchor(
     };
     check_step(&volume.anchor, anchor, &holder)?;
     let opened = volume.anchor.as_ref().is_none_or(|old| old.writer() != anchor.writer());
-    volumes::set_anchor(c, &id, anchor).await?;
+    move_anchor(c, &volume, anchor, &draft, now_us).await?;
     if closed {
         volumes::free(c, &id).await?;
     }
@@ -132,6 +132,33 @@ pub async fn keep_anchor(
             .detail("open_number", anchor.writer())
             .detail("anchor", policy::Base64Url::from(&anchor.as_bytes()[..]));
         append(c, now_us, draft).await?;
+    }
+    Ok(())
+}
+
+/// Keeps an anchor that was found to be a later one. The first that names the key-encryption key of a rewrap puts that in the
+/// place of the one before.
+pub async fn move_anchor(
+    c: &mut SqliteConnection,
+    volume: &Volume,
+    anchor: &VolumeAnchor,
+    draft: &Draft,
+    now_us: u64,
+) -> Result<(), Refusal> {
+    let next = volume.next_kek.as_ref().map(|(id, _)| *id);
+    let rewrapped = match anchor.kek_id() {
+        Some(kek) if kek != volume.kek_id && Some(kek) == next => Some(kek),
+        Some(kek) if kek != volume.kek_id => {
+            let why = format!("the anchor's key slots are wrapped under key {kek}, which this provider does not have");
+            return Err(Refusal::new(ProblemType::AnchorBackward, why).hint("restore a newer backup of the provider"));
+        }
+        _ => None,
+    };
+    volumes::set_anchor(c, &volume.id, anchor).await?;
+    if let Some(kek) = rewrapped {
+        volumes::end_rewrap(c, &volume.id).await?;
+        let draft = draft.clone().kind(AuditKind::VolumeRewrapped).volume(volume.id);
+        append(c, now_us, draft.detail("old_kek", volume.kek_id).detail("kek", kek)).await?;
     }
     Ok(())
 }

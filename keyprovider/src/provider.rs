@@ -371,6 +371,7 @@ mod tests {
             file: Digest([4; 32]),
             started_us: 1_000_000,
             lease_end_us,
+            lease_us: 600_000_000,
             ended: false,
             revoked: false,
             report_sequence: 0,
@@ -401,17 +402,20 @@ mod tests {
             next_open: 1,
             anchor: None,
             unconfirmed: false,
+            size: None,
+            retired: false,
+            rekey: None,
+            next_kek: None,
         };
         volumes::create(&mut tx, &volume, SECOND).await.expect("created");
         for (vm, end_us) in [(&live, 700 * SECOND), (&dead, 50 * SECOND)] {
             let instance = instance(acme, vm, end_us);
             vms::create(&mut tx, acme, vm, instance.number).await.expect("created");
             vms::add_instance(&mut tx, &instance).await.expect("added");
-            vms::keep_lease(&mut tx, &instance, 600 * SECOND).await.expect("kept");
         }
         let kind = HolderKind::Instance(live.clone(), InstanceNumber::try_from(1).expect("a number"));
         let open_number = OpenNumber::try_from(1).expect("a number");
-        let holder = Holder { kind, client_key: Digest([1; 32]), open_number, until_us: 700 * SECOND };
+        let holder = Holder { kind, client_key: Digest([1; 32]), open_number, until_us: 700 * SECOND, operation: None };
         volumes::hold(&mut tx, &volume.id, &holder).await.expect("held");
         append(&mut tx, 100 * SECOND, Draft::new(acme, Actor::Provider, AuditKind::Report)).await.expect("logged");
         tx.commit().await.expect("committed");

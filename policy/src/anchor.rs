@@ -2,7 +2,7 @@
 //! the volume engine an anchor is ordered bytes.
 
 use crate::encoding::Base64Url;
-use crate::id::{OpenNumber, VolumeId};
+use crate::id::{KeyId, OpenNumber, VolumeId};
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
 /// How fresh a volume's anchor is kept at the provider.
@@ -22,9 +22,12 @@ pub enum AnchorMode {
 ///
 /// ```text
 /// offset 0        1      4     20        24     32             40             72         104     112       120
-///        version  zero   UUID  writer    epoch  log sequence   log chain MAC  root MAC   key id  reserved
-///        1 byte   3      16    u32 BE    u64   u64 BE          32             32         u64 BE  8, zero
+///        version  zero   UUID  writer    epoch  log sequence   log chain MAC  root MAC   key id  KEK id
+///        1 byte   3      16    u32 BE    u64   u64 BE          32             32         u64 BE  u64 BE, 0: not said
 /// ```
+///
+/// The KEK is the key-encryption key that opens the key slots of this state: the first anchor that names another one than the one
+/// before is what tells the provider that the slots are rewrapped.
 #[derive(Clone, PartialEq, Eq)]
 pub struct VolumeAnchor([u8; VolumeAnchor::LENGTH]);
 
@@ -54,7 +57,7 @@ impl VolumeAnchor {
     pub fn from_bytes(bytes: &[u8]) -> Result<Self, AnchorError> {
         let bytes: [u8; Self::LENGTH] = bytes.try_into().map_err(|_| AnchorError)?;
         let anchor = Self(bytes);
-        let padding = bytes[1..4].iter().chain(&bytes[112..]).all(|b| *b == 0);
+        let padding = bytes[1..4].iter().all(|b| *b == 0);
         if bytes[0] != 1 || !padding || anchor.writer_raw().is_none() {
             return Err(AnchorError);
         }
@@ -74,6 +77,16 @@ impl VolumeAnchor {
     /// The open number under which the state was written.
     pub fn writer(&self) -> OpenNumber {
         self.writer_raw().expect("checked when the anchor was made")
+    }
+
+    /// The key id under which new blocks of the state are sealed.
+    pub fn key_id(&self) -> KeyId {
+        KeyId(u64::from_be_bytes(self.field(104)))
+    }
+
+    /// The key-encryption key that opens the state's key slots, where the anchor says so.
+    pub fn kek_id(&self) -> Option<KeyId> {
+        Some(KeyId(u64::from_be_bytes(self.field(112)))).filter(|id| id.0 != 0)
     }
 
     fn writer_raw(&self) -> Option<OpenNumber> {
@@ -143,10 +156,20 @@ mod tests {
     }
 
     #[test]
+    fn an_anchor_names_its_keys() {
+        let mut bytes = *anchor(1, 0, 0, 0).as_bytes();
+        bytes[111] = 7;
+        let read = |bytes: &[u8]| VolumeAnchor::from_bytes(bytes).map(|a| (a.key_id(), a.kek_id()));
+        assert_eq!(read(&bytes), Ok((KeyId(7), None)));
+        bytes[112] = 1;
+        assert_eq!(read(&bytes), Ok((KeyId(7), Some(KeyId(1 << 56)))));
+    }
+
+    #[test]
     fn what_is_no_anchor_is_refused() {
         let good = *anchor(1, 0, 0, 0).as_bytes();
         assert!(VolumeAnchor::from_bytes(&good[1..]).is_err());
-        for at in [0, 1, 23, 112] {
+        for at in [0, 1, 23] {
             let mut bad = good;
             bad[at] ^= 1;
             assert!(VolumeAnchor::from_bytes(&bad).is_err(), "{at}");

@@ -89,6 +89,12 @@ pub enum AuditKind {
     AnchorConfirmed,
     /// Something the volume engine noticed.
     VolumeEvent,
+    /// A volume has another size, as the customer's tool says.
+    VolumeResized,
+    /// A volume has another key-encryption key: the one before is destroyed.
+    VolumeRewrapped,
+    /// A volume's keys are retired: destroyed here, never released again.
+    VolumeRetired,
     /// An attestation was refused.
     AttestationRefused,
     /// Somebody asked what would be said to evidence; nothing was released.
@@ -99,6 +105,8 @@ pub enum AuditKind {
     OperationPermitted,
     /// A restricted operation was refused.
     OperationRefused,
+    /// How a permitted operation on a volume ended: its "after".
+    OperationEnded,
     /// A report of a VM process (its "what" and details).
     Report,
     /// A report that doesn't continue its chain.

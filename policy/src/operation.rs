@@ -120,12 +120,7 @@ impl OperationRequest {
 
     /// Checks the bounds on parameters.
     pub fn check(&self) -> Result<(), ParameterError> {
-        // A VM process chooses the names, and people read them in the audit log.
-        let plain = |b: u8| b.is_ascii_lowercase() || b.is_ascii_digit() || matches!(b, b'_' | b'-');
-        let good = |name: &String| (1..=256).contains(&name.len()) && name.bytes().all(plain);
-        let fits =
-            self.parameters.len() <= 16 && self.parameters.iter().all(|(name, value)| good(name) && value.len() <= 256);
-        if fits { Ok(()) } else { Err(ParameterError) }
+        check_parameters(&self.parameters)
     }
 
     /// The digest that the quote binds: the name, then each parameter's name and value in order.
@@ -137,6 +132,14 @@ impl OperationRequest {
         }
         Digest::of_fields("fealty operation v1", &fields)
     }
+}
+
+pub(crate) fn check_parameters(parameters: &BTreeMap<String, String>) -> Result<(), ParameterError> {
+    // Whoever asks chooses the names, and people read them in the audit log.
+    let plain = |b: u8| b.is_ascii_lowercase() || b.is_ascii_digit() || matches!(b, b'_' | b'-');
+    let good = |name: &String| (1..=256).contains(&name.len()) && name.bytes().all(plain);
+    let fits = parameters.len() <= 16 && parameters.iter().all(|(name, value)| good(name) && value.len() <= 256);
+    if fits { Ok(()) } else { Err(ParameterError) }
 }
 
 #[cfg(test)]

@@ -54,6 +54,8 @@ pub fn lease(seconds: u32, quiesce: u32) -> String {
 pub struct Lab {
     /// Where everything lies.
     pub dir: tempfile::TempDir,
+    /// The TPM service's folder: in memory, as /run is.
+    pub run: tempfile::TempDir,
     /// The host's TPM.
     pub tpm: Swtpm,
     /// The key provider's process; `None` while it is stopped.
@@ -70,10 +72,11 @@ impl Lab {
     #[track_caller]
     pub fn new(plan: &Plan) -> Self {
         let dir = tempfile::tempdir().expect("a temporary folder");
+        let run = tempfile::tempdir_in("/dev/shm").or_else(|_| tempfile::tempdir()).expect("a temporary folder");
         let tpm_dir = dir.path().join("tpm");
         std::fs::create_dir(&tpm_dir).expect("a folder");
         let tpm = Swtpm::start(&tpm_dir);
-        let mut lab = Self { dir, tpm, provider: None, listen: "127.0.0.1:0".into(), policy_version: 0 };
+        let mut lab = Self { dir, run, tpm, provider: None, listen: "127.0.0.1:0".into(), policy_version: 0 };
         lab.boot_host();
         lab.keys_local(&["init", "--dir", &lab.text("keys"), "--name", "localhost", "--name", "127.0.0.1"]).good();
         lab.start_provider();
@@ -100,6 +103,11 @@ impl Lab {
         self.path(name).display().to_string()
     }
 
+    /// The TPM service's folder, as text.
+    pub fn runtime_dir(&self) -> String {
+        self.run.path().display().to_string()
+    }
+
     /// Plays the firmware and measures the host's layers: what a boot does.
     #[track_caller]
     pub fn boot_host(&self) {
@@ -119,7 +127,7 @@ impl Lab {
     #[track_caller]
     pub fn measure(&self, more: &[&str]) -> Ended {
         let layers = ["fealty", "fealty-host"].map(|name| format!("{name}={}@0.1.0", program(name).display()));
-        let (tcti, runtime) = (self.tpm.tcti(), self.text("run"));
+        let (tcti, runtime) = (self.tpm.tcti(), self.runtime_dir());
         let (firmware, ima) = (self.text("firmware.log"), self.text("ima.log"));
         let mut words = vec!["measure", "--tcti", &tcti, "--runtime-dir", &runtime];
         words.extend(["--firmware-log", &firmware, "--ima-log", &ima]);
@@ -193,7 +201,7 @@ impl Lab {
 
     /// Where the host's layer log lies.
     pub fn layer_log(&self) -> PathBuf {
-        let mut found = find(&self.path("run"), "layers.log");
+        let mut found = find(self.run.path(), "layers.log");
         found.pop().expect("fealty-host measure left a layer log")
     }
 
@@ -258,7 +266,7 @@ impl Lab {
     /// `fealty run` of another VM file of the laboratory, not yet started.
     pub fn vm_file(&self, file: &str, more: &[&str]) -> Command {
         let mut command = Command::new(program("fealty"));
-        command.args(["run", &self.text(file), "--tcti", &self.tpm.tcti(), "--runtime-dir", &self.text("run")]);
+        command.args(["run", &self.text(file), "--tcti", &self.tpm.tcti(), "--runtime-dir", &self.runtime_dir()]);
         command.args(more).current_dir(self.dir.path());
         command
     }

@@ -22,7 +22,7 @@ fn no_guest(ended: Ended, words: &[&str]) {
 fn attack_17_a_host_with_a_changed_layer_gets_no_keys() {
     let mut lab = lab("hello,poweroff");
     lab.tpm.reset();
-    std::fs::remove_dir_all(lab.path("run")).expect("the boot's folder is gone with the boot");
+    std::fs::remove_dir_all(lab.run.path()).expect("the boot's folder is gone with the boot");
     std::fs::write(lab.path("intruder"), b"not what the customer knows").expect("written");
     lab.play_firmware();
     lab.measure(&[&format!("intruder={}@1", lab.text("intruder"))]).good();
@@ -36,7 +36,7 @@ fn attack_07_a_tpm_that_is_in_no_inventory_gets_no_keys() {
     let other = lab.path("tpm2");
     std::fs::create_dir(&other).expect("a folder");
     lab.tpm = fealty_tests::swtpm::Swtpm::start(&other);
-    std::fs::remove_dir_all(lab.path("run")).expect("another machine");
+    std::fs::remove_dir_all(lab.run.path()).expect("another machine");
     lab.boot_host();
     no_guest(lab.run_vm(&[]), &["tpm", "inventory"]);
 }
@@ -158,7 +158,7 @@ fn attack_01_a_tpm_that_restarted_starts_the_vm_again_only_after_measuring() {
     let mut lab = lab("hello,poweroff");
     lab.run_vm(&[]).good();
     lab.tpm.reset();
-    std::fs::remove_dir_all(lab.path("run")).expect("the boot's folder is gone with the boot");
+    std::fs::remove_dir_all(lab.run.path()).expect("the boot's folder is gone with the boot");
     no_guest(lab.run_vm(&[]), &["tpm"]);
     lab.play_firmware();
     no_guest(lab.run_vm(&[]), &["fealty-host measure"]);

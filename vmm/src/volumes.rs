@@ -202,6 +202,14 @@ impl Disk for VolumeDisk {
         self.0.write(offset, data).map_err(disk_error)
     }
 
+    fn read_many(&self, requests: &mut [(u64, &mut [u8])]) -> Vec<Result<(), DiskError>> {
+        self.0.read_many(requests).into_iter().map(|done| done.map_err(disk_error)).collect()
+    }
+
+    fn write_many(&self, requests: &[(u64, &[u8])]) -> Vec<Result<(), DiskError>> {
+        self.0.write_many(requests).into_iter().map(|done| done.map_err(disk_error)).collect()
+    }
+
     fn flush(&self) -> Result<(), DiskError> {
         self.0.flush().map_err(disk_error)
     }

@@ -2,6 +2,7 @@
 //! does, with a TPM service of software keys. Then the same with a provider, or somebody between, that misbehaves.
 
 use super::*;
+use crate::bundle::Sealer;
 use crate::eventlog::ImaState;
 use crate::note::{self, Receipt};
 use crate::protocol::Problem;
@@ -270,7 +271,8 @@ impl Scene {
         (self.twist().release)(&mut release);
         let release_json = serde_json::to_vec(&release).expect("json");
         let keys = keys();
-        let sealed = bundle::seal(&release_json, &[&keys], &verified.bundle_key, &verified.wrap_key).expect("sealed");
+        let sealer = Sealer::new(&verified.bundle_key, &verified.wrap_key).expect("keys");
+        let sealed = sealer.seal(&release_json, &[&keys]).expect("sealed");
         let mut event = self.event(&release, &release_json);
         (self.twist().event)(&mut event);
         let event = serde_json::to_vec(&event).expect("json");

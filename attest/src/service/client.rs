@@ -39,6 +39,8 @@ pub enum ServiceError {
 #[derive(Debug)]
 pub struct Client {
     stream: UnixStream,
+    /// Whether the host's identity was asked for and its answer not read yet.
+    asked: bool,
 }
 
 impl Client {
@@ -47,12 +49,21 @@ impl Client {
         // A socket that can't take a timeout fails at its first use as well.
         let _ = stream.set_read_timeout(Some(ANSWER_TIMEOUT));
         let _ = stream.set_write_timeout(Some(ANSWER_TIMEOUT));
-        Self { stream }
+        Self { stream, asked: false }
+    }
+
+    /// Asks for the host's identity ahead, where nobody reads the socket's other end yet: the service finds the request when it
+    /// begins to serve, and [`identity`](Self::identity) the answer. To be called once, and first.
+    pub fn ask_identity(&mut self) -> Result<(), ServiceError> {
+        frame::write(&mut self.stream, &VmRequest::Identity)?;
+        self.asked = true;
+        Ok(())
     }
 
     /// The host's identity: EK and AK.
     pub fn identity(&mut self) -> Result<Identity, ServiceError> {
-        match self.ask(&VmRequest::Identity)? {
+        let answer = if self.asked { self.asked_for() } else { self.ask(&VmRequest::Identity) };
+        match answer? {
             Answer::Identity(identity) => Ok(identity),
             _ => Err(ServiceError::Confused),
         }
@@ -93,7 +104,21 @@ impl Client {
     }
 
     fn ask(&mut self, request: &VmRequest) -> Result<Answer, ServiceError> {
+        if self.asked {
+            // Answers come in order: nobody wanted the first one.
+            let _ = self.asked_for()?;
+        }
         frame::write(&mut self.stream, request)?;
+        self.answer()
+    }
+
+    /// The answer to what was asked ahead.
+    fn asked_for(&mut self) -> Result<Answer, ServiceError> {
+        self.asked = false;
+        self.answer()
+    }
+
+    fn answer(&mut self) -> Result<Answer, ServiceError> {
         accepted(frame::read(&mut self.stream, ANSWER_LIMIT)?)
     }
 }
@@ -122,19 +147,19 @@ impl ControlClient {
         Ok(Self { stream })
     }
 
-    /// Has the service serve a VM process: its socket end and a pidfd of it go along. The process is bound to customer,
-    /// VM and the SHA-256 of the VM file's bytes, as read once by the caller.
+    /// Asks the service to serve a VM process: its socket end and a pidfd of it go along. The process is bound to customer,
+    /// VM and the SHA-256 of the VM file's bytes, as read once by the caller. It is served once [`Registering::done`] says so.
     pub fn register(
-        &mut self,
+        mut self,
         customer: &CustomerId,
         vm: &VmId,
         vm_file: Digest,
         service_end: BorrowedFd<'_>,
         pidfd: BorrowedFd<'_>,
-    ) -> Result<(), ServiceError> {
+    ) -> Result<Registering, ServiceError> {
         let request = ControlRequest::Register { customer: customer.clone(), vm: vm.clone(), vm_file };
         frame::write_with_fds(&mut self.stream, &request, &[service_end, pidfd])?;
-        self.done()
+        Ok(Registering(self))
     }
 
     /// Measures a layer.
@@ -169,6 +194,18 @@ impl ControlClient {
     }
 }
 
+/// A registration that the service works on, while its asker does something else.
+#[derive(Debug)]
+#[must_use = "nobody is registered before the service has said so"]
+pub struct Registering(ControlClient);
+
+impl Registering {
+    /// Waits until the service has registered the process.
+    pub fn done(mut self) -> Result<(), ServiceError> {
+        self.0.done()
+    }
+}
+
 fn accepted(answer: Answer) -> Result<Answer, ServiceError> {
     match answer {
         Answer::Refused { reason, again } => Err(ServiceError::Refused { reason, again }),
@@ -200,6 +237,28 @@ mod tests {
         assert!(matches!(client.identity(), Err(ServiceError::Confused)));
         assert!(matches!(client.ecdh(&[4; 65]), Err(ServiceError::Confused)));
         assert!(matches!(client.identity(), Err(ServiceError::Away(_))));
+    }
+
+    #[test]
+    fn an_identity_that_was_asked_for_ahead_is_read_once() {
+        let who = || {
+            Answer::Identity(Identity {
+                host: policy::HostId(Digest::of(b"")),
+                ek_certificate: None,
+                ek_public: vec![1].into(),
+                ak_public: vec![2].into(),
+            })
+        };
+        let point = || Answer::Shared { point: vec![4; 65].into() };
+        let mut client = serve(vec![who(), point(), who()]);
+        client.ask_identity().expect("written");
+        assert!(client.identity().is_ok());
+        assert!(client.ecdh(&[4; 65]).is_ok());
+        assert!(client.identity().is_ok(), "asked again where it is wanted again");
+        // Whoever asks for something else first gets the answer to that.
+        let mut client = serve(vec![who(), point()]);
+        client.ask_identity().expect("written");
+        assert!(client.ecdh(&[4; 65]).is_ok());
     }
 
     #[test]

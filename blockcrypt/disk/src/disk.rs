@@ -16,6 +16,16 @@ pub trait Disk: Send + Sync {
     /// Writes `data` at `offset`; both in sectors.
     fn write(&self, offset: u64, data: &[u8]) -> Result<(), Fault>;
 
+    /// Several reads at once, each an offset and a buffer; says of each how it went, in order.
+    fn read_many(&self, requests: &mut [(u64, &mut [u8])]) -> Vec<Result<(), Fault>> {
+        requests.iter_mut().map(|(offset, buffer)| self.read(*offset, buffer)).collect()
+    }
+
+    /// Several writes at once, each an offset and data; says of each how it went, in order. Where two meet, the later one holds.
+    fn write_many(&self, requests: &[(u64, &[u8])]) -> Vec<Result<(), Fault>> {
+        requests.iter().map(|(offset, data)| self.write(*offset, data)).collect()
+    }
+
     /// Returns when every write that returned before is durable.
     fn flush(&self) -> Result<(), Fault>;
 

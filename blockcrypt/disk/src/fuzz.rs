@@ -2,7 +2,7 @@
 //! bytes.
 
 use crate::nbd::{Export, parsing};
-use crate::vhost_user::request::Performer;
+use crate::vhost_user::request::{BATCH, Performer};
 use crate::{Disk, Fault};
 use std::sync::atomic::{AtomicU16, Ordering};
 use virtio_queue::{Queue, QueueOwnedT, QueueT};
@@ -35,11 +35,12 @@ pub fn fuzz_virtio_queue(data: &[u8]) {
     let disk = Checked(AtomicU16::new(0));
     // A guest may go on for ever, but not within one look at its ring.
     for _ in 0..2 * SIZE {
-        let Ok(mut available) = queue.iter(&memory) else { return };
-        let Some(chain) = available.next() else { return };
-        let head = chain.head_index();
-        let written = performer.perform(&disk, data.len().is_multiple_of(2), chain, &memory);
-        if queue.add_used(&memory, head, written).is_err() {
+        let Ok(available) = queue.iter(&memory) else { return };
+        let chains: Vec<_> = available.take(1 + data.len() % BATCH).collect();
+        let count = chains.len();
+        let used = performer.perform(&disk, data.len().is_multiple_of(2), chains, &memory);
+        assert_eq!(used.len(), count);
+        if count == 0 || used.into_iter().any(|(head, written)| queue.add_used(&memory, head, written).is_err()) {
             return;
         }
     }

@@ -105,3 +105,26 @@ fn a_refused_anchor_is_said_and_harms_nothing() {
         good(&mut keeper, &volume);
     }
 }
+
+#[test]
+fn what_is_not_permitted_is_not_done() {
+    let (_folder, mut keeper, volume, content) = made();
+    keeper.good(&["snapshot", "take", &volume, "--name", "s"]);
+    let before = keeper.json(&["info", &volume])["key_id"].clone();
+    let copy = format!("{volume}.copy");
+    for words in [
+        &["snapshot", "revert", &volume, "1"][..],
+        &["rekey", &volume],
+        &["rewrap", &volume],
+        &["erase", &volume, "--force"],
+        &["clone", &volume, &copy, "--name", "copy"],
+        &["serve", &volume, "--nbd", &format!("{volume}.sock"), "--rekey"],
+    ] {
+        let refused = keeper.run_with(words, Manner::Forbids, "");
+        assert!(refused.failed(4).contains("is not permitted, and nothing was done"), "{words:?}");
+        assert!(refused.anchors.is_empty(), "{words:?}");
+    }
+    assert_eq!(keeper.json(&["info", &volume])["key_id"], before);
+    assert!(fs::metadata(copy).is_err() && keeper.good(&["export", &volume, "-"]) == content);
+    good(&mut keeper, &volume);
+}

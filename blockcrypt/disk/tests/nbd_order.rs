@@ -124,6 +124,41 @@ fn what_comes_before_a_flush_is_answered_before_it() {
     });
 }
 
+/// As many as a batch holds and more, sent at once: each is answered, and one that fails fails alone.
+#[test]
+fn requests_that_come_together_are_each_answered_as_if_alone() {
+    with_server(|_, path| {
+        let mut client = Client::connect(path);
+        let bad = SIZE as u64 - 4096;
+        for round in 0..20_u8 {
+            let mut expected = std::collections::HashMap::new();
+            for i in 0..50_u8 {
+                let (offset, block) = (u64::from(i) * 4096, [round ^ i; 4096]);
+                let (cookie, error, data) = match i % 5 {
+                    0 => (client.send(READ, 0, bad, 4096, &[]), 5, None),
+                    1 => (client.send(WRITE, 0, 100, 512, &block[..512]), 22, None),
+                    2 => (client.send(READ, 0, offset - 4096 * 2, 512, &[]), 0, Some(512)),
+                    _ => (client.send(WRITE, 0, offset, 4096, &block), 0, None),
+                };
+                expected.insert(cookie.expect("sent"), (error, data));
+            }
+            for _ in 0..50 {
+                let (error, cookie) = client.reply().expect("a reply");
+                let (wanted, data) = expected.remove(&cookie).expect("one that was asked for, once");
+                assert_eq!(error, wanted);
+                if let Some(length) = data {
+                    let mut found = vec![1; length];
+                    client.stream.read_exact(&mut found).expect("data");
+                    assert!(found.iter().all(|b| *b == 0), "nobody writes there");
+                }
+            }
+            for i in (0..50_u8).filter(|i| i % 5 > 2) {
+                assert_eq!(client.read(u64::from(i) * 4096, 4096).expect("good"), [round ^ i; 4096]);
+            }
+        }
+    });
+}
+
 #[test]
 fn another_clients_flush_keeps_nobody_waiting() {
     with_server(|disk, path| {

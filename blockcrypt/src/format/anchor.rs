@@ -18,6 +18,8 @@ pub(crate) struct AnchorFields {
     pub(crate) root: [u8; MAC],
     /// The current key id.
     pub(crate) key: KeyId,
+    /// The key-encryption key that opens the slots.
+    pub(crate) kek: KeyId,
 }
 
 impl AnchorFields {
@@ -30,7 +32,8 @@ impl AnchorFields {
             sequence: u64::from_be_bytes(array_at(bytes, 32)),
             chain: array_at(bytes, 40),
             root: array_at(bytes, 72),
-            key: KeyId(u64::from_be_bytes(array_at(bytes, 104))),
+            key: anchor.key_id(),
+            kek: KeyId(u64::from_be_bytes(array_at(bytes, 112))),
         }
     }
 
@@ -44,6 +47,7 @@ impl AnchorFields {
         put(&mut bytes, 40, &self.chain);
         put(&mut bytes, 72, &self.root);
         put(&mut bytes, 104, &self.key.0.to_be_bytes());
+        put(&mut bytes, 112, &self.kek.0.to_be_bytes());
         VolumeAnchor::from_bytes(&bytes).expect("version 1, zero padding, and a writer by its type")
     }
 }
@@ -62,6 +66,7 @@ mod tests {
             chain: [4; 32],
             root: [5; 32],
             key: KeyId(6 << 32),
+            kek: KeyId(7 << 32),
         };
         assert!(AnchorFields::read(&fields.build()) == fields);
     }

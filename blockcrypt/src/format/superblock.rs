@@ -4,7 +4,7 @@ use super::geometry::Geometry;
 use super::page::{CHILDREN, Child, ENTRIES};
 use super::slot::Slot;
 use super::{BLOCK, Block, FormatError, MAC, VERSION, array_at, key_at, put, u16_at, u32_at, u64_at, zero, zero_block};
-use policy::disk::CipherSuite;
+use policy::disk::{CipherSuite, VolumeGrant};
 use policy::{KeyId, OpenNumber, VolumeId};
 
 const MAGIC: &[u8; 16] = b"fealty volume\r\n\x1a";
@@ -117,6 +117,27 @@ impl Superblock {
             slot,
             mac: array_at(block, MAC_AT),
         })
+    }
+
+    /// A new volume's, before anything is in it.
+    pub(crate) fn first(grant: &VolumeGrant, geometry: Geometry, slot: Slot) -> Self {
+        Self {
+            uuid: grant.volume,
+            geometry,
+            epoch: 0,
+            writer: grant.open_number,
+            clean: false,
+            map: Child::EMPTY,
+            free: Child::EMPTY,
+            cut: Cut { offset: 0, sequence: 0, chain: [0; MAC] },
+            mapped: 0,
+            older: Child::EMPTY,
+            snapshots: Child::EMPTY,
+            used: 0,
+            taken: 0,
+            slot,
+            mac: [0; MAC],
+        }
     }
 
     /// The block; the MAC's place is zero, to be filled by whoever holds the key.

@@ -178,8 +178,14 @@ impl VolumeKey {
     /// The MAC of a page of any tree, header included.
     pub(crate) fn page_mac(&self, page: &Block) -> [u8; MAC] {
         let mut macs = [[0; MAC]];
-        self.schedules.expose().map.tags(&[Message { head: &[2], body: page }], &mut macs);
+        self.page_macs(&[page], &mut macs);
         macs[0]
+    }
+
+    /// The MACs of several pages, as many as `macs` has.
+    pub(crate) fn page_macs(&self, pages: &[&Block], macs: &mut [[u8; MAC]]) {
+        let messages: Vec<Message> = pages.iter().map(|page| Message { head: &[2], body: *page }).collect();
+        self.schedules.expose().map.tags(&messages, macs);
     }
 
     /// The MAC of a log block that follows the block (or seed) with MAC `previous`; its own MAC's place is left out.

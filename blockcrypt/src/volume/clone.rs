@@ -12,8 +12,8 @@ use super::{Core, Volume};
 use crate::backing::Backing;
 use crate::format::page::{CHILDREN, Child, ENTRIES, Header, Tree, child, entry};
 use crate::format::slot::Slot;
-use crate::format::superblock::{Cut, Superblock};
-use crate::format::{MAC, zero_block};
+use crate::format::superblock::Superblock;
+use crate::format::zero_block;
 use crate::keys::{KeyRing, VolumeKey};
 use crate::tree::PageId;
 use crate::{Anchors, Events, Kek, Store, VolumeError};
@@ -31,7 +31,8 @@ pub struct CloneOf<'a> {
 
 impl Volume {
     /// Makes a clone in `store`, whose content is lost, for `grant`, which has no anchor yet: like a volume that was created, it can't be
-    /// opened before [`close`](Self::close) has set the first one. Requests that change the source wait meanwhile.
+    /// opened before [`close`](Self::close) has set the first one. Requests that change the source wait meanwhile. `heard` is told of how
+    /// many blocks of data of how many are copied.
     pub fn create_clone(
         store: impl Store + 'static,
         of: CloneOf,
@@ -39,6 +40,7 @@ impl Volume {
         kek: &Kek,
         anchors: Arc<dyn Anchors>,
         events: Arc<dyn Events>,
+        heard: &mut dyn FnMut(u64, u64),
     ) -> Result<Self, VolumeError> {
         if grant.anchor.is_some() {
             return Err(VolumeError::Exists);
@@ -51,7 +53,7 @@ impl Volume {
         if !source.read_only {
             source.settle_all(&group)?;
         }
-        let (inherited, superblock, root) = source.core()?.inheritance()?;
+        let Inheritance { slots: inherited, epoch, mapped, root } = source.core()?.inheritance()?;
         if grant.volume == source.backing.uuid || inherited.iter().any(|slot| slot.key == grant.key_id) {
             return Err(VolumeError::Grant("a clone has a UUID and a key id of its own"));
         }
@@ -66,29 +68,14 @@ impl Volume {
         let geometry = source.backing.geometry();
         let backing = Backing::new(Box::new(store), geometry, grant.volume, ring, events.clone());
         prepare_store(&backing)?;
-        let superblock = Superblock {
-            uuid: grant.volume,
-            geometry,
-            writer: grant.open_number,
-            clean: false,
-            map: root,
-            free: Child::EMPTY,
-            cut: Cut { offset: 0, sequence: 0, chain: [0; MAC] },
-            used: 0,
-            older: Child::EMPTY,
-            snapshots: Child::EMPTY,
-            taken: 0,
-            slot,
-            mac: [0; MAC],
-            ..superblock
-        };
+        let superblock = Superblock { epoch, map: root, mapped, ..Superblock::first(grant, geometry, slot) };
         let log = Log::new(grant.open_number.get(), &backing, 0, 0);
         let lists = Lists::of(slots);
         let mut core = Core::new(superblock, 1, log, lists, &backing, OpenOptions::default());
         core.slots_changed = true;
         core.run(&backing, |core| core.space.fence(&mut core.forest))?;
         let top = PageId { tree: Tree::Map, level: geometry.map_levels - 1, index: 0 };
-        source.copy_page(top, root, &mut core, &backing)?;
+        source.copy_page(top, root, &mut core, &backing, &mut Copied { done: 0, all: mapped, heard })?;
         let anchoring = Anchoring::new(anchors, events, grant.anchor_mode, None);
         let shared = Shared::new(backing, grant, false, core, anchoring);
         shared.finish_creation()?;
@@ -96,21 +83,43 @@ impl Volume {
     }
 }
 
+/// What a clone begins with.
+struct Inheritance {
+    slots: Vec<Slot>,
+    /// The highest epoch at which a page of it was born.
+    epoch: u64,
+    mapped: u64,
+    /// The map's root.
+    root: Child,
+}
+
+/// How far a clone has come, in blocks of data.
+struct Copied<'a> {
+    done: u64,
+    all: u64,
+    heard: &'a mut dyn FnMut(u64, u64),
+}
+
 impl Core {
-    /// What a clone begins with: slots, superblock, the map's root.
-    fn inheritance(&self) -> Result<(Vec<Slot>, Superblock, Child), VolumeError> {
+    fn inheritance(&self) -> Result<Inheritance, VolumeError> {
         if self.forest.dirty() > 0 {
             return Err(VolumeError::NotClosed);
         }
         let slots = [std::slice::from_ref(&self.superblock.slot), &self.older].concat();
-        let superblock = Superblock { epoch: self.epoch, mapped: self.mapped, ..self.superblock.clone() };
-        Ok((slots, superblock, self.forest.root(Tree::Map).child))
+        Ok(Inheritance { slots, epoch: self.epoch, mapped: self.mapped, root: self.forest.root(Tree::Map).child })
     }
 }
 
 impl Shared {
     /// Copies a page and what hangs from it, all verified, to the same places in `to`, which `core` is to describe.
-    fn copy_page(&self, id: PageId, pointer: Child, core: &mut Core, to: &Backing) -> Result<(), VolumeError> {
+    fn copy_page(
+        &self,
+        id: PageId,
+        pointer: Child,
+        core: &mut Core,
+        to: &Backing,
+        copied: &mut Copied,
+    ) -> Result<(), VolumeError> {
         if pointer.is_empty() {
             return Ok(());
         }
@@ -121,7 +130,7 @@ impl Shared {
         if id.level > 0 {
             for i in 0..CHILDREN {
                 let below = PageId { level: id.level - 1, index: id.index * CHILDREN as u64 + i as u64, ..id };
-                self.copy_page(below, child(&page, i), core, to)?;
+                self.copy_page(below, child(&page, i), core, to, copied)?;
             }
             return Ok(());
         }
@@ -137,6 +146,8 @@ impl Shared {
                 return Err(VolumeError::Integrity { lba });
             }
             self.copied(physical, &block[..], core, to)?;
+            copied.done += 1;
+            (copied.heard)(copied.done, copied.all);
         }
         Ok(())
     }

@@ -1,8 +1,8 @@
 //! TRIM and write-zeroes: blocks that read as zeroes and take no room.
 
 use super::Core;
-use super::io::PATIENCE;
 use super::shared::Shared;
+use super::write::PATIENCE;
 use crate::VolumeError;
 use crate::format::page::{BITS, ENTRIES, Entry, Tree};
 use crate::format::{BLOCK, zero_block};
@@ -72,7 +72,7 @@ impl Shared {
             let end = blocks.end.min(at + CHUNK);
             self.make_room()?;
             let _among_others = self.among_others()?;
-            let _locked = self.lock_blocks(at..end);
+            let _locked = self.lock_blocks(vec![at..end]);
             self.unmap_chunk(at..end, punch)?;
             self.relieve()?;
             at = end;

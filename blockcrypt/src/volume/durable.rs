@@ -281,7 +281,7 @@ impl Core {
         }
         if self.checkpointing {
             // One is under way. Only a log that is nearly full waits for it.
-            return self.log.free() < 2 * super::io::LOG_ROOM;
+            return self.log.free() < 2 * super::write::LOG_ROOM;
         }
         self.log.wants_checkpoint()
             || self.forest.dirty() >= DIRTY_PAGES

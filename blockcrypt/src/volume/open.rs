@@ -13,8 +13,8 @@ use crate::format::geometry::Geometry;
 use crate::format::page::{Child, Header, Tree};
 use crate::format::slot::{MAX_PAGES, Slot, SlotPage};
 use crate::format::snapshot::{MAX_PAGES as SNAPSHOT_PAGES, Snapshot, SnapshotPage};
-use crate::format::superblock::{Cut, Superblock, claimed_total, has_magic};
-use crate::format::{BLOCK, Block, FormatError, MAC, zero_block};
+use crate::format::superblock::{Superblock, claimed_total, has_magic};
+use crate::format::{BLOCK, Block, FormatError, zero_block};
 use crate::keys::{KeyRing, VolumeKey, same};
 use crate::space::Space;
 use crate::tree::{Forest, Root};
@@ -111,23 +111,7 @@ impl Volume {
         let backing = Backing::new(Box::new(store), geometry, grant.volume, keys, events.clone());
         prepare_store(&backing)?;
         let options = OpenOptions::default();
-        let superblock = Superblock {
-            uuid: grant.volume,
-            geometry,
-            epoch: 0,
-            writer: grant.open_number,
-            clean: false,
-            map: Child::EMPTY,
-            free: Child::EMPTY,
-            cut: Cut { offset: 0, sequence: 0, chain: [0; MAC] },
-            mapped: 0,
-            older: Child::EMPTY,
-            snapshots: Child::EMPTY,
-            used: 0,
-            taken: 0,
-            slot,
-            mac: [0; MAC],
-        };
+        let superblock = Superblock::first(grant, geometry, slot);
         let log = Log::new(grant.open_number.get(), &backing, 0, 0);
         let lists = Lists::default();
         let mut core = Core::new(superblock, 1, log, lists, &backing, options);
@@ -170,14 +154,14 @@ impl Volume {
         if anchor.volume != grant.volume {
             return Err(VolumeError::Grant("its anchor is another volume's"));
         }
-        if options.writes() {
-            // A killed process may have left writes that only the kernel has. What is read from here on is overwritten on the
-            // strength of what else is read: none of it may vanish with the power.
-            store.sync_data().map_err(VolumeError::store("make writes durable"))?;
-        }
         let found_size = store.len().map_err(VolumeError::store("say its length"))?;
         let (verified, damaged) = verify_superblocks(find_superblocks(&*store)?, grant, kek)?;
         let (chosen, epoch) = choose(verified, damaged, &anchor, grant)?;
+        if options.writes() && !is_anchored_close(&chosen.superblock, &anchor) {
+            // A killed process may have left writes that only the kernel has. What was and is read here is overwritten on the
+            // strength of what else is read: none of it may vanish with the power.
+            store.sync_data().map_err(VolumeError::store("make writes durable"))?;
+        }
         let expected = chosen.superblock.geometry.total * BLOCK as u64;
         if found_size < expected {
             return Err(VolumeError::Truncated { found: found_size, expected });
@@ -214,6 +198,7 @@ pub fn inspect(store: &dyn Store) -> Result<PlainInfo, VolumeError> {
         chain: superblock.cut.chain,
         root: superblock.mac,
         key: superblock.key(),
+        kek: superblock.slot.kek,
     };
     Ok(PlainInfo {
         volume: superblock.uuid,
@@ -549,6 +534,12 @@ fn choose(
         ))
     };
     chosen.map(|found| (found, epoch)).ok_or_else(missing)
+}
+
+/// Whether this is the very state that the last holder closed with and the provider keeps. All of it was durable before its
+/// superblock was written, and that before the anchor was sent; and no record follows it.
+fn is_anchored_close(superblock: &Superblock, anchor: &AnchorFields) -> bool {
+    superblock.clean && superblock.epoch == anchor.epoch && same(&superblock.mac, &anchor.root)
 }
 
 /// The state before recovery.

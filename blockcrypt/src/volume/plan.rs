@@ -9,11 +9,12 @@ use crate::format::page::{BITS, CHILDREN, Child, Header, Tree, child, set_child}
 use crate::format::slot::{Slot, SlotPage};
 use crate::format::snapshot::{Snapshot, SnapshotPage};
 use crate::format::superblock::{MAC_AT, Superblock};
-use crate::format::{Block, put};
+use crate::format::{Block, MAC, put};
 use crate::space::bitmap;
 use crate::tree::{Forest, Halt, PageId, is_blank};
 use policy::KeyId;
 use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::ops::Range;
 
 /// What a checkpoint writes, and what it did to memory: taken back if it can't be finished.
 pub(super) struct Plan {
@@ -266,20 +267,48 @@ impl Plan {
 
     fn write_trees(&mut self, from: &Backing) -> Result<(), VolumeError> {
         let at: HashMap<PageId, usize> = self.pages.iter().enumerate().map(|(i, page)| (page.id, i)).collect();
-        for i in 0..self.pages.len() {
-            let Moved { id, to, .. } = self.pages[i];
-            let pointer = match to {
-                Some(physical) => {
-                    let header = self.header(id.tree, id.level, id.index);
-                    write_page(&mut self.pages[i].bytes, physical, header, from)?
+        let mut done = 0;
+        while let Some(PageId { tree, level, .. }) = self.pages.get(done).map(|page| page.id) {
+            let alike = |page: &&Moved| (page.id.tree, page.id.level) == (tree, level);
+            let end = done + self.pages[done..].iter().take_while(alike).count();
+            self.write_level(done..end, from)?;
+            for i in done..end {
+                let Moved { id, pointer, .. } = self.pages[i];
+                match at.get(&id.parent()) {
+                    Some(above) => set_child(&mut self.pages[*above].bytes, id.place(), pointer),
+                    None if id.tree == Tree::Map => self.next.map = pointer,
+                    None => self.next.free = pointer,
                 }
-                None => Child::EMPTY,
-            };
-            self.pages[i].pointer = pointer;
-            match at.get(&id.parent()) {
-                Some(above) => set_child(&mut self.pages[*above].bytes, id.place(), pointer),
-                None if id.tree == Tree::Map => self.next.map = pointer,
-                None => self.next.free = pointer,
+            }
+            done = end;
+        }
+        Ok(())
+    }
+
+    /// MACs pages of one level, whose content is final, as one batch, and writes them.
+    fn write_level(&mut self, which: Range<usize>, from: &Backing) -> Result<(), VolumeError> {
+        let mut headers = Vec::with_capacity(which.len());
+        headers.extend(self.pages[which.clone()].iter().map(|page| {
+            let PageId { tree, level, index } = page.id;
+            self.header(tree, level, index)
+        }));
+        let pages = &mut self.pages[which];
+        from.with_keys(|_, key| {
+            for (page, header) in pages.iter_mut().zip(&headers) {
+                Header { key: key.id, origin: key.origin, ..*header }.put(&mut page.bytes);
+            }
+            let bodies: Vec<&Block> = pages.iter().map(|page| &*page.bytes).collect();
+            let mut macs = vec![[0; MAC]; bodies.len()];
+            key.page_macs(&bodies, &mut macs);
+            for ((page, header), mac) in pages.iter_mut().zip(&headers).zip(macs) {
+                let place = |physical| Child { physical, birth: header.birth, mac };
+                page.pointer = page.to.map_or(Child::EMPTY, place);
+            }
+            Ok(())
+        })?;
+        for page in pages {
+            if let Some(physical) = page.to {
+                from.write_blocks(physical, &page.bytes[..])?;
             }
         }
         Ok(())

@@ -1,6 +1,7 @@
 //! New keys for old: the key-encryption key's change, the master's rotation, and the end of all of them.
 //!
-//! - **Rewrap**: each slot's master is wrapped under another key-encryption key. No block changes.
+//! - **Rewrap**: each slot's master is wrapped under another key-encryption key. No block changes. A superblock with the new wrappings
+//!   is written and anchored while the one before, with the old ones, still stands: the anchor's key opens the anchored state.
 //! - **Rotation**: an opener whose grant names a new key id has a new master for what it writes. [`Shared::rotate`] writes
 //!   the rest again under it, block by block and page by page, while requests are served; what is under the new key already is
 //!   passed over, so that a crash costs nothing but a look at the map. When nothing needs them any more, the older slots go.
@@ -8,8 +9,8 @@
 //!
 //! Blocks that held slots are overwritten with zeroes before they are free.
 
+use super::batch::CHUNK;
 use super::durable::Occasion;
-use super::io::Plain;
 use super::open::{older_slot_blocks, superblock_places};
 use super::shared::Shared;
 use super::{Core, leaf};
@@ -34,12 +35,18 @@ impl Shared {
         let rewrapped = |slot: &Slot| old.rewrap(slot, &self.customer, new, &self.customer);
         let new_current = rewrapped(&current)?;
         let new_older = older.iter().map(rewrapped).collect::<Result<Vec<_>, _>>()?;
+        // One that never had an anchor has none to tell the provider with.
+        self.anchoring.kept().ok_or(VolumeError::NoAnchor)?;
         self.core()?.change_slots(new_current, new_older);
-        // Twice, so that neither superblock has the old wrapping.
         if let Err(error) = self.write_checkpoint(&group, Occasion::Running) {
             self.core()?.change_slots(current, older);
             return Err(error);
         }
+        if let Err(error) = self.anchoring.keep_now() {
+            // Which key the provider goes by is not known: both superblocks must stay as they are.
+            return Err(self.core()?.fail(error, &*self.backing.events));
+        }
+        // Once more, so that neither superblock has the old wrapping.
         self.write_checkpoint(&group, Occasion::Running)?;
         self.wipe_stale_slots()?;
         drop(group);
@@ -77,7 +84,7 @@ impl Shared {
         while at < end {
             self.make_room()?;
             let _among_others = self.among_others()?;
-            let _locked = self.lock_blocks(at..end);
+            let _locked = self.lock_blocks(vec![at..end]);
             let mut entries = [Entry::UNMAPPED; ENTRIES];
             let entries = &mut entries[..(end - at) as usize];
             let current = self.with_core(|core| {
@@ -86,11 +93,11 @@ impl Shared {
             })?;
             let stale = |entry: &Entry| entry.data().is_some() && entry.key != current;
             let Some(skip) = entries.iter().position(stale) else { break };
-            let run = entries[skip..].iter().take_while(|entry| stale(entry)).take(super::io::CHUNK as usize).count();
+            let run = entries[skip..].iter().take_while(|entry| stale(entry)).take(CHUNK as usize).count();
             at += skip as u64;
             blocks.resize(run, [0; BLOCK]);
             match self.read_blocks(at, &mut blocks) {
-                Ok(()) => self.write_blocks(at, &mut blocks, Plain::default())?,
+                Ok(()) => self.write_blocks(at, &mut blocks)?,
                 // A bad block stays what it is, under the key that it had: that one is kept.
                 Err(VolumeError::Integrity { .. }) => {}
                 Err(other) => return Err(other),

@@ -104,7 +104,7 @@ impl Shared {
     }
 
     /// Nobody else changes these blocks as long as this lives.
-    pub(super) fn lock_blocks(&self, blocks: Range<u64>) -> Locked<'_> {
+    pub(super) fn lock_blocks(&self, blocks: Vec<Range<u64>>) -> Locked<'_> {
         self.ranges.lock(blocks)
     }
 
@@ -168,33 +168,49 @@ impl Core {
 /// Ranges of blocks that are being changed.
 #[derive(Default)]
 struct Ranges {
-    locked: Mutex<Vec<Range<u64>>>,
+    held: Mutex<Held>,
     unlocked: Condvar,
 }
 
+#[derive(Default)]
+struct Held {
+    locked: Vec<Range<u64>>,
+    /// Requests that wait: nobody is woken where nobody sleeps.
+    waiting: usize,
+}
+
 impl Ranges {
-    fn lock(&self, blocks: Range<u64>) -> Locked<'_> {
-        let meets = |other: &Range<u64>| blocks.start < other.end && other.start < blocks.end;
-        let locked = self.locked.lock().unwrap_or_else(PoisonError::into_inner);
-        let mut locked =
-            self.unlocked.wait_while(locked, |locked| locked.iter().any(meets)).unwrap_or_else(PoisonError::into_inner);
-        locked.push(blocks.clone());
+    /// All at once or none, so that no two requests wait for each other.
+    fn lock(&self, blocks: Vec<Range<u64>>) -> Locked<'_> {
+        let meet = |a: &Range<u64>, b: &Range<u64>| a.start < b.end && b.start < a.end;
+        let taken = |held: &Held| held.locked.iter().any(|other| blocks.iter().any(|own| meet(own, other)));
+        let mut held = self.held.lock().unwrap_or_else(PoisonError::into_inner);
+        while taken(&held) {
+            held.waiting += 1;
+            held = self.unlocked.wait(held).unwrap_or_else(PoisonError::into_inner);
+            held.waiting -= 1;
+        }
+        held.locked.extend_from_slice(&blocks);
         Locked { ranges: self, blocks }
     }
 }
 
-/// A range that is locked.
+/// Ranges that are locked.
 pub(super) struct Locked<'a> {
     ranges: &'a Ranges,
-    blocks: Range<u64>,
+    blocks: Vec<Range<u64>>,
 }
 
 impl Drop for Locked<'_> {
     fn drop(&mut self) {
-        let mut locked = self.ranges.locked.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(i) = locked.iter().position(|range| *range == self.blocks) {
-            locked.swap_remove(i);
+        let mut held = self.ranges.held.lock().unwrap_or_else(PoisonError::into_inner);
+        for blocks in &self.blocks {
+            if let Some(i) = held.locked.iter().position(|range| range == blocks) {
+                held.locked.swap_remove(i);
+            }
         }
-        self.ranges.unlocked.notify_all();
+        if held.waiting > 0 {
+            self.ranges.unlocked.notify_all();
+        }
     }
 }

@@ -3,7 +3,7 @@
 use crate::common::{Provider, Random, SimStore, check_good, lock, seeds};
 use fealty_blockcrypt::{OpenOptions, Volume, VolumeError};
 use policy::AnchorMode;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashSet};
 use std::sync::Arc;
 
 const BLOCK: usize = 4096;
@@ -95,6 +95,70 @@ pub(crate) fn request(random: &mut Random, size: usize) -> (usize, usize) {
         length = (length.div_ceil(8) * 8).min(sectors - start);
     }
     (start * 512, length * 512)
+}
+
+/// Several random parts, which may meet; mostly as many as fill the lanes that hash them.
+pub(crate) fn requests(random: &mut Random, size: usize) -> Vec<(usize, usize)> {
+    let most = [3, 20, 50][random.below(3) as usize];
+    let count = 1 + random.below(most);
+    let mut all: Vec<(usize, usize)> = (0..count).map(|_| request(random, size)).collect();
+    if random.chance(60) {
+        // Short ones, which share their groups.
+        all.iter_mut().for_each(|(_, length)| *length = (*length).min(4096));
+    }
+    all
+}
+
+/// Writes random bytes to all of `requests` at once, `base` further on in the volume, but for those that share a block with one
+/// before: where only one of two fails, this model can't say what the block holds. Where that fails, parts may be there.
+pub(crate) fn write_many(
+    volume: &Volume,
+    model: &mut Model,
+    base: usize,
+    requests: &[(usize, usize)],
+    random: &mut Random,
+) -> Result<(), VolumeError> {
+    let mut taken = HashSet::new();
+    let blocks = |(offset, length): &(usize, usize)| offset / BLOCK..(offset + length).div_ceil(BLOCK);
+    let mut apart = |request: &&(usize, usize)| {
+        let free = blocks(request).all(|block| !taken.contains(&block));
+        if free {
+            taken.extend(blocks(request));
+        }
+        free
+    };
+    let requests: Vec<(usize, usize)> = requests.iter().filter(|request| apart(request)).copied().collect();
+    let mut data: Vec<Vec<u8>> = requests.iter().map(|(_, length)| vec![0; *length]).collect();
+    data.iter_mut().for_each(|data| random.fill(data));
+    let at = |(offset, _): &(usize, usize)| (base + offset) as u64;
+    let asked: Vec<(u64, &[u8])> = requests.iter().map(at).zip(data.iter().map(Vec::as_slice)).collect();
+    requests.iter().zip(&data).for_each(|((offset, _), data)| model.write(*offset, data));
+    let done = volume.write_many(&asked);
+    assert_eq!(done.len(), asked.len());
+    done.into_iter().collect()
+}
+
+/// Reads all of `requests` at once.
+pub(crate) fn read_many(
+    volume: &Volume,
+    model: &Model,
+    base: usize,
+    requests: &[(usize, usize)],
+    context: &str,
+) -> Result<(), VolumeError> {
+    let mut found: Vec<Vec<u8>> = requests.iter().map(|(_, length)| vec![0xee; *length]).collect();
+    let at = |(offset, _): &(usize, usize)| (base + offset) as u64;
+    let mut asked: Vec<(u64, &mut [u8])> =
+        requests.iter().map(at).zip(found.iter_mut().map(Vec::as_mut_slice)).collect();
+    let done = volume.read_many(&mut asked);
+    assert_eq!(done.len(), requests.len());
+    for ((offset, length), (found, done)) in requests.iter().zip(found.iter().zip(&done)) {
+        match done {
+            Ok(()) => assert!(*found == model.now(*offset, *length), "{context}: read at {offset}"),
+            Err(_) => assert!(found.iter().all(|b| *b == 0), "{context}: an error leaves no bytes"),
+        }
+    }
+    done.into_iter().collect()
 }
 
 struct Run {
@@ -211,18 +275,26 @@ impl Run {
                 let may_unmap = self.random.chance(50);
                 volume.write_zeroes(offset as u64, length as u64, may_unmap)
             }
-            20..50 => {
+            20..35 => {
                 let mut data = vec![0; length];
                 self.random.fill(&mut data);
                 // Also where it fails, parts of it may be there.
                 self.model.write(offset, &data);
                 volume.write(offset as u64, &data)
             }
-            50..75 => {
+            35..50 => {
+                let all = requests(&mut self.random, self.model.size);
+                write_many(volume, &mut self.model, 0, &all, &mut self.random)
+            }
+            50..65 => {
                 let mut found = vec![0xee; length];
                 volume.read(offset as u64, &mut found)?;
                 assert!(found == self.model.now(offset, length), "{}: read at {offset}", self.context);
                 Ok(())
+            }
+            65..75 => {
+                let all = requests(&mut self.random, self.model.size);
+                read_many(volume, &self.model, 0, &all, &self.context)
             }
             75..93 => {
                 volume.flush()?;

@@ -1,7 +1,7 @@
 //! Several threads at once, over stores that lose power: each sees its own part as if it were alone.
 
 use crate::common::{MIB, Provider, Random, SimStore, check_good, seeds};
-use crate::model::{Model, request};
+use crate::model::{Model, read_many, request, requests, write_many};
 use fealty_blockcrypt::{MemoryStore, OpenOptions, Volume, VolumeError};
 use policy::AnchorMode;
 use std::sync::Arc;
@@ -16,7 +16,11 @@ fn work(volume: &Volume, model: &mut Model, base: usize, random: &mut Random, st
         let (offset, length) = request(random, model.size);
         let at = (base + offset) as u64;
         match random.below(100) {
-            0..45 => {
+            0..20 => {
+                let all = requests(random, model.size);
+                write_many(volume, model, base, &all, random)?;
+            }
+            20..45 => {
                 let mut data = vec![0; length];
                 random.fill(&mut data);
                 model.write(offset, &data);
@@ -26,7 +30,11 @@ fn work(volume: &Volume, model: &mut Model, base: usize, random: &mut Random, st
                 model.discard(offset, length, false);
                 volume.discard(at, length as u64)?;
             }
-            55..80 => {
+            55..65 => {
+                let all = requests(random, model.size);
+                read_many(volume, model, base, &all, "several threads")?;
+            }
+            65..80 => {
                 let mut found = vec![0xee; length];
                 volume.read(at, &mut found)?;
                 assert!(found == model.now(offset, length), "read at {at}");

@@ -1,8 +1,9 @@
 //! Other keys for the same data, and none.
 
 use crate::common::{MIB, Provider, Random, SimStore, check_good, lock};
-use fealty_blockcrypt::{CloneOf, Kek, OpenOptions, Store, Volume, VolumeError, erase, inspect};
+use fealty_blockcrypt::{AnchorRefused, CloneOf, Kek, OpenOptions, Store, Volume, VolumeError, erase, inspect};
 use policy::{AnchorMode, KeyId};
+use secretmem::Secret;
 use std::io;
 use std::ops::Range;
 use std::sync::Arc;
@@ -81,11 +82,16 @@ fn after_a_rewrap_only_the_new_key_opens() {
 }
 
 #[test]
-fn a_rewrap_that_a_crash_interrupts_leaves_a_volume_that_one_key_opens() {
+fn a_rewrap_that_a_crash_interrupts_leaves_a_volume_that_the_anchors_key_opens() {
     let mut news = 0;
     for n in 1..24 {
         let (provider, store) = made();
         let volume = provider.open(store.clone()).expect("opens");
+        // Of these only the log knows.
+        for lba in 0..BLOCKS {
+            volume.write(lba * 4096, &content(lba)).expect("written");
+        }
+        volume.flush().expect("durable");
         let old = provider.kek();
         provider.set_kek(78, 10);
         let new = provider.kek();
@@ -93,7 +99,7 @@ fn a_rewrap_that_a_crash_interrupts_leaves_a_volume_that_one_key_opens() {
         let done = volume.rewrap(&old, &new);
         drop(volume);
         store.crash(&mut Random(n));
-        let id = inspect(&*store).expect("readable").kek_id;
+        let id = provider.anchor().expect("an anchor").kek_id().expect("it names a key");
         assert!(done.is_err() || id == KeyId(78));
         if id == KeyId(77) {
             provider.set_kek(77, 9);
@@ -103,6 +109,21 @@ fn a_rewrap_that_a_crash_interrupts_leaves_a_volume_that_one_key_opens() {
         check(&provider.open(store).expect("opens"));
     }
     assert!(news > 0 && news < 23, "{news}");
+}
+
+#[test]
+fn a_rewrap_whose_anchor_is_refused_changes_nothing_more() {
+    let (provider, store) = made();
+    let volume = provider.open(store.clone()).expect("opens");
+    let old = provider.kek();
+    let new = Kek::new(KeyId(78), Secret::copy_of(&[10; 32]).expect("room"));
+    *lock(&provider.refuse) = Some(AnchorRefused::Refused("another holder has it".into()));
+    assert!(matches!(volume.rewrap(&old, &new), Err(VolumeError::Anchor(_))));
+    *lock(&provider.refuse) = None;
+    assert!(volume.write(0, &[1; 4096]).is_err() && volume.close().is_err());
+    drop(volume);
+    // The provider heard of no anchor under the new key: it gives the old one.
+    check(&provider.open(store).expect("opens"));
 }
 
 #[test]
@@ -185,7 +206,7 @@ fn a_clone_holds_the_same_and_goes_its_own_way() {
     other.set_kek(5, 55);
     let cloned = |grant: &policy::disk::VolumeGrant, kek: &Kek| {
         let of = CloneOf { source: &source, kek: &provider.kek() };
-        Volume::create_clone(copy.clone(), of, grant, kek, other.clone(), other.clone())
+        Volume::create_clone(copy.clone(), of, grant, kek, other.clone(), other.clone(), &mut |_, _| {})
     };
     let own = policy::disk::VolumeGrant { key_id: KeyId(3), ..other.grant() };
     assert!(matches!(cloned(&own, &other.kek()).err(), Some(VolumeError::Grant(_))), "a key id of the source");
@@ -219,8 +240,11 @@ fn a_clone_and_its_source_do_not_mix() {
     let (other, copy) = (Provider::new(AnchorMode::Flush), SimStore::new());
     *lock(&other.key_id) = 100;
     let of = CloneOf { source: &source, kek: &provider.kek() };
-    let clone = Volume::create_clone(copy.clone(), of, &other.grant(), &other.kek(), other.clone(), other.clone());
-    let clone = clone.expect("cloned");
+    let mut heard = Vec::new();
+    let (grant, kek, hear) = (other.grant(), other.kek(), &mut |done, all| heard.push((done, all)));
+    let clone =
+        Volume::create_clone(copy.clone(), of, &grant, &kek, other.clone(), other.clone(), hear).expect("cloned");
+    assert_eq!((heard.len() as u64, heard.last()), (BLOCKS, Some(&(BLOCKS, BLOCKS))));
     for volume in [&source, &clone] {
         for lba in 0..BLOCKS {
             volume.write(lba * 4096, &content(lba)).expect("written");

@@ -110,11 +110,29 @@ impl Scene {
         if bad == 0 { Outcome::Whole } else { Outcome::Bad }
     }
 
+    /// Reads each block alone, and then all together: what one of them is, is the same.
     fn read_all(&self, volume: &Volume, what: &str) -> Outcome {
+        let mut alone = vec![vec![0xee; BLOCK]; self.allowed.len()];
+        let at = |lba: usize| (lba * BLOCK) as u64;
+        let each: Vec<_> = alone.iter_mut().enumerate().map(|(lba, found)| volume.read(at(lba), found)).collect();
+        let mut together = vec![vec![0xee; BLOCK]; self.allowed.len()];
+        let mut asked: Vec<(u64, &mut [u8])> =
+            together.iter_mut().enumerate().map(|(lba, found)| (at(lba), found.as_mut_slice())).collect();
+        let all = volume.read_many(&mut asked);
+        for ((lba, one), many) in each.iter().enumerate().zip(&all) {
+            let same = match (one, many) {
+                (Ok(()), Ok(())) => true,
+                (Err(VolumeError::Integrity { lba: one }), Err(VolumeError::Integrity { lba: many })) => {
+                    (*one, *many) == (lba as u64, lba as u64)
+                }
+                (Err(one), Err(many)) => one.to_string() == many.to_string(),
+                _ => false,
+            };
+            assert!(same && alone[lba] == together[lba], "{what}: block {lba}: {one:?}, with others {many:?}");
+        }
         let mut bad = 0;
-        for (lba, allowed) in self.allowed.iter().enumerate() {
-            let mut found = vec![0xee; BLOCK];
-            match volume.read((lba * BLOCK) as u64, &mut found) {
+        for ((lba, allowed), (done, found)) in self.allowed.iter().enumerate().zip(all.into_iter().zip(together)) {
+            match done {
                 Ok(()) => {
                     let round = found[BLOCK - 1];
                     let right = if round == 0 { vec![0; BLOCK] } else { fill(lba as u64, round) };

@@ -3,7 +3,7 @@
 
 use attest::eventlog::{Replay, firmware, layer};
 use attest::qualify::Qualified;
-use attest::service::{Client, ControlClient, Quoted, VmRequest};
+use attest::service::{Client, ControlClient, Quoted, Registering, VmRequest};
 use attest::tpm::attested::Attested;
 use attest::tpm::pcr::{Selection, composite};
 use attest::tpm::{Attest, Public, Signature};
@@ -133,7 +133,10 @@ impl Host {
         let file = Digest::of(b"the VM file");
         let (ours, theirs) = UnixStream::pair().expect("a pair");
         let pidfd = pidfd(&process);
-        self.control().register(&customer, &name, file, theirs.as_fd(), pidfd.as_fd()).expect("registered");
+        self.control()
+            .register(&customer, &name, file, theirs.as_fd(), pidfd.as_fd())
+            .and_then(Registering::done)
+            .expect("registered");
         Vm { process, client: Client::new(ours), customer, name, file }
     }
 

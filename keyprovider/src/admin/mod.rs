@@ -5,6 +5,7 @@ pub mod admins;
 pub mod backups;
 pub mod clouds;
 pub mod customers;
+pub mod operations;
 pub mod streams;
 pub mod vms;
 pub mod volumes;

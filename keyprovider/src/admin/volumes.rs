@@ -2,10 +2,11 @@
 
 use super::{Answer, Created, conflict, customer, done, seal};
 use crate::api::{
-    ConfirmVolume, Done, KeyRequest, NewVolume, SessionAnchor, SessionEnd, SessionEvent, SessionView, VolumeView,
+    ConfirmVolume, Done, KeyRequest, NewVolume, SessionAnchor, SessionEnd, SessionEvent, SessionSize, SessionView,
+    VolumeView,
 };
 use crate::attestation::LEASE_MARGIN_US;
-use crate::instance::keep_anchor;
+use crate::instance::{keep_anchor, move_anchor};
 use crate::keystore::KeyLabel;
 use crate::provider::Provider;
 use crate::server::body::{At, Json as Body};
@@ -19,7 +20,7 @@ use axum::Json;
 use axum::extract::State;
 use axum::http::StatusCode;
 use policy::anchor::AnchorStep;
-use policy::audit::AuditKind;
+use policy::audit::{Actor, AuditKind};
 use policy::disk::{CipherSuite, VolumeGrant};
 use policy::{AnchorMode, Base64Url, CustomerId, KeyId, VolumeAnchor, VolumeId};
 use secretmem::Secret;
@@ -52,35 +53,62 @@ pub async fn create(
     At(id): At<CustomerId>,
     Body(new): Body<NewVolume>,
 ) -> Created<VolumeView> {
-    if new.name.parse::<policy::VmId>().is_err() {
-        let what = "a volume's name is 1 to 63 of a-z, 0-9 and '-', neither first nor last '-'";
-        return Err(Refusal::new(ProblemType::BadRequest, what));
-    }
     let now_us = provider.clock.now_us();
     let mut tx = provider.db.write().await?;
     customer(&mut tx, &id).await?;
-    let (volume_id, kek_id) = (VolumeId::random(), new_key_id(&mut tx).await?);
-    let key = Secret::<32>::random().map_err(crate::keystore::KeyStoreError::from)?;
-    let kek_wrapped = provider.keys.wrap(KeyLabel::Volume(&id, &volume_id, kek_id), key.expose())?;
+    let volume = make(&provider, &mut tx, &caller, &id, &new.name, now_us).await?;
+    tx.commit().await?;
+    Ok((StatusCode::CREATED, Json(view(volume, None))))
+}
+
+/// A new volume in the database: its id, its name, its key-encryption key.
+pub(super) async fn make(
+    provider: &Provider,
+    c: &mut SqliteConnection,
+    caller: &Caller,
+    id: &CustomerId,
+    name: &str,
+    now_us: u64,
+) -> Result<Volume, Refusal> {
+    if name.parse::<policy::VmId>().is_err() {
+        let what = "a volume's name is 1 to 63 of a-z, 0-9 and '-', neither first nor last '-'";
+        return Err(Refusal::new(ProblemType::BadRequest, what));
+    }
+    let volume_id = VolumeId::random();
+    let (kek_id, kek_wrapped) = new_kek(provider, c, id, &volume_id).await?;
     let volume = Volume {
         id: volume_id,
         customer: id.clone(),
-        name: new.name,
+        name: name.to_owned(),
         kek_id,
         kek_wrapped,
         key_id: None,
         next_open: 1,
         anchor: None,
         unconfirmed: false,
+        size: None,
+        retired: false,
+        rekey: None,
+        next_kek: None,
     };
-    if !volumes::create(&mut tx, &volume, now_us).await? {
-        return Err(conflict(format!("{id} has a volume {} already", volume.name)));
+    if !volumes::create(c, &volume, now_us).await? {
+        return Err(conflict(format!("{id} has a volume {name} already")));
     }
-    let draft =
-        Draft::new(&id, caller.actor(), AuditKind::VolumeCreated).volume(volume.id).detail("name", &volume.name);
-    append(&mut tx, now_us, draft).await?;
-    tx.commit().await?;
-    Ok((StatusCode::CREATED, Json(view(volume, None))))
+    let draft = Draft::new(id, caller.actor(), AuditKind::VolumeCreated).volume(volume.id).detail("name", name);
+    append(c, now_us, draft).await?;
+    Ok(volume)
+}
+
+/// A fresh key-encryption key: its id, and its wrapped form.
+pub(super) async fn new_kek(
+    provider: &Provider,
+    c: &mut SqliteConnection,
+    customer: &CustomerId,
+    volume: &VolumeId,
+) -> Result<(KeyId, Vec<u8>), Refusal> {
+    let id = new_key_id(c).await?;
+    let key = Secret::<32>::random().map_err(crate::keystore::KeyStoreError::from)?;
+    Ok((id, provider.keys.wrap(KeyLabel::Volume(customer, volume, id), key.expose())?))
 }
 
 /// Confirms a volume's anchor after a restore, or moves it forward to what the volume itself shows.
@@ -106,7 +134,8 @@ pub async fn confirm(
                 "the anchor is older than the kept one, or another's",
             ));
         }
-        volumes::set_anchor(&mut tx, &volume.id, anchor).await?;
+        let draft = Draft::new(&id, caller.actor(), AuditKind::AnchorConfirmed);
+        move_anchor(&mut tx, &volume, anchor, &draft, now_us).await?;
         volumes::raise_open(&mut tx, &volume, u64::from(anchor.writer()) + 1).await?;
     }
     volumes::confirm(&mut tx, &volume).await?;
@@ -128,25 +157,37 @@ pub async fn open(
     At((id, name)): At<(CustomerId, String)>,
     Body(request): Body<KeyRequest>,
 ) -> Created<SessionView> {
-    let mut session = [0; 16];
-    getrandom::fill(&mut session).map_err(|_| StoreError::Random)?;
     let now_us = provider.clock.now_us();
     let mut tx = provider.db.write().await?;
     let volume = find(&mut tx, &id, &name).await?;
-    let until_us = now_us + u64::from(SESSION_SECONDS) * 1_000_000;
+    let view = start(&provider, &mut tx, &caller, &volume, &request, now_us).await?;
+    tx.commit().await?;
+    Ok((StatusCode::CREATED, Json(view)))
+}
+
+/// A new session with a volume that is free.
+pub(super) async fn start(
+    provider: &Provider,
+    c: &mut SqliteConnection,
+    caller: &Caller,
+    volume: &Volume,
+    request: &KeyRequest,
+    now_us: u64,
+) -> Result<SessionView, Refusal> {
+    let mut session = [0; 16];
+    getrandom::fill(&mut session).map_err(|_| StoreError::Random)?;
+    let (id, until_us) = (&volume.customer, now_us + u64::from(SESSION_SECONDS) * 1_000_000);
     let kind = HolderKind::Session(session);
-    let grant = grant(&mut tx, &volume, AnchorMode::Close, kind, caller.key, until_us, now_us).await?;
-    let key = provider.keys.unwrap_32(KeyLabel::Volume(&id, &volume.id, volume.kek_id), &volume.kek_wrapped)?;
-    let key = seal(&request, &id, &name, volume.kek_id, &key)?;
-    let draft = Draft::new(&id, caller.actor(), AuditKind::VolumeSession)
+    let grant = grant(c, volume, AnchorMode::Close, kind, caller.key, until_us, now_us).await?;
+    let key = provider.keys.unwrap_32(KeyLabel::Volume(id, &volume.id, volume.kek_id), &volume.kek_wrapped)?;
+    let key = seal(request, id, &volume.name, volume.kek_id, &key)?;
+    let draft = Draft::new(id, caller.actor(), AuditKind::VolumeSession)
         .volume(volume.id)
         .detail("session", Base64Url::from(&session[..]))
         .detail("open_number", grant.open_number)
         .detail("anchor", grant.anchor.as_ref().map_or("none".into(), text_of));
-    append(&mut tx, now_us, draft).await?;
-    tx.commit().await?;
-    let view = SessionView { session: session[..].into(), grant, key, seconds: SESSION_SECONDS };
-    Ok((StatusCode::CREATED, Json(view)))
+    append(c, now_us, draft).await?;
+    Ok(SessionView { session: session[..].into(), grant, key, seconds: SESSION_SECONDS, size: volume.size })
 }
 
 /// Gives a volume to a holder: checks that it is free, takes an open number, and says what the engine needs.
@@ -161,23 +202,30 @@ pub async fn grant(
 ) -> Result<VolumeGrant, Refusal> {
     let name = &volume.name;
     let held = |what: String| Refusal::new(ProblemType::VolumeHeld, what);
+    if volume.retired {
+        return Err(Refusal::new(ProblemType::NotFound, format!("the keys of volume {name} are retired, for good"))
+            .hint("destroy what is left of its file: fealty-disk erase FILE --force"));
+    }
     if volume.unconfirmed {
         return Err(held(format!("the provider was restored, and nobody has confirmed volume {name}'s anchor yet"))
             .hint(format!("run: fealty-keys volume confirm {} {name}", volume.customer)));
     }
-    if let Some(holder) = volumes::holder(c, &volume.id).await?.filter(|h| holds(h, now_us)) {
-        return Err(held(format!("volume {name} is held by {}", holder_name(&holder)))
-            .hint("end that first, or wait until its lease is past"));
+    if let Some(holder) = volumes::holder(c, &volume.id).await? {
+        if holds(&holder, now_us) {
+            return Err(held(format!("volume {name} is held by {}", holder_name(&holder)))
+                .hint("end that first, or wait until its lease is past"));
+        }
+        missing_outcome(c, volume, &holder, Actor::Provider, "its session was lost", now_us).await?;
     }
     // An id is the volume's once an anchor names it; until then each opening gets a fresh one, so that no id ever names two
     // masters.
-    let anchored = volume.anchor.as_ref().map(anchored_key);
+    let anchored = volume.anchor.as_ref().map(VolumeAnchor::key_id);
     let key_id = match volume.key_id {
         Some(id) if anchored == Some(id) => id,
         _ => volumes::new_write_key(c, volume).await?,
     };
     let open_number = volumes::next_open(c, volume).await?;
-    let holder = Holder { kind, client_key, open_number, until_us };
+    let holder = Holder { kind, client_key, open_number, until_us, operation: None };
     volumes::hold(c, &volume.id, &holder).await?;
     Ok(VolumeGrant {
         volume: volume.id,
@@ -191,7 +239,27 @@ pub async fn grant(
     })
 }
 
-type SessionPath = At<(CustomerId, String, String)>;
+/// Tells of a permitted operation whose outcome never came.
+async fn missing_outcome(
+    c: &mut SqliteConnection,
+    volume: &Volume,
+    holder: &Holder,
+    actor: Actor,
+    why: &str,
+    now_us: u64,
+) -> Result<(), Refusal> {
+    if let Some(operation) = holder.operation {
+        let draft = Draft::new(&volume.customer, actor, AuditKind::OperationEnded)
+            .volume(volume.id)
+            .detail("operation", operation)
+            .detail("done", "not said")
+            .detail("detail", why);
+        append(c, now_us, draft).await?;
+    }
+    Ok(())
+}
+
+pub(super) type SessionPath = At<(CustomerId, String, String)>;
 
 /// Keeps a newer anchor for a session.
 pub async fn anchor(
@@ -231,6 +299,28 @@ pub async fn event(
     done()
 }
 
+/// Learns a volume's size.
+pub async fn size(
+    State(provider): State<Arc<Provider>>,
+    caller: Caller,
+    At(path): SessionPath,
+    Body(size): Body<SessionSize>,
+) -> Answer<Done> {
+    let now_us = provider.clock.now_us();
+    let mut tx = provider.db.write().await?;
+    let (volume, _) = session(&mut tx, &caller, &path).await?;
+    if volume.size != Some(size.bytes) {
+        volumes::set_size(&mut tx, &volume.id, size.bytes).await?;
+        let draft = Draft::new(&volume.customer, caller.actor(), AuditKind::VolumeResized)
+            .volume(volume.id)
+            .detail("before", volume.size.map_or("unknown".to_owned(), |bytes| bytes.to_string()))
+            .detail("size", size.bytes);
+        append(&mut tx, now_us, draft).await?;
+    }
+    tx.commit().await?;
+    done()
+}
+
 /// Extends a session.
 pub async fn renew(State(provider): State<Arc<Provider>>, caller: Caller, At(path): SessionPath) -> Answer<Done> {
     let now_us = provider.clock.now_us();
@@ -252,7 +342,8 @@ pub async fn end(
     check_text(&end.outcome)?;
     let now_us = provider.clock.now_us();
     let mut tx = provider.db.write().await?;
-    let (volume, _) = session(&mut tx, &caller, &path).await?;
+    let (volume, holder) = session(&mut tx, &caller, &path).await?;
+    missing_outcome(&mut tx, &volume, &holder, caller.actor(), &end.outcome, now_us).await?;
     volumes::free(&mut tx, &volume.id).await?;
     let draft = Draft::new(&volume.customer, caller.actor(), AuditKind::VolumeSessionEnded)
         .volume(volume.id)
@@ -265,7 +356,7 @@ pub async fn end(
 }
 
 /// The session of a path, if it is the caller's and still holds the volume.
-async fn session(
+pub(super) async fn session(
     c: &mut SqliteConnection,
     caller: &Caller,
     (id, name, session): &(CustomerId, String, String),
@@ -281,15 +372,8 @@ async fn session(
     }
 }
 
-async fn find(c: &mut SqliteConnection, id: &CustomerId, name: &str) -> Result<Volume, Refusal> {
+pub(super) async fn find(c: &mut SqliteConnection, id: &CustomerId, name: &str) -> Result<Volume, Refusal> {
     volumes::by_name(c, id, name).await?.ok_or_else(|| Refusal::missing(format!("volume {name} of {id}")))
-}
-
-/// The key id that an anchor names (`policy::anchor` draws its bytes).
-fn anchored_key(anchor: &VolumeAnchor) -> KeyId {
-    let mut id = [0; 8];
-    id.copy_from_slice(&anchor.as_bytes()[104..112]);
-    KeyId(u64::from_be_bytes(id))
 }
 
 /// Whether a holder's lease, with the margin after it, still counts.
@@ -305,7 +389,7 @@ pub fn holder_name(holder: &Holder) -> String {
     }
 }
 
-fn view(volume: Volume, holder: Option<&Holder>) -> VolumeView {
+pub(super) fn view(volume: Volume, holder: Option<&Holder>) -> VolumeView {
     VolumeView {
         name: volume.name,
         volume: volume.id,
@@ -313,14 +397,16 @@ fn view(volume: Volume, holder: Option<&Holder>) -> VolumeView {
         anchor: volume.anchor,
         held_by: holder.map(holder_name),
         unconfirmed: volume.unconfirmed,
+        size: volume.size,
+        retired: volume.retired,
     }
 }
 
-fn text_of(anchor: &VolumeAnchor) -> String {
+pub(super) fn text_of(anchor: &VolumeAnchor) -> String {
     Base64Url::from(&anchor.as_bytes()[..]).to_string()
 }
 
-fn check_text(text: &str) -> Result<(), Refusal> {
+pub(super) fn check_text(text: &str) -> Result<(), Refusal> {
     if text.len() > TEXT {
         return Err(Refusal::new(ProblemType::BadRequest, format!("a text is at most {TEXT} bytes")));
     }

@@ -10,9 +10,10 @@ use crate::provider::Provider;
 use crate::server::problem::Refusal;
 use crate::store::audit::{Draft, Logged, append};
 use crate::store::inventory::{self, Cloud, CloudKind, ImaMark};
-use crate::store::vms::{self, Instance};
+use crate::store::vms::{self, FileDisk, Instance};
 use crate::store::volumes::{self, HolderKind};
 use crate::store::{StoreError, answers, documents, new_key_id, people};
+use attest::bundle::{BundleError, Sealer};
 use attest::note::Receipt;
 use attest::protocol::{Evidence, KeyName, PROTOCOL_VERSION, ProblemType, Release, Released};
 use attest::verify::VerifiedEvidence;
@@ -26,6 +27,7 @@ use policy_cedar::{Question, Verdict};
 use secretmem::Secret;
 use sqlx::SqliteConnection;
 use std::sync::Arc;
+use tokio::task::JoinHandle;
 
 /// What is handed over: names for the readable part, keys for the sealed one.
 #[derive(Default)]
@@ -44,6 +46,7 @@ pub async fn release(
     evidence_digest: Digest,
     wanted: Wanted,
 ) -> Result<Vec<u8>, Refusal> {
+    let sealer = sealer(&verified);
     let mut tx = provider.db.write().await?;
     let now_us = provider.clock.now_us();
     let c: &mut SqliteConnection = &mut tx;
@@ -58,22 +61,21 @@ pub async fn release(
     // Slow clocks: a lease counts a thousandth longer here than it is given.
     let lease_us = settings.lease.end_ms() * 1001;
     instance.lease_end_us = instance.lease_end_us.max(now_us + lease_us);
+    instance.lease_us = instance.lease_end_us - now_us;
     let handed = match challenge.operation.operation {
         Operation::PowerOn => {
             vms::add_instance(c, &instance).await?;
             power_on_keys(provider, c, &instance, now_us).await?
         }
-        Operation::CoreDump => {
+        operation => {
             vms::update_instance(c, &instance).await?;
-            dump_key(provider, c, challenge, &instance, now_us).await?
-        }
-        _ => {
-            vms::update_instance(c, &instance).await?;
-            same_keys(provider, c, &instance, now_us).await?
+            volumes::extend_all(c, &instance.customer, &instance.vm, instance.number, instance.lease_end_us).await?;
+            match operation {
+                Operation::CoreDump => dump_key(provider, c, challenge, &instance, now_us).await?,
+                _ => same_keys(provider, c, &instance, now_us).await?,
+            }
         }
     };
-    volumes::extend_all(c, &instance.customer, &instance.vm, instance.number, instance.lease_end_us).await?;
-    vms::keep_lease(c, &instance, instance.lease_end_us - now_us).await?;
     let release = Release {
         version: PROTOCOL_VERSION,
         customer: instance.customer.clone(),
@@ -94,7 +96,8 @@ pub async fn release(
     let release_json = serde_json::to_vec(&release).map_err(|_| StoreError::Damaged("release"))?;
     let logged = append(c, now_us, event_of(&release, &release_json, &instance)).await?;
     let keys: Vec<&Secret<32>> = handed.keys.iter().collect();
-    let body = answer(provider, &verified, &release, release_json, &keys, logged)?;
+    let sealer = sealer.await.map_err(|_| super::unavailable())?.map_err(unsealed)?;
+    let body = answer(provider, sealer, &release, release_json, &keys, logged)?;
     let kept = answers::Answer { client_key: challenge.client_key, evidence: evidence_digest, body };
     answers::keep(c, &challenge.id, &kept, challenge.until_us, now_us).await?;
     match wanted {
@@ -103,6 +106,16 @@ pub async fn release(
         Wanted::Opinion => tx.rollback().await?,
     }
     Ok(kept.body)
+}
+
+/// Makes what seals the bundle, beside the transaction: it depends on the verified keys alone.
+fn sealer(verified: &VerifiedEvidence) -> JoinHandle<Result<Sealer, BundleError>> {
+    let (bundle_key, wrap_key) = (verified.bundle_key, verified.wrap_key.clone());
+    tokio::task::spawn_blocking(move || Sealer::new(&bundle_key, &wrap_key))
+}
+
+fn unsealed(error: BundleError) -> Refusal {
+    Refusal::new(ProblemType::BadEvidence, format!("the bundle can't be sealed: {error}"))
 }
 
 /// After a restore, what the customer took away may be back: nothing is released until somebody has looked.
@@ -157,16 +170,7 @@ async fn permitted(
     now_us: u64,
 ) -> Result<(Settings, PolicyInForce), Refusal> {
     let refuses = |why: String| Refusal::new(ProblemType::PolicyRefuses, why);
-    let policy = documents::policy(c, &challenge.customer).await?;
-    let policy = policy.ok_or_else(|| refuses("the customer has no policy".into()))?;
-    let rules = match provider.rules.kept(&challenge.customer, &policy) {
-        Some(rules) => Ok(rules),
-        None => {
-            let customer = people::customer(c, &challenge.customer).await?;
-            provider.rules.read(&customer.ok_or_else(|| refuses("there is no such customer".into()))?, &policy)
-        }
-    };
-    let rules = rules.map_err(|why| refuses(format!("the customer's policy can't be read: {why}")))?;
+    let (policy, rules) = provider.rules.in_force(c, &challenge.customer).await?.map_err(refuses)?;
     rules.settings.judge(&verified.claims).map_err(|e| refuses(e.to_string()))?;
     let operation = challenge.operation.operation;
     let instance = match operation {
@@ -243,6 +247,7 @@ async fn new_instance(
         file: evidence.vm_file,
         started_us: now_us,
         lease_end_us: 0,
+        lease_us: 0,
         ended: false,
         revoked: false,
         report_sequence: 0,
@@ -277,9 +282,8 @@ async fn power_on_keys(
     instance: &Instance,
     now_us: u64,
 ) -> Result<Handed, Refusal> {
-    let mut handed = file_key(provider, c, instance).await?;
-    let file = vms::file(c, &instance.customer, &instance.vm, &instance.file).await?;
-    for disk in file.map(|f| f.disks).unwrap_or_default() {
+    let (mut handed, disks) = file_key(provider, c, instance).await?;
+    for disk in disks {
         let volume = volumes::by_id(c, &instance.customer, &disk.volume).await?;
         let volume = volume.ok_or_else(|| Refusal::missing(format!("volume {}", disk.volume)))?;
         if volume.anchor.is_none() {
@@ -302,10 +306,9 @@ async fn same_keys(
     instance: &Instance,
     now_us: u64,
 ) -> Result<Handed, Refusal> {
-    let mut handed = file_key(provider, c, instance).await?;
+    let (mut handed, disks) = file_key(provider, c, instance).await?;
     let own = HolderKind::Instance(instance.vm.clone(), instance.number);
-    let file = vms::file(c, &instance.customer, &instance.vm, &instance.file).await?;
-    for disk in file.map(|f| f.disks).unwrap_or_default() {
+    for disk in disks {
         let volume = volumes::by_id(c, &instance.customer, &disk.volume).await?;
         let volume = volume.ok_or_else(|| Refusal::missing(format!("volume {}", disk.volume)))?;
         let holder = match volumes::holder(c, &volume.id).await? {
@@ -336,11 +339,17 @@ async fn same_keys(
     Ok(handed)
 }
 
-async fn file_key(provider: &Provider, c: &mut SqliteConnection, instance: &Instance) -> Result<Handed, Refusal> {
+/// The VM file's key, and the disks that the file names.
+async fn file_key(
+    provider: &Provider,
+    c: &mut SqliteConnection,
+    instance: &Instance,
+) -> Result<(Handed, Vec<FileDisk>), Refusal> {
     let (customer, vm) = (&instance.customer, &instance.vm);
     let file = vms::file(c, customer, vm, &instance.file).await?.ok_or(StoreError::Damaged("VM file"))?;
     let key = provider.keys.unwrap_32(KeyLabel::VmFile(customer, vm, file.key_id), &file.wrapped)?;
-    Ok(Handed { volumes: Vec::new(), names: vec![KeyName::VmFile(file.key_id)], keys: vec![key] })
+    let handed = Handed { volumes: Vec::new(), names: vec![KeyName::VmFile(file.key_id)], keys: vec![key] };
+    Ok((handed, file.disks))
 }
 
 fn hand_volume(
@@ -409,14 +418,13 @@ fn event_of(release: &Release, release_json: &[u8], instance: &Instance) -> Draf
 
 fn answer(
     provider: &Provider,
-    verified: &VerifiedEvidence,
+    sealer: Sealer,
     release: &Release,
     release_json: Vec<u8>,
     keys: &[&Secret<32>],
     logged: Logged,
 ) -> Result<Vec<u8>, Refusal> {
-    let sealed = attest::bundle::seal(&release_json, keys, &verified.bundle_key, &verified.wrap_key)
-        .map_err(|e| Refusal::new(ProblemType::BadEvidence, format!("the bundle can't be sealed: {e}")))?;
+    let sealed = sealer.seal(&release_json, keys).map_err(unsealed)?;
     let origin = provider.audit_origin(&release.customer);
     let receipt = Receipt { origin, sequence: logged.sequence, event: logged.digest };
     let receipt = receipt.sign(&provider.audit_key.seed).map_err(|_| StoreError::Damaged("audit key"))?;

@@ -1,12 +1,14 @@
 //! Parsed policies, kept by customer: parsing takes a thread and milliseconds, a decision microseconds.
 
 use crate::server::problem::chain;
-use crate::store::documents::Policy;
-use crate::store::people::Customer;
+use crate::store::StoreError;
+use crate::store::documents::{self, Policy};
+use crate::store::people::{self, Customer};
 use aws_lc_rs::signature::{ED25519, UnparsedPublicKey};
 use policy::document::{PolicyDocument, PolicyStatement, Settings};
 use policy::{CustomerId, Digest};
 use policy_cedar::CedarPolicy;
+use sqlx::SqliteConnection;
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -55,16 +57,35 @@ impl Rules {
 }
 
 impl RulesCache {
+    /// The policy in force and its rules; where there is none that can be used, why.
+    pub async fn in_force(
+        &self,
+        c: &mut SqliteConnection,
+        customer: &CustomerId,
+    ) -> Result<Result<(Policy, Arc<Rules>), String>, StoreError> {
+        let Some(policy) = documents::policy(c, customer).await? else {
+            return Ok(Err("the customer has no policy".into()));
+        };
+        if let Some(rules) = self.kept(customer, &policy) {
+            return Ok(Ok((policy, rules)));
+        }
+        let Some(customer) = people::customer(c, customer).await? else {
+            return Ok(Err("there is no such customer".into()));
+        };
+        let read = self.read(&customer, &policy).map_err(|why| format!("the customer's policy can't be used: {why}"));
+        Ok(read.map(|rules| (policy, rules)))
+    }
+
     /// What [`Self::read`] made of this very document before.
-    pub fn kept(&self, customer: &CustomerId, policy: &Policy) -> Option<Arc<Rules>> {
+    fn kept(&self, customer: &CustomerId, policy: &Policy) -> Option<Arc<Rules>> {
         let digest = Digest::of(policy.document.as_bytes());
         let all = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         all.get(customer).filter(|(of, rules)| *of == digest && rules.version == policy.version).map(|(_, r)| r.clone())
     }
 
-    /// The parsed form of the policy in force. Whoever can write to the database can't write the customer's signature, so that is
-    /// asked for again here, not only when the policy was set.
-    pub fn read(&self, customer: &Customer, policy: &Policy) -> Result<Arc<Rules>, String> {
+    /// Whoever can write to the database can't write the customer's signature, so that is asked for again here, not only when the
+    /// policy was set.
+    fn read(&self, customer: &Customer, policy: &Policy) -> Result<Arc<Rules>, String> {
         let rules = Rules::read(&policy.document, &policy.signature, customer).map_err(|e| e.to_string())?;
         if rules.version != policy.version {
             return Err(format!("version {} is stored as version {}", rules.version, policy.version));

@@ -44,6 +44,27 @@ Every command prints one line per thing; --json prints JSON, one document a line
 Exit codes: 0 done; 1 refused or failed, with one line that says why; 2 a wrong command line. `volume exec` ends with its
 command's own code.";
 
+const EXEC_HELP: &str = "\
+Example: fealty-keys volume exec acme root -- fealty-disk export root.vol root.img
+
+What weakens, doubles or ends a volume needs a rule of the customer's policy that names it, and stands in the audit log before it is
+done and after:
+  volume.revert   fealty-disk snapshot revert      volume.clone    fealty-disk clone
+  volume.rekey    fealty-disk rekey                volume.erase    fealty-disk erase, fealty-keys volume retire
+  volume.rewrap   fealty-disk rewrap
+  permit (principal == Administrator::\"ann\", action in [Action::\"volume.rekey\", Action::\"volume.rewrap\"], resource);
+  permit (principal, action == Action::\"volume.erase\", resource == Volume::\"scratch\");
+
+A command that is cut off, even by a power cut, leaves a volume that opens; run it again and it goes on. If this program was killed with
+it, the volume is free when the session is past (two minutes).";
+
+const RETIRE_HELP: &str = "\
+For a volume whose file is lost, or lies where nobody reaches it. Where the file is at hand, erase both:
+  fealty-keys volume exec acme root -- fealty-disk erase root.vol --force
+The policy must permit volume.erase. A backup of the provider from before holds the keys still: destroy it too, or take a new one.
+
+Example: fealty-keys volume retire acme root --force";
+
 /// Options that every command takes.
 #[derive(Debug, Args)]
 pub(super) struct Common {
@@ -373,8 +394,7 @@ pub(super) enum VolumeCommand {
         customer: CustomerId,
     },
     /// Run a command that holds a volume: `--keys-fd N` is appended to it, over which it gets key, open number and anchor.
-    ///
-    /// Example: fealty-keys volume exec acme root -- fealty-disk export root.vol root.img
+    #[command(after_help = EXEC_HELP)]
     Exec {
         /// The customer.
         customer: CustomerId,
@@ -383,6 +403,17 @@ pub(super) enum VolumeCommand {
         /// The command.
         #[arg(last = true, required = true)]
         command: Vec<OsString>,
+    },
+    /// Destroy a volume's keys: nobody can ever read it again, nor any copy of its file.
+    #[command(after_help = RETIRE_HELP)]
+    Retire {
+        /// The customer.
+        customer: CustomerId,
+        /// The volume.
+        name: String,
+        /// It is meant.
+        #[arg(long)]
+        force: bool,
     },
     /// After a restore: confirm that the provider's anchor is the volume's newest (or that the volume was never filled, where
     /// there is none), or move it forward to what the volume itself shows (`fealty-disk info`).

@@ -1,13 +1,16 @@
 //! `volume exec`: holds a volume's session for a command, hands it key, open number and anchor over an inherited socket, and
-//! takes the new anchors back. The protocol is `policy::disk`'s.
+//! takes the new anchors back; asks the provider for what the command needs permission for. The protocol is `policy::disk`'s.
 
 use super::{CliError, Session};
-use crate::api::{Done, SessionAnchor, SessionEnd, SessionEvent, SessionView};
+use crate::api::{
+    Done, SessionAnchor, SessionEnd, SessionEvent, SessionOperation, SessionOutcome, SessionPermit, SessionSize,
+    SessionView,
+};
 use crate::client::{AdminClientError, OneTimeKey};
 use crate::server::problem::chain;
 use attest::client::ClientError;
-use policy::CustomerId;
-use policy::disk::{DiskSession, HolderAnswer, MESSAGE_LIMIT, ToolMessage};
+use policy::disk::{DiskSession, HolderAnswer, MESSAGE_LIMIT, Permit, ToolMessage, VolumeRequest};
+use policy::{CustomerId, VolumeId};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
 use rustix::process::{Pid, Signal, kill_process};
@@ -40,18 +43,18 @@ pub(super) fn exec(
     let [program, arguments @ ..] = command else {
         return Err(CliError::Input("volume exec needs a command after --".into()));
     };
-    let volume = format!("/v1/customers/{customer}/volumes/{name}");
     let one_time = OneTimeKey::generate()?;
-    let view: SessionView = s.client.post(&format!("{volume}/sessions"), &one_time.request())?;
+    let view: SessionView = s.client.post(&format!("{}/sessions", path_of(customer, name)), &one_time.request())?;
     let kek = one_time.open(customer, name, &view.key)?;
-    let mut held = Held { path: format!("{volume}/sessions/{}", view.session), s, ended: false };
+    let first = Part { volume: view.grant.volume, path: session_path(customer, name, &view) };
+    let mut held = Held { s, customer: customer.clone(), name: name.to_owned(), parts: vec![first], ended: false };
     let signals = Signals::start()?;
     let (ours, theirs) = sockets()?;
     let mut child = start(program, arguments, theirs.as_raw_fd())?;
     signals.forward_to(&child);
     drop(theirs);
     let period = Duration::from_secs(u64::from(view.seconds)) / RENEWALS;
-    let served = serve(&mut held, &ours, &DiskSession { grant: view.grant }, &kek, period);
+    let served = serve(&mut held, &ours, &DiskSession { grant: view.grant, size: view.size }, &kek, period);
     drop((kek, ours));
     let status = wait(&mut child, &mut held, period)?;
     if let Err(error) = &served {
@@ -61,46 +64,105 @@ pub(super) fn exec(
     Ok(code_of(status))
 }
 
-/// A session that ends when this process does, unless it is killed.
+fn path_of(customer: &CustomerId, name: &str) -> String {
+    format!("/v1/customers/{customer}/volumes/{name}")
+}
+
+fn session_path(customer: &CustomerId, name: &str, view: &SessionView) -> String {
+    format!("{}/sessions/{}", path_of(customer, name), view.session)
+}
+
+/// What is said to the command: an answer, and perhaps a key behind it.
+type Said = (HolderAnswer, Option<Secret<32>>);
+
+/// Sessions that end when this process does, unless it is killed.
 struct Held {
-    path: String,
     s: Session,
+    customer: CustomerId,
+    /// The volume that the command was started for.
+    name: String,
+    /// Its session, and that of a clone which the command makes of it.
+    parts: Vec<Part>,
     ended: bool,
+}
+
+/// One volume that is held.
+struct Part {
+    volume: VolumeId,
+    path: String,
 }
 
 impl Held {
     fn renew(&mut self) {
-        let renewed: Result<Done, _> = self.s.client.post(&format!("{}/renew", self.path), &());
-        if let Err(error) = renewed {
-            eprintln!("fealty-keys: the session was not renewed: {}", chain(&error));
+        for part in &self.parts {
+            let renewed: Result<Done, _> = self.s.client.post(&format!("{}/renew", part.path), &());
+            if let Err(error) = renewed {
+                eprintln!("fealty-keys: the session was not renewed: {}", chain(&error));
+            }
         }
     }
 
     /// Passes a message on. A provider that can't be reached is waited for: a volume that is open loses nothing by it.
-    fn answer(&mut self, message: &ToolMessage) -> HolderAnswer {
+    fn answer(&mut self, message: &ToolMessage) -> Said {
         let started = Instant::now();
         loop {
             match self.tell(message) {
-                Ok(_) => return HolderAnswer::Kept,
-                Err(AdminClientError::Client(ClientError::Unreachable { .. })) if started.elapsed() < PATIENCE => {
+                Ok(said) => return said,
+                Err(CliError::Client(AdminClientError::Client(ClientError::Unreachable { .. })))
+                    if started.elapsed() < PATIENCE =>
+                {
                     std::thread::sleep(RETRY);
                 }
-                Err(error) => return HolderAnswer::Refused(chain(&error)),
+                Err(error) => return (HolderAnswer::Refused(chain(&error)), None),
             }
         }
     }
 
-    fn tell(&mut self, message: &ToolMessage) -> Result<Done, AdminClientError> {
-        match message {
+    fn tell(&mut self, message: &ToolMessage) -> Result<Said, CliError> {
+        let path = match message {
+            ToolMessage::Anchor(anchor) => self.path(anchor.volume())?,
+            ToolMessage::Size { volume, .. } => self.path(*volume)?,
+            _ => self.parts[0].path.clone(),
+        };
+        let client = &mut self.s.client;
+        let _: Done = match message {
             ToolMessage::Anchor(anchor) => {
-                let update = SessionAnchor { anchor: anchor.clone() };
-                self.s.client.put(&format!("{}/anchor", self.path), &update)
+                client.put(&format!("{path}/anchor"), &SessionAnchor { anchor: anchor.clone() })?
             }
-            ToolMessage::Event(text) => {
-                let event = SessionEvent { text: text.clone() };
-                self.s.client.post(&format!("{}/events", self.path), &event)
+            ToolMessage::Event(text) => client.post(&format!("{path}/events"), &SessionEvent { text: text.clone() })?,
+            ToolMessage::Size { bytes, .. } => client.put(&format!("{path}/size"), &SessionSize { bytes: *bytes })?,
+            ToolMessage::Outcome { done, detail } => {
+                client.post(&format!("{path}/outcome"), &SessionOutcome { done: *done, detail: detail.clone() })?
             }
-        }
+            ToolMessage::Operation(request) => return self.begin(&path, request),
+        };
+        Ok((HolderAnswer::Kept, None))
+    }
+
+    /// Asks whether an operation is permitted. A clone's session is held from now on.
+    fn begin(&mut self, path: &str, request: &VolumeRequest) -> Result<Said, CliError> {
+        let one_time = OneTimeKey::generate()?;
+        let asked = SessionOperation { request: request.clone(), key: one_time.request() };
+        let (permit, key) = match self.s.client.post(&format!("{path}/operations"), &asked)? {
+            SessionPermit::Plain => (Permit::Plain, None),
+            SessionPermit::Key(id) => (Permit::Key(id), None),
+            SessionPermit::Kek(sealed) => {
+                (Permit::Kek(sealed.key_id), Some(one_time.open(&self.customer, &self.name, &sealed)?))
+            }
+            SessionPermit::Clone { name, session } => {
+                let path = session_path(&self.customer, &name, &session);
+                self.parts.push(Part { volume: session.grant.volume, path });
+                let key = one_time.open(&self.customer, &name, &session.key)?;
+                (Permit::Clone(session.grant), Some(key))
+            }
+        };
+        Ok((HolderAnswer::Permitted(permit), key))
+    }
+
+    fn path(&self, volume: VolumeId) -> Result<String, CliError> {
+        let part = self.parts.iter().rev().find(|part| part.volume == volume);
+        let unknown = || CliError::Input(format!("the command speaks of volume {volume}, which it was not given"));
+        part.map(|part| part.path.clone()).ok_or_else(unknown)
     }
 
     fn end(&mut self, status: ExitStatus, served: bool) {
@@ -110,16 +172,21 @@ impl Held {
 
     fn end_with(&mut self, outcome: String) {
         self.ended = true;
-        for last in [false, true] {
-            let ended: Result<Done, _> =
-                self.s.client.post(&format!("{}/end", self.path), &SessionEnd { outcome: outcome.clone() });
-            match ended {
-                Ok(_) => return,
-                Err(error) if last => {
-                    eprintln!("fealty-keys: the session was not ended, it ends by itself: {}", chain(&error));
-                }
-                Err(_) => std::thread::sleep(RETRY),
+        for part in &self.parts {
+            end_session(&mut self.s, &part.path, &outcome);
+        }
+    }
+}
+
+fn end_session(s: &mut Session, path: &str, outcome: &str) {
+    for last in [false, true] {
+        let ended: Result<Done, _> = s.client.post(&format!("{path}/end"), &SessionEnd { outcome: outcome.to_owned() });
+        match ended {
+            Ok(_) => return,
+            Err(error) if last => {
+                eprintln!("fealty-keys: the session was not ended, it ends by itself: {}", chain(&error));
             }
+            Err(_) => std::thread::sleep(RETRY),
         }
     }
 }
@@ -174,9 +241,12 @@ fn serve(
         let Some(message) = receive(&mut stream).map_err(broken)? else { return Ok(()) };
         let message: ToolMessage = serde_json::from_slice(&message)
             .map_err(|e| CliError::Input(format!("the command sent a message that can't be read: {e}")))?;
-        let answer = held.answer(&message);
+        let (answer, key) = held.answer(&message);
         let text = serde_json::to_vec(&answer).map_err(|e| CliError::Input(e.to_string()))?;
         send(&mut stream, &text).map_err(broken)?;
+        if let Some(key) = key {
+            stream.write_all(key.expose()).map_err(broken)?;
+        }
     }
 }
 

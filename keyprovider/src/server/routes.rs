@@ -81,7 +81,7 @@ fn customer_vm_routes() -> Vec<Route> {
 
 fn customer_volume_routes() -> Vec<Route> {
     use Access::{Admin, Auditor};
-    use admin::volumes as a;
+    use admin::{operations as o, volumes as a};
     vec![
         (Method::GET, "/v1/customers/{customer}/volumes", Auditor, get(a::list)),
         (Method::POST, "/v1/customers/{customer}/volumes", Admin, post(a::create)),
@@ -90,7 +90,11 @@ fn customer_volume_routes() -> Vec<Route> {
         (Method::PUT, "/v1/customers/{customer}/volumes/{name}/sessions/{session}/anchor", Admin, put(a::anchor)),
         (Method::POST, "/v1/customers/{customer}/volumes/{name}/sessions/{session}/events", Admin, post(a::event)),
         (Method::POST, "/v1/customers/{customer}/volumes/{name}/sessions/{session}/renew", Admin, post(a::renew)),
+        (Method::PUT, "/v1/customers/{customer}/volumes/{name}/sessions/{session}/size", Admin, put(a::size)),
         (Method::POST, "/v1/customers/{customer}/volumes/{name}/sessions/{session}/end", Admin, post(a::end)),
+        (Method::POST, "/v1/customers/{customer}/volumes/{name}/sessions/{session}/operations", Admin, post(o::begin)),
+        (Method::POST, "/v1/customers/{customer}/volumes/{name}/sessions/{session}/outcome", Admin, post(o::ended)),
+        (Method::POST, "/v1/customers/{customer}/volumes/{name}/retire", Admin, post(o::retire)),
     ]
 }
 

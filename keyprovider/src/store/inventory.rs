@@ -174,17 +174,21 @@ pub async fn host_for(
     customer: &CustomerId,
     id: &HostId,
 ) -> Result<Option<(Host, Cloud)>, StoreError> {
-    let Some(host) = self::host(c, id).await? else { return Ok(None) };
-    let allowed: Option<(i64,)> = sqlx::query_as("SELECT 1 FROM customer_clouds WHERE customer = ? AND cloud = ?")
-        .bind(customer.as_str())
-        .bind(host.cloud.as_str())
-        .fetch_optional(&mut *c)
-        .await?;
-    if allowed.is_none() {
-        return Ok(None);
-    }
-    let cloud = self::cloud(c, &host.cloud).await?.ok_or(StoreError::Damaged("cloud of a host"))?;
-    Ok(Some((host, cloud)))
+    type Row = (String, Option<String>, Option<Vec<u8>>, String, String);
+    let row: Option<Row> = sqlx::query_as(
+        "SELECT hosts.cloud, hosts.name, hosts.certificate, clouds.kind, clouds.roots FROM hosts
+         JOIN customer_clouds ON customer_clouds.cloud = hosts.cloud AND customer_clouds.customer = ?
+         JOIN clouds ON clouds.id = hosts.cloud WHERE hosts.id = ?",
+    )
+    .bind(customer.as_str())
+    .bind(&id.0.as_bytes()[..])
+    .fetch_optional(c)
+    .await?;
+    row.map(|(cloud, name, certificate, kind, roots)| {
+        let cloud = Cloud { id: label(&cloud, "cloud")?, kind: CloudKind::parse(&kind)?, roots };
+        Ok((Host { id: *id, cloud: cloud.id.clone(), name, certificate }, cloud))
+    })
+    .transpose()
 }
 
 /// The activated attestation key of that name beside that host's endorsement key: its TPMT_PUBLIC as recorded.

@@ -125,6 +125,14 @@ impl Database {
         Ok(())
     }
 
+    /// Empties the write-ahead log into the database, so that a key that was just destroyed is not there either. Where a reader keeps
+    /// that from happening, a later commit does it.
+    pub async fn truncate_log(&self) {
+        if let Err(error) = sqlx::query("PRAGMA wal_checkpoint(TRUNCATE)").execute(&self.writer).await {
+            tracing::warn!("the write-ahead log could not be emptied: {error}");
+        }
+    }
+
     /// Closes every connection.
     pub async fn close(&self) {
         self.readers.close().await;

@@ -62,6 +62,8 @@ pub struct Instance {
     pub started_us: u64,
     /// When its lease ends by the provider's clock.
     pub lease_end_us: u64,
+    /// How long that lease lasted when it was given.
+    pub lease_us: u64,
     /// Whether its end report came.
     pub ended: bool,
     /// Whether the customer took its leave to run.
@@ -235,6 +237,7 @@ struct InstanceRow {
     file: Vec<u8>,
     started_us: i64,
     lease_end_us: i64,
+    lease_us: i64,
     ended: bool,
     revoked: bool,
     report_sequence: i64,
@@ -255,6 +258,7 @@ impl InstanceRow {
             file: digest(&self.file, "VM file's digest")?,
             started_us: number(self.started_us),
             lease_end_us: number(self.lease_end_us),
+            lease_us: number(self.lease_us),
             ended: self.ended,
             revoked: self.revoked,
             report_sequence: number(self.report_sequence),
@@ -292,8 +296,8 @@ pub async fn instance_by_key(c: &mut SqliteConnection, client_key: &Digest) -> R
 /// Records a new instance.
 pub async fn add_instance(c: &mut SqliteConnection, i: &Instance) -> Result<(), StoreError> {
     sqlx::query(
-        "INSERT INTO instances (customer, vm, number, client_key, host, ak, reset_count, file, started_us, lease_end_us,
-                                report_sequence, report_digest) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+        "INSERT INTO instances (customer, vm, number, client_key, host, ak, reset_count, file, started_us, lease_end_us, lease_us,
+                                report_sequence, report_digest) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
     )
     .bind(i.customer.as_str())
     .bind(i.vm.as_str())
@@ -305,6 +309,7 @@ pub async fn add_instance(c: &mut SqliteConnection, i: &Instance) -> Result<(), 
     .bind(&i.file.as_bytes()[..])
     .bind(time_column(i.started_us))
     .bind(time_column(i.lease_end_us))
+    .bind(time_column(i.lease_us))
     .bind(time_column(i.report_sequence))
     .bind(&i.report_digest.as_bytes()[..])
     .execute(c)
@@ -315,10 +320,11 @@ pub async fn add_instance(c: &mut SqliteConnection, i: &Instance) -> Result<(), 
 /// Writes back what changes while an instance lives: lease, end, revocation, reports.
 pub async fn update_instance(c: &mut SqliteConnection, i: &Instance) -> Result<(), StoreError> {
     sqlx::query(
-        "UPDATE instances SET lease_end_us = ?, ended = ?, revoked = ?, report_sequence = ?, report_digest = ?, gap_at = ?
+        "UPDATE instances SET lease_end_us = ?, lease_us = ?, ended = ?, revoked = ?, report_sequence = ?, report_digest = ?, gap_at = ?
          WHERE customer = ? AND vm = ? AND number = ?",
     )
     .bind(time_column(i.lease_end_us))
+    .bind(time_column(i.lease_us))
     .bind(i.ended)
     .bind(i.revoked)
     .bind(time_column(i.report_sequence))
@@ -329,18 +335,6 @@ pub async fn update_instance(c: &mut SqliteConnection, i: &Instance) -> Result<(
     .bind(time_column(i.number.get()))
     .execute(c)
     .await?;
-    Ok(())
-}
-
-/// Remembers how long the lease that an instance was just given lasts, in microseconds from now.
-pub async fn keep_lease(c: &mut SqliteConnection, i: &Instance, lease_us: u64) -> Result<(), StoreError> {
-    sqlx::query("UPDATE instances SET lease_us = ? WHERE customer = ? AND vm = ? AND number = ?")
-        .bind(time_column(lease_us))
-        .bind(i.customer.as_str())
-        .bind(i.vm.as_str())
-        .bind(time_column(i.number.get()))
-        .execute(c)
-        .await?;
     Ok(())
 }
 

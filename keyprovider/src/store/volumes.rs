@@ -1,6 +1,7 @@
 //! Volumes: their key-encryption keys, anchors and open numbers, and who holds them.
 
 use super::{StoreError, key_column, key_id, label, new_key_id, number, time_column};
+use policy::disk::VolumeOperation;
 use policy::{CustomerId, Digest, InstanceNumber, KeyId, OpenNumber, VmId, VolumeAnchor, VolumeId};
 use sqlx::SqliteConnection;
 
@@ -25,6 +26,14 @@ pub struct Volume {
     pub anchor: Option<VolumeAnchor>,
     /// Whether an administrator has to confirm the anchor first.
     pub unconfirmed: bool,
+    /// Its size in bytes, as the customer's tool last said.
+    pub size: Option<u64>,
+    /// Whether its keys are retired: there is no key-encryption key any more.
+    pub retired: bool,
+    /// The key id of a rekey that has not come to its end.
+    pub rekey: Option<KeyId>,
+    /// The key-encryption key of a rewrap, and its wrapped form, until an anchor names it.
+    pub next_kek: Option<(KeyId, Vec<u8>)>,
 }
 
 /// Who holds a volume.
@@ -47,23 +56,54 @@ pub struct Holder {
     pub open_number: OpenNumber,
     /// When its lease ends.
     pub until_us: u64,
+    /// What it was permitted and has not told the outcome of.
+    pub operation: Option<VolumeOperation>,
 }
 
-type VolumeRow = (Vec<u8>, String, String, i64, Vec<u8>, Option<i64>, i64, Option<Vec<u8>>, bool);
+#[derive(sqlx::FromRow)]
+struct VolumeRow {
+    id: Vec<u8>,
+    customer: String,
+    name: String,
+    kek_id: i64,
+    kek_wrapped: Vec<u8>,
+    key_id: Option<i64>,
+    next_open: i64,
+    anchor: Option<Vec<u8>>,
+    unconfirmed: bool,
+    size: Option<i64>,
+    retired_us: Option<i64>,
+    rekey_key_id: Option<i64>,
+    next_kek_id: Option<i64>,
+    next_kek_wrapped: Option<Vec<u8>>,
+}
 
-fn read((id, customer, name, kek, wrapped, key, next, anchor, unconfirmed): VolumeRow) -> Result<Volume, StoreError> {
+macro_rules! select {
+    ($rest:literal) => {
+        concat!(
+            "SELECT id, customer, name, kek_id, kek_wrapped, key_id, next_open, anchor, unconfirmed, size, retired_us, ",
+            "rekey_key_id, next_kek_id, next_kek_wrapped FROM volumes ",
+            $rest
+        )
+    };
+}
+
+fn read(row: VolumeRow) -> Result<Volume, StoreError> {
+    let anchor = |a: Vec<u8>| VolumeAnchor::from_bytes(&a).map_err(|_| StoreError::Damaged("volume anchor"));
     Ok(Volume {
-        id: VolumeId(id.try_into().map_err(|_| StoreError::Damaged("volume id"))?),
-        customer: label(&customer, "customer")?,
-        name,
-        kek_id: key_id(kek),
-        kek_wrapped: wrapped,
-        key_id: key.map(key_id),
-        next_open: number(next),
-        anchor: anchor
-            .map(|a| VolumeAnchor::from_bytes(&a).map_err(|_| StoreError::Damaged("volume anchor")))
-            .transpose()?,
-        unconfirmed,
+        id: VolumeId(row.id.try_into().map_err(|_| StoreError::Damaged("volume id"))?),
+        customer: label(&row.customer, "customer")?,
+        name: row.name,
+        kek_id: key_id(row.kek_id),
+        kek_wrapped: row.kek_wrapped,
+        key_id: row.key_id.map(key_id),
+        next_open: number(row.next_open),
+        anchor: row.anchor.map(anchor).transpose()?,
+        unconfirmed: row.unconfirmed,
+        size: row.size.map(number),
+        retired: row.retired_us.is_some(),
+        rekey: row.rekey_key_id.map(key_id),
+        next_kek: row.next_kek_id.map(key_id).zip(row.next_kek_wrapped),
     })
 }
 
@@ -89,14 +129,11 @@ pub async fn by_id(
     customer: &CustomerId,
     id: &VolumeId,
 ) -> Result<Option<Volume>, StoreError> {
-    let row: Option<VolumeRow> = sqlx::query_as(
-        "SELECT id, customer, name, kek_id, kek_wrapped, key_id, next_open, anchor, unconfirmed FROM volumes
-         WHERE customer = ? AND id = ?",
-    )
-    .bind(customer.as_str())
-    .bind(&id.0[..])
-    .fetch_optional(c)
-    .await?;
+    let row: Option<VolumeRow> = sqlx::query_as(select!("WHERE customer = ? AND id = ?"))
+        .bind(customer.as_str())
+        .bind(&id.0[..])
+        .fetch_optional(c)
+        .await?;
     row.map(read).transpose()
 }
 
@@ -106,26 +143,18 @@ pub async fn by_name(
     customer: &CustomerId,
     name: &str,
 ) -> Result<Option<Volume>, StoreError> {
-    let row: Option<VolumeRow> = sqlx::query_as(
-        "SELECT id, customer, name, kek_id, kek_wrapped, key_id, next_open, anchor, unconfirmed FROM volumes
-         WHERE customer = ? AND name = ?",
-    )
-    .bind(customer.as_str())
-    .bind(name)
-    .fetch_optional(c)
-    .await?;
+    let row: Option<VolumeRow> = sqlx::query_as(select!("WHERE customer = ? AND name = ?"))
+        .bind(customer.as_str())
+        .bind(name)
+        .fetch_optional(c)
+        .await?;
     row.map(read).transpose()
 }
 
 /// Every volume of a customer.
 pub async fn list(c: &mut SqliteConnection, customer: &CustomerId) -> Result<Vec<Volume>, StoreError> {
-    let rows: Vec<VolumeRow> = sqlx::query_as(
-        "SELECT id, customer, name, kek_id, kek_wrapped, key_id, next_open, anchor, unconfirmed FROM volumes
-         WHERE customer = ? ORDER BY name",
-    )
-    .bind(customer.as_str())
-    .fetch_all(c)
-    .await?;
+    let rows: Vec<VolumeRow> =
+        sqlx::query_as(select!("WHERE customer = ? ORDER BY name")).bind(customer.as_str()).fetch_all(c).await?;
     rows.into_iter().map(read).collect()
 }
 
@@ -170,6 +199,69 @@ pub async fn set_anchor(c: &mut SqliteConnection, volume: &VolumeId, anchor: &Vo
     Ok(())
 }
 
+/// Issues the key id of a rekey, which is the one for new writes from now on.
+pub async fn begin_rekey(c: &mut SqliteConnection, volume: &Volume) -> Result<KeyId, StoreError> {
+    let id = new_write_key(c, volume).await?;
+    sqlx::query("UPDATE volumes SET rekey_key_id = key_id WHERE id = ?").bind(&volume.id.0[..]).execute(c).await?;
+    Ok(id)
+}
+
+/// A rekey came to its end: the next one gets a key id of its own.
+pub async fn end_rekey(c: &mut SqliteConnection, volume: &VolumeId) -> Result<(), StoreError> {
+    sqlx::query("UPDATE volumes SET rekey_key_id = NULL WHERE id = ?").bind(&volume.0[..]).execute(c).await?;
+    Ok(())
+}
+
+/// Keeps the key-encryption key that a rewrap is given, beside the one so far.
+pub async fn begin_rewrap(
+    c: &mut SqliteConnection,
+    volume: &VolumeId,
+    kek: KeyId,
+    wrapped: &[u8],
+) -> Result<(), StoreError> {
+    sqlx::query("UPDATE volumes SET next_kek_id = ?, next_kek_wrapped = ? WHERE id = ?")
+        .bind(key_column(kek))
+        .bind(wrapped)
+        .bind(&volume.0[..])
+        .execute(c)
+        .await?;
+    Ok(())
+}
+
+/// An anchor names the next key-encryption key: it takes the place of the one so far, which is gone.
+pub async fn end_rewrap(c: &mut SqliteConnection, volume: &VolumeId) -> Result<(), StoreError> {
+    sqlx::query(
+        "UPDATE volumes SET kek_id = next_kek_id, kek_wrapped = next_kek_wrapped, next_kek_id = NULL,
+         next_kek_wrapped = NULL WHERE id = ? AND next_kek_id IS NOT NULL",
+    )
+    .bind(&volume.0[..])
+    .execute(c)
+    .await?;
+    Ok(())
+}
+
+/// Destroys a volume's key-encryption keys, for good.
+pub async fn retire(c: &mut SqliteConnection, volume: &VolumeId, now_us: u64) -> Result<(), StoreError> {
+    sqlx::query(
+        "UPDATE volumes SET retired_us = ?, kek_wrapped = X'', next_kek_id = NULL, next_kek_wrapped = NULL WHERE id = ?",
+    )
+    .bind(time_column(now_us))
+    .bind(&volume.0[..])
+    .execute(c)
+    .await?;
+    Ok(())
+}
+
+/// Keeps a volume's size, in bytes.
+pub async fn set_size(c: &mut SqliteConnection, volume: &VolumeId, bytes: u64) -> Result<(), StoreError> {
+    sqlx::query("UPDATE volumes SET size = ? WHERE id = ?")
+        .bind(time_column(bytes))
+        .bind(&volume.0[..])
+        .execute(c)
+        .await?;
+    Ok(())
+}
+
 /// Takes note that an administrator confirmed the anchor.
 pub async fn confirm(c: &mut SqliteConnection, volume: &Volume) -> Result<(), StoreError> {
     sqlx::query("UPDATE volumes SET unconfirmed = 0 WHERE id = ?").bind(&volume.id.0[..]).execute(c).await?;
@@ -178,13 +270,14 @@ pub async fn confirm(c: &mut SqliteConnection, volume: &Volume) -> Result<(), St
 
 /// Who holds a volume, also where its lease is past.
 pub async fn holder(c: &mut SqliteConnection, volume: &VolumeId) -> Result<Option<Holder>, StoreError> {
-    type Row = (Option<String>, Option<i64>, Option<Vec<u8>>, Vec<u8>, i64, i64);
-    let row: Option<Row> =
-        sqlx::query_as("SELECT vm, instance, session, client_key, open_number, until_us FROM holders WHERE volume = ?")
-            .bind(&volume.0[..])
-            .fetch_optional(c)
-            .await?;
-    row.map(|(vm, instance, session, client_key, open, until)| {
+    type Row = (Option<String>, Option<i64>, Option<Vec<u8>>, Vec<u8>, i64, i64, Option<String>);
+    let row: Option<Row> = sqlx::query_as(
+        "SELECT vm, instance, session, client_key, open_number, until_us, operation FROM holders WHERE volume = ?",
+    )
+    .bind(&volume.0[..])
+    .fetch_optional(c)
+    .await?;
+    row.map(|(vm, instance, session, client_key, open, until, operation)| {
         let kind = match (vm, instance, session) {
             (Some(vm), Some(instance), None) => {
                 let number = InstanceNumber::try_from(number(instance));
@@ -200,6 +293,7 @@ pub async fn holder(c: &mut SqliteConnection, volume: &VolumeId) -> Result<Optio
             client_key: super::digest(&client_key, "client key")?,
             open_number: OpenNumber::try_from(number(open)).map_err(|_| StoreError::Damaged("open number"))?,
             until_us: number(until),
+            operation: operation.map(|name| label(&name, "operation on a volume")).transpose()?,
         })
     })
     .transpose()
@@ -212,8 +306,8 @@ pub async fn hold(c: &mut SqliteConnection, volume: &VolumeId, holder: &Holder) 
         HolderKind::Session(id) => (None, None, Some(&id[..])),
     };
     sqlx::query(
-        "INSERT OR REPLACE INTO holders (volume, vm, instance, session, client_key, open_number, until_us)
-         VALUES (?, ?, ?, ?, ?, ?, ?)",
+        "INSERT OR REPLACE INTO holders (volume, vm, instance, session, client_key, open_number, until_us, operation)
+         VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
     )
     .bind(&volume.0[..])
     .bind(vm)
@@ -222,6 +316,7 @@ pub async fn hold(c: &mut SqliteConnection, volume: &VolumeId, holder: &Holder) 
     .bind(&holder.client_key.as_bytes()[..])
     .bind(i64::from(holder.open_number.get()))
     .bind(time_column(holder.until_us))
+    .bind(holder.operation.map(VolumeOperation::name))
     .execute(c)
     .await?;
     Ok(())

@@ -9,4 +9,5 @@ mod limits;
 mod operations;
 mod power_on;
 mod support;
+mod volume_operations;
 mod volumes;

@@ -7,9 +7,10 @@
 //! ```
 //!
 //! Principal is the attested [`Host`](Question::host), action the operation, resource the VM; `schema.cedarschema` beside this
-//! file says what else rules may speak of. What no rule permits is refused, a `forbid` wins over every `permit`, and so does
-//! any rule that can't be evaluated (Cedar itself would skip it). A restricted operation is permitted only by a rule whose
-//! scope names it: `permit (principal, action, resource)` does not permit a core dump.
+//! file says what else rules may speak of. Operations on a volume are asked for by an administrator, and have a vocabulary of their own
+//! in `volumes.cedarschema`: a rule counts for the questions whose vocabulary it fits. What no rule permits is refused, a
+//! `forbid` wins over every `permit`, and so does any rule that can't be evaluated (Cedar itself would skip it). A restricted
+//! operation is permitted only by a rule whose scope names it: `permit (principal, action, resource)` does not permit a core dump.
 //!
 //! | module | what it holds |
 //! | --- | --- |
@@ -22,27 +23,43 @@ mod question;
 mod rules;
 
 use cedar_policy::{
-    ActionConstraint, Authorizer, Decision, Effect, EntityUid, Policy, PolicyId, PolicySet, Response, Schema,
-    ValidationMode, ValidationWarning, Validator,
+    ActionConstraint, Authorizer, Decision, Effect, Entities, EntityUid, Policy, PolicyId, PolicySet, Request,
+    Response, Schema, ValidationMode, ValidationWarning, Validator,
 };
 use policy::OperationClass;
 use policy::document::DOCUMENT_LIMIT;
-pub use question::Question;
+pub use question::{Question, VolumeQuestion};
 pub use rules::RulesError;
 use rules::{Rule, one_line};
 use std::io;
 
-/// What rules may speak of.
-const SCHEMA: &str = include_str!("schema.cedarschema");
+/// What rules may speak of: about VMs, and about volumes.
+const SCHEMAS: [&str; 2] = [include_str!("schema.cedarschema"), include_str!("volumes.cedarschema")];
 
 /// Stack of the thread that parses. Cedar's parser and checker recurse; [`rules`] bounds how deep, and this is several times
 /// what the deepest rules that it lets through were seen to take (1 MiB was enough for them in an unoptimised build).
 const PARSE_STACK: usize = 16 << 20;
 
-/// A customer's rules, checked against the schema.
+/// A customer's rules, checked against the schemas.
 pub struct CedarPolicy {
+    vms: Rules,
+    volumes: Rules,
+}
+
+/// The rules that fit one schema.
+struct Rules {
     schema: Schema,
     rules: PolicySet,
+}
+
+/// What is asked, beside what the engine is told.
+struct Asked<'a> {
+    /// The operation, and what it would be done to: for people.
+    operation: &'a str,
+    object: String,
+    /// The operation, to the engine.
+    action: Result<EntityUid, String>,
+    restricted: bool,
 }
 
 /// The answer to a question.
@@ -129,15 +146,19 @@ impl CedarPolicy {
     }
 
     fn read(cut: &[Rule<'_>]) -> Result<Self, CedarError> {
-        let (schema, _) = Schema::from_cedarschema_str(SCHEMA).map_err(|e| CedarError::BuiltIn(one_line(&e)))?;
-        let mut rules = PolicySet::new();
+        let [mut vms, mut volumes] = [Rules::of(SCHEMAS[0])?, Rules::of(SCHEMAS[1])?];
+        let mut all = PolicySet::new();
         for rule in cut {
             let named = CedarError::Name { rule: rule.number, line: rule.line };
-            rules.add(read_rule(rule)?).map_err(|_| named)?;
+            let rule = read_rule(rule)?;
+            all.add(rule.clone()).map_err(|_| named)?;
+            let fits = [vms.take(&rule), volumes.take(&rule)];
+            if let [Err(of_vms), Err(of_volumes)] = fits {
+                // Which vocabulary was meant, the action tells.
+                return Err(if names_volumes(&rule) { of_volumes } else { of_vms });
+            }
         }
-        let validator = Validator::new(schema);
-        check(&validator, &rules)?;
-        Ok(Self { schema: validator.schema().clone(), rules })
+        Ok(Self { vms, volumes })
     }
 
     /// Decides one question. Whatever goes wrong on the way means no.
@@ -145,37 +166,72 @@ impl CedarPolicy {
         if question.operation.class() == OperationClass::Free {
             return refuse(format!("{} is free: no rule decides it", question.operation));
         }
+        let asked = Asked {
+            operation: question.operation.name(),
+            object: format!("VM {}", question.vm),
+            action: question.action(),
+            restricted: question.operation.class() == OperationClass::Restricted,
+        };
+        self.vms.decide(&asked, question.for_engine(&self.vms.schema))
+    }
+
+    /// Decides one question about a volume. Whatever goes wrong on the way means no.
+    pub fn decide_volume(&self, question: &VolumeQuestion<'_>) -> Verdict {
+        let asked = Asked {
+            operation: question.operation.name(),
+            object: format!("volume {}", question.volume),
+            action: question.action(),
+            restricted: true,
+        };
+        self.volumes.decide(&asked, question.for_engine(&self.volumes.schema))
+    }
+}
+
+impl Rules {
+    fn of(schema: &str) -> Result<Self, CedarError> {
+        let (schema, _) = Schema::from_cedarschema_str(schema).map_err(|e| CedarError::BuiltIn(one_line(&e)))?;
+        Ok(Self { schema, rules: PolicySet::new() })
+    }
+
+    /// Takes a rule in, if it fits.
+    fn take(&mut self, rule: &Policy) -> Result<(), CedarError> {
+        let alone = PolicySet::from_policies([rule.clone()]).map_err(|e| CedarError::BuiltIn(one_line(&e)))?;
+        check(&Validator::new(self.schema.clone()), &alone)?;
+        self.rules.add(rule.clone()).map_err(|e| CedarError::BuiltIn(one_line(&e)))
+    }
+
+    fn decide(&self, asked: &Asked<'_>, question: Result<(Request, Entities), String>) -> Verdict {
         if self.rules.is_empty() {
             return refuse("the customer's policy has no rule".into());
         }
-        match question.for_engine(&self.schema) {
+        match question {
             Ok((request, entities)) => {
                 let response = Authorizer::new().is_authorized(&request, &self.rules, &entities);
-                self.verdict(question, &response)
+                self.verdict(asked, &response)
             }
             Err(reason) => refuse(format!("the policy can't be asked: {reason}")),
         }
     }
 
-    fn verdict(&self, question: &Question<'_>, response: &Response) -> Verdict {
+    fn verdict(&self, asked: &Asked<'_>, response: &Response) -> Verdict {
         if let Some(error) = response.diagnostics().errors().next() {
             return refuse(format!("the policy can't be evaluated: {}", one_line(error)));
         }
         let mut decisive: Vec<&PolicyId> = response.diagnostics().reason().collect();
         decisive.sort_unstable();
         let names = |ids: &[&PolicyId]| ids.iter().map(|id| id.to_string()).collect::<Vec<_>>();
-        let (operation, vm) = (question.operation, &question.vm);
+        let Asked { operation, object, .. } = asked;
         if response.decision() == Decision::Deny {
             return refuse(match names(&decisive).first() {
-                Some(rule) => format!("the policy forbids {operation} of VM {vm} ({rule})"),
-                None => format!("no rule of the policy permits {operation} of VM {vm}"),
+                Some(rule) => format!("the policy forbids {operation} of {object} ({rule})"),
+                None => format!("no rule of the policy permits {operation} of {object}"),
             });
         }
-        if operation.class() == OperationClass::Restricted {
-            let Ok(action) = question.action() else {
+        if asked.restricted {
+            let Ok(action) = &asked.action else {
                 return refuse(format!("{operation} is not known to the policy"));
             };
-            decisive.retain(|id| self.permits_by_name(id, &action));
+            decisive.retain(|id| self.permits_by_name(id, action));
         }
         if decisive.is_empty() {
             return refuse(format!("no rule of the policy names {operation}, which is permitted by name only"));
@@ -193,6 +249,16 @@ impl CedarPolicy {
                     ActionConstraint::Eq(named) => named == *action,
                 }
         })
+    }
+}
+
+/// Whether a rule's scope names an operation on volumes.
+fn names_volumes(rule: &Policy) -> bool {
+    let is = |action: &EntityUid| action.id().unescaped().starts_with("volume.");
+    match rule.action_constraint() {
+        ActionConstraint::Any => false,
+        ActionConstraint::In(actions) => actions.iter().any(is),
+        ActionConstraint::Eq(action) => is(&action),
     }
 }
 

@@ -4,6 +4,7 @@ use crate::rules::one_line;
 use cedar_policy::{
     Context, Entities, Entity, EntityId, EntityTypeName, EntityUid, Request, RestrictedExpression, Schema,
 };
+use policy::disk::VolumeOperation;
 use policy::document::KeyMemory;
 use policy::{CloudId, CustomerId, HostId, InstanceNumber, Operation, VmId};
 use std::collections::{BTreeMap, HashSet};
@@ -39,6 +40,48 @@ pub struct Question<'a> {
     pub operations_last_hour: u64,
 }
 
+/// Whether an administrator may do an operation with a volume, now. Everything here is the provider's own, but `parameters` (the
+/// asker's).
+#[derive(Clone, Debug)]
+pub struct VolumeQuestion<'a> {
+    /// The administrator, by the name that the audit log has.
+    pub administrator: &'a str,
+    /// Whose volume.
+    pub customer: CustomerId,
+    /// The volume, by its name.
+    pub volume: &'a str,
+    /// What is asked for.
+    pub operation: VolumeOperation,
+    /// Seconds since 1970 UTC by the provider's clock.
+    pub time_unix_s: u64,
+    /// What the operation was asked with, within the bounds of `policy::disk::VolumeRequest::check`.
+    pub parameters: &'a BTreeMap<String, String>,
+}
+
+impl VolumeQuestion<'_> {
+    /// The request and the entities it speaks of, fitting the schema; or why there is none, in one line.
+    pub(crate) fn for_engine(&self, schema: &Schema) -> Result<(Request, Entities), String> {
+        let principal = uid("Administrator", self.administrator)?;
+        let resource = uid("Volume", self.volume)?;
+        let customer = uid("Customer", self.customer.as_str())?;
+        let context = context(times(self.time_unix_s)?)?;
+        let request = Request::new(principal.clone(), self.action()?, resource.clone(), context, Some(schema))
+            .map_err(|e| one_line(&e))?;
+        let entities = vec![
+            Entity::new_no_attrs(principal, HashSet::new()),
+            Entity::new_no_attrs(resource, HashSet::from([customer.clone()])),
+            Entity::new_no_attrs(customer, HashSet::new()),
+            asked_with(self.parameters)?,
+        ];
+        Ok((request, Entities::from_entities(entities, Some(schema)).map_err(|e| one_line(&e))?))
+    }
+
+    /// The operation as the engine names it.
+    pub(crate) fn action(&self) -> Result<EntityUid, String> {
+        uid("Action", self.operation.name())
+    }
+}
+
 impl Question<'_> {
     /// The request and the entities it speaks of, fitting the schema; or why there is none, in one line.
     pub(crate) fn for_engine(&self, schema: &Schema) -> Result<(Request, Entities), String> {
@@ -65,13 +108,10 @@ impl Question<'_> {
         let cloud = uid("Cloud", self.cloud.as_str())?;
         let customer = uid("Customer", self.customer.as_str())?;
         let lab = ("lab".to_owned(), RestrictedExpression::new_bool(self.lab));
-        let text = |(k, v): (&String, &String)| (k.clone(), RestrictedExpression::new_string(v.clone()));
-        let parameters = self.parameters.iter().map(text);
         let host = Entity::new(self.principal()?, [lab].into(), HashSet::from([cloud.clone()]));
-        let asked_with = Entity::new_with_tags(parameters_uid()?, [], [], parameters);
         Ok(vec![
             host.map_err(|e| one_line(&e))?,
-            asked_with.map_err(|e| one_line(&e))?,
+            asked_with(self.parameters)?,
             Entity::new_no_attrs(self.resource()?, HashSet::from([customer.clone()])),
             Entity::new_no_attrs(cloud, HashSet::new()),
             Entity::new_no_attrs(customer, HashSet::new()),
@@ -83,22 +123,38 @@ impl Question<'_> {
             KeyMemory::MemfdSecret => "memfd-secret",
             KeyMemory::Mlock => "mlock",
         };
-        let mut pairs = vec![
-            ("time", long(self.time_unix_s)?),
-            ("hour", long(self.time_unix_s / 3600 % 24)?),
-            ("weekday", long(weekday(self.time_unix_s))?),
-            ("key_memory", RestrictedExpression::new_string(key_memory.to_owned())),
-            ("operations_last_hour", long(self.operations_last_hour)?),
-            ("parameters", RestrictedExpression::new_entity_uid(parameters_uid()?)),
-        ];
+        let mut pairs = times(self.time_unix_s)?;
+        pairs.push(("key_memory", RestrictedExpression::new_string(key_memory.to_owned())));
+        pairs.push(("operations_last_hour", long(self.operations_last_hour)?));
         if let Some(instance) = self.instance {
             pairs.push(("instance", long(instance.get())?));
         }
         if let Some(scope) = self.ptrace_scope {
             pairs.push(("ptrace_scope", long(u64::from(scope))?));
         }
-        Context::from_pairs(pairs.into_iter().map(|(k, v)| (k.to_owned(), v))).map_err(|e| one_line(&e))
+        context(pairs)
     }
+}
+
+type Pairs = Vec<(&'static str, RestrictedExpression)>;
+
+/// What every question's context has.
+fn times(time_unix_s: u64) -> Result<Pairs, String> {
+    Ok(vec![
+        ("time", long(time_unix_s)?),
+        ("hour", long(time_unix_s / 3600 % 24)?),
+        ("weekday", long(weekday(time_unix_s))?),
+        ("parameters", RestrictedExpression::new_entity_uid(parameters_uid()?)),
+    ])
+}
+
+fn context(pairs: Pairs) -> Result<Context, String> {
+    Context::from_pairs(pairs.into_iter().map(|(k, v)| (k.to_owned(), v))).map_err(|e| one_line(&e))
+}
+
+fn asked_with(parameters: &BTreeMap<String, String>) -> Result<Entity, String> {
+    let text = |(k, v): (&String, &String)| (k.clone(), RestrictedExpression::new_string(v.clone()));
+    Entity::new_with_tags(parameters_uid()?, [], [], parameters.iter().map(text)).map_err(|e| one_line(&e))
 }
 
 /// 1 for Monday to 7 for Sunday; the first of January 1970 was a Thursday.

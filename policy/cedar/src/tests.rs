@@ -1,4 +1,5 @@
 use super::*;
+use policy::disk::VolumeOperation;
 use policy::document::KeyMemory;
 use policy::encoding::Digest;
 use policy::{HostId, Operation};
@@ -126,6 +127,58 @@ fn every_operation_that_rules_decide_is_in_the_schema_and_no_other() {
         let rule = format!("permit (principal, action == Action::\"{operation}\", resource);");
         assert_eq!(CedarPolicy::parse(&rule).is_ok(), operation.class() != OperationClass::Free, "{operation}");
     }
+}
+
+/// What `rules` say to a revert of acme's volume root that ann asks for.
+fn ask_volume(rules: &str, change: impl FnOnce(&mut VolumeQuestion<'_>)) -> Verdict {
+    let parameters = BTreeMap::from([("snapshot".to_owned(), "3".to_owned())]);
+    let mut question = VolumeQuestion {
+        administrator: "ann",
+        customer: "acme".parse().expect("a customer"),
+        volume: "root",
+        operation: VolumeOperation::Revert,
+        time_unix_s: 1_700_000_000,
+        parameters: &parameters,
+    };
+    change(&mut question);
+    parse(rules).decide_volume(&question)
+}
+
+#[test]
+fn operations_on_volumes_are_permitted_by_name_and_told_apart() {
+    for operation in VolumeOperation::ALL {
+        let rule = format!("permit (principal, action == Action::\"{operation}\", resource);");
+        for asked in VolumeOperation::ALL {
+            let verdict = ask_volume(&rule, |q| q.operation = asked);
+            assert_eq!(matches!(verdict, Verdict::Permit { .. }), asked == operation, "{asked} by {operation}");
+        }
+        assert!(!permits(&rule, |_| ()), "a rule about volumes says nothing about VMs");
+    }
+    assert_eq!(
+        reason(ask_volume(ALL, |_| ())),
+        "no rule of the policy names volume.revert, which is permitted by name only"
+    );
+    assert_eq!(reason(ask_volume(RUN, |_| ())), "the customer's policy has no rule");
+    let revert = r#"permit (principal, action == Action::"volume.revert", resource);"#;
+    let night =
+        format!("{ALL} {revert} @id(\"by day\") forbid (principal, action, resource) when {{ context.hour > 20 }};");
+    assert_eq!(reason(ask_volume(&night, |_| ())), "the policy forbids volume.revert of volume root (by day)");
+    assert!(reason(ask(&night, |_| ())).contains("(by day)"), "a rule that fits both vocabularies counts for both");
+}
+
+#[test]
+fn rules_see_who_asks_for_which_volume_with_what() {
+    let rule = |scope: &str, when: &str| format!("permit ({scope}) when {{ {when} }};");
+    let scope = r#"principal == Administrator::"ann", action == Action::"volume.revert", resource == Volume::"root""#;
+    let when = r#"resource in Customer::"acme" && context.parameters.getTag("snapshot") == "3""#;
+    let tagged = rule(scope, &format!(r#"context.parameters.hasTag("snapshot") && {when}"#));
+    assert!(matches!(ask_volume(&tagged, |_| ()), Verdict::Permit { .. }));
+    assert!(matches!(ask_volume(&tagged, |q| q.administrator = "bob"), Verdict::Refuse { .. }));
+    assert!(matches!(ask_volume(&tagged, |q| q.volume = "data"), Verdict::Refuse { .. }));
+    let said = refused(r#"permit (principal, action == Action::"volume.revert", resource) when { principal.lab };"#);
+    assert!(said.contains("lab") && !said.contains("volume.revert"), "of the vocabulary that was meant: {said}");
+    let mixed = r#"permit (principal, action in [Action::"vm.renew", Action::"volume.erase"], resource);"#;
+    assert!(refused(mixed).contains("vm.renew"), "two vocabularies in one rule");
 }
 
 #[test]

@@ -137,7 +137,7 @@ impl Protected {
     pub(super) fn new() -> Result<Self, BenchError> {
         let lab = Lab::new(&Plan::default());
         let mut service = Command::new(program("fealty-host"));
-        service.args(["tpm", "--tcti", &lab.tpm.tcti(), "--runtime-dir", &lab.text("run")]);
+        service.args(["tpm", "--tcti", &lab.tpm.tcti(), "--runtime-dir", &lab.runtime_dir()]);
         service.args(["--firmware-log", &lab.text("firmware.log"), "--ima-log", &lab.text("ima.log")]);
         let service = Background::start(&mut service);
         let (tpm, tls) = (TpmAlone::start()?, TlsAlone::new(&lab.url(), &lab.path("keys/ca.pem"))?);

@@ -22,7 +22,7 @@ pub fn run(file: &Path, host: &Host, steps: Steps) -> Result<Exit, Failure> {
     let file = read_vm_file(file)?;
     let (sender, registered) = std::sync::mpsc::channel();
     let contacts = contacts(&file, host, registered)?;
-    let _ = sender.send(register(&file, host)?);
+    let _ = sender.send(register(&file, host)?.done()?);
     let mut attester = (contacts.attester)()?;
     harden().and_then(|()| close_thread(Filter::Provider)).map_err(|e| Failure::of(Exit::Host, &e))?;
     let examined = attester

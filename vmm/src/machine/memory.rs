@@ -5,12 +5,15 @@
 use super::layout::{HOLE, HOLE_END, HOTPLUG_ALIGNMENT};
 use kvm_bindings::kvm_userspace_memory_region;
 use kvm_ioctls::VmFd;
-use rustix::mm::{Advice, ProtFlags, madvise};
+use rustix::mm::{Advice, MapFlags, ProtFlags, madvise, mmap_anonymous, munmap};
 use vm_memory::mmap::{MmapRegionBuilder, MmapRegionError};
 use vm_memory::{
     GuestAddress, GuestMemory, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion, GuestRegionMmap, MmapRegion,
     Permissions,
 };
+
+/// What KVM maps at once where guest and host addresses are both multiples of it.
+const LARGE_PAGE: usize = 2 << 20;
 
 /// RAM as devices see it. Accesses are bounds-checked and volatile; the type parameter is where a dirty bitmap goes.
 pub type GuestRam = GuestMemoryMmap<()>;
@@ -195,11 +198,12 @@ fn map(bytes: u64, access: ProtFlags, pages: Pages) -> Result<MmapRegion, Memory
         Pages::Huge2M => (libc::MAP_HUGETLB | libc::MAP_HUGE_2MB, None),
         Pages::Huge1G => (libc::MAP_HUGETLB | libc::MAP_HUGE_1GB, None),
     };
-    let mapping = MmapRegionBuilder::new(length)
+    let builder = MmapRegionBuilder::new(length)
         .with_mmap_prot(access.bits().cast_signed())
-        .with_mmap_flags(libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | kind)
-        .build()
-        .map_err(|source| unmapped(bytes, pages, source))?;
+        .with_mmap_flags(libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | kind);
+    let fence = Fence::around(length);
+    let mapping = builder.build().map_err(|source| unmapped(bytes, pages, source))?;
+    drop(fence);
     for advice in [Advice::LinuxDontDump, Advice::LinuxDontFork].into_iter().chain(advice) {
         // SAFETY: the range is exactly the mapping made above, and no advice here changes its contents or validity in this
         // process.
@@ -207,6 +211,40 @@ fn map(bytes: u64, access: ProtFlags, pages: Pages) -> Result<MmapRegion, Memory
             .map_err(|source| MemoryError::Advise(source.into()))?;
     }
     Ok(mapping)
+}
+
+/// Two stretches of unused address space with a hole between them, so that a mapping of the hole's length goes there and begins
+/// at a multiple of [`LARGE_PAGE`]: only then can KVM map it by pages of that size, which kernels before 6.7 leave to chance. Where
+/// the kernel puts it elsewhere all the same, it works, with small pages.
+struct Fence([(usize, usize); 2]);
+
+impl Fence {
+    /// A hole of `length` bytes; none where there is no room to look for one.
+    fn around(length: usize) -> Option<Self> {
+        let whole = length.checked_add(LARGE_PAGE)?;
+        // SAFETY: a new mapping, of which nothing is ever read or written.
+        let start = unsafe {
+            mmap_anonymous(std::ptr::null_mut(), whole, ProtFlags::empty(), MapFlags::PRIVATE | MapFlags::NORESERVE)
+        };
+        let start = start.ok()?.addr();
+        let hole = start.next_multiple_of(LARGE_PAGE);
+        let fence = Self([(start, hole - start), (hole + length, start + whole - hole - length)]);
+        unmap(hole, length);
+        Some(fence)
+    }
+}
+
+impl Drop for Fence {
+    fn drop(&mut self) {
+        self.0.iter().filter(|(_, length)| *length > 0).for_each(|(start, length)| unmap(*start, *length));
+    }
+}
+
+/// Gives address space back that a [`Fence`] holds.
+fn unmap(start: usize, length: usize) {
+    // SAFETY: the range is part of the mapping that the fence made and was not unmapped before; nobody else knows of it. A
+    // failure leaves it mapped, which costs address space and nothing else.
+    let _ = unsafe { munmap(std::ptr::without_provenance_mut(start), length) };
 }
 
 fn unmapped(bytes: u64, pages: Pages, source: MmapRegionError) -> MemoryError {
@@ -275,6 +313,16 @@ mod tests {
         let refused = Memory::of(Pages::Huge2M, asked, 0).err();
         assert!(matches!(refused, Some(MemoryError::Pool { bytes, .. }) if bytes == asked.min(HOLE)), "{refused:?}");
         Memory::of(Pages::Transparent, 16 << 20, 0).expect("a kernel with transparent huge pages");
+    }
+
+    #[test]
+    fn memory_begins_where_large_pages_do() {
+        // Something small below the last mapping, so that the next one would lie askew.
+        let askew: Vec<_> = (0..4).map(|_| Memory::new(16 << 20, 4096)).collect();
+        for memory in askew.iter().flatten().chain(&[Memory::new(64 << 20, 2 << 20).expect("64 MiB")]) {
+            let start = memory.ram().iter().next().map_or(1, |region| region.as_ptr().addr());
+            assert!(start.is_multiple_of(LARGE_PAGE), "{start:#x}");
+        }
     }
 
     #[test]

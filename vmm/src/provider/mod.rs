@@ -9,7 +9,7 @@ mod timing;
 
 pub use failure::failure;
 pub use outbox::{CAPACITY, Outbox, OutboxFull};
-pub use register::{contacts, register};
+pub use register::{Registration, contacts, register};
 pub use talker::Contacts;
 
 use crate::exit::{Exit, Failure};

@@ -5,7 +5,7 @@ use crate::exit::{Exit, Failure};
 use crate::run::Host;
 use attest::client::ProviderClient;
 use attest::flow::Attester;
-use attest::service::{Client, spawn_or_join};
+use attest::service::{Client, Registering, spawn_or_join};
 use attest::vmfile::VmFile;
 use policy::document::{Claims, KeyMemory};
 use secretmem::Protection;
@@ -31,17 +31,36 @@ pub fn contacts(file: &VmFile, host: &Host, registered: Receiver<Client>) -> Res
     Ok(Contacts { attester: Box::new(attester) })
 }
 
-/// Joins or starts the TPM service, and registers this process for the VM of `file`.
-pub fn register(file: &VmFile, host: &Host) -> Result<Client, Failure> {
-    let tpm = |e: &(dyn std::error::Error + 'static)| Failure::of(Exit::Tpm, e);
-    let mut control =
-        spawn_or_join(&host.tcti, host.runtime_dir.as_deref(), &service_program()?).map_err(|e| tpm(&e))?;
+/// A registration under way: the TPM service works on it while this process prepares itself.
+pub struct Registration {
+    asked: Registering,
+    client: Client,
+}
+
+/// Joins or starts the TPM service, and asks it to register this process for the VM of `file`; and who the host is, which will be
+/// the first question.
+pub fn register(file: &VmFile, host: &Host) -> Result<Registration, Failure> {
+    let control = spawn_or_join(&host.tcti, host.runtime_dir.as_deref(), &service_program()?).map_err(|e| tpm(&e))?;
     let (ours, theirs) = UnixStream::pair().map_err(|e| tpm(&e))?;
     let own = rustix::process::getpid();
     let pidfd = rustix::process::pidfd_open(own, rustix::process::PidfdFlags::empty()).map_err(|e| tpm(&e))?;
+    let mut client = Client::new(ours);
+    client.ask_identity().map_err(|e| tpm(&e))?;
     let VmFile { header, digest, .. } = file;
-    control.register(&header.customer, &header.vm, *digest, theirs.as_fd(), pidfd.as_fd()).map_err(|e| tpm(&e))?;
-    Ok(Client::new(ours))
+    let asked = control.register(&header.customer, &header.vm, *digest, theirs.as_fd(), pidfd.as_fd());
+    Ok(Registration { asked: asked.map_err(|e| tpm(&e))?, client })
+}
+
+impl Registration {
+    /// This process's end of the socket pair, once the service serves the other.
+    pub fn done(self) -> Result<Client, Failure> {
+        self.asked.done().map_err(|e| tpm(&e))?;
+        Ok(self.client)
+    }
+}
+
+fn tpm(error: &(dyn std::error::Error + 'static)) -> Failure {
+    Failure::of(Exit::Tpm, error)
 }
 
 /// `fealty-host`, which lies beside this program.

@@ -1,16 +1,17 @@
-//! Commands that change a volume in its place: `snapshot`, `resize`, `rekey`, `erase`. A volume that is cut off in the middle of one
-//! is whole: it is as before, or as after, or somewhere on a way that the next run goes on with.
+//! Commands that change a volume in its place: `snapshot`, `resize`, `rekey`, `rewrap`, `erase`. A volume that is cut off in the middle
+//! of one is whole: it is as before, or as after, or somewhere on a way that the next run goes on with.
 
-use super::Context;
-use super::cli::{Erase, Rekey, Resize};
+use super::cli::{Erase, Rekey, Resize, Rewrap};
 use super::error::ToolError;
+use super::holder::{Handover, Holder, Leave};
 use super::progress::Progress;
+use super::report::{self, Reporter};
 use super::size::Bytes;
-use blockcrypt::{FileStore, OpenOptions, Volume, VolumeError, erase as erase_store};
+use super::{Context, open_for_writing};
+use blockcrypt::{FileStore, Kek, OpenOptions, Volume, VolumeError, VolumeInfo, erase as erase_store, inspect};
+use policy::disk::{VolumeOperation, VolumeRequest};
 use policy::{KeyId, VolumeId};
 use serde::Serialize;
-use std::fs::File;
-use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 
 #[derive(Serialize)]
@@ -27,76 +28,169 @@ struct Rekeyed {
 }
 
 #[derive(Serialize)]
+struct Rewrapped {
+    volume: VolumeId,
+    kek_id: KeyId,
+}
+
+#[derive(Serialize)]
 struct Erased<'a> {
     path: &'a Path,
     blocks: usize,
+    retired: bool,
+}
+
+/// A change of the volume at `path` by `command`, and what permission it needs.
+pub(super) struct Change<'a> {
+    pub(super) context: &'a Context,
+    pub(super) command: &'static str,
+    pub(super) path: &'a Path,
+    pub(super) operation: Option<VolumeRequest>,
 }
 
 pub(super) fn resize(context: &Context, words: &Resize) -> Result<(), ToolError> {
     let size = words.size.bytes();
-    let (volume, ()) = change(context, "resize", &words.volume, |volume| volume.grow(size))?;
+    let change = Change { context, command: "resize", path: &words.volume, operation: None };
+    let (volume, ()) = change.make(|volume, _| volume.grow(size))?;
     context.report.result(&Resized { volume, size }, &format!("volume {volume} has {} now", Bytes(size)))
 }
 
-/// Seals everything under the key that the grant names.
+/// Seals everything under a new key, whose id the provider issues.
 pub(super) fn rekey(context: &Context, words: &Rekey) -> Result<(), ToolError> {
-    let (volume, (key_id, older_keys)) = change(context, "rekey", &words.volume, |volume| {
+    let operation = Some(VolumeRequest::plain(VolumeOperation::Rekey));
+    let change = Change { context, command: "rekey", path: &words.volume, operation };
+    let (_, info) = change.make(|volume, _| {
         let mut progress = Progress::of("rekey", volume.size(), context.report.json);
         volume.rotate(&mut |done, _| {
             progress.at((done * 4096).min(volume.size()));
             true
         })?;
-        let info = volume.info();
-        Ok((info.key_id, info.older_keys))
+        Ok(volume.info())
     })?;
+    rekeyed(context.report, &info)
+}
+
+/// Says that a rekey is done.
+pub(super) fn rekeyed(report: Reporter, info: &VolumeInfo) -> Result<(), ToolError> {
+    let VolumeInfo { volume, key_id, older_keys, .. } = *info;
     let rest = match older_keys {
         0 => "no older key is needed any more".to_owned(),
         n => format!("{n} older keys stay: snapshots, or blocks that can't be read, need them"),
     };
     let text = format!("volume {volume} is sealed under key {key_id}; {rest}");
-    context.report.result(&Rekeyed { volume, key_id, older_keys }, &text)
+    report.result(&Rekeyed { volume, key_id, older_keys }, &text)
 }
 
+/// Wraps the volume's masters under another key-encryption key.
+pub(super) fn rewrap(context: &Context, words: &Rewrap) -> Result<(), ToolError> {
+    let operation = Some(VolumeRequest::plain(VolumeOperation::Rewrap));
+    let change = Change { context, command: "rewrap", path: &words.volume, operation };
+    let (volume, kek_id) = change.make(|volume, keys| {
+        let next = keys.next.ok_or(VolumeError::Grant("it names no next key-encryption key"))?;
+        volume.rewrap(keys.kek, next).map(|()| next.id())
+    })?;
+    let text =
+        format!("the keys of volume {volume} are wrapped under {kek_id}; the key provider has no other any more");
+    context.report.result(&Rewrapped { volume, kek_id }, &text)
+}
+
+/// Destroys the key slots; with the key holder's leave, for which the provider retires the keys first: from then on it is done, and
+/// what is left of it, anybody can do.
 pub(super) fn erase(context: &Context, words: &Erase) -> Result<(), ToolError> {
     if !words.force {
         return Err(ToolError::Unforced(words.volume.clone()));
     }
     let failed = |e| ToolError::Volume(words.volume.clone(), e);
     let store = FileStore::exclusive(open_for_writing(&words.volume)?).map_err(failed)?;
-    let blocks = erase_store(&store).map_err(failed)?;
-    let path = words.volume.display();
-    let text =
-        format!("destroyed the key slots in {path}: nobody can read it any more; retire its keys at the provider too");
-    context.report.result(&Erased { path: &words.volume, blocks }, &text)
+    let retired = context.keys_fd.is_some();
+    let blocks = if retired {
+        let Handover { grant, holder, .. } = context.handover("erase")?;
+        let found = inspect(&store).map_err(failed)?.volume;
+        if found != grant.volume {
+            return Err(failed(VolumeError::OtherVolume { found, expected: grant.volume }));
+        }
+        context.interrupts.changing();
+        let request = VolumeRequest::plain(VolumeOperation::Erase);
+        let erased = permitted(&holder, request, |_| erase_store(&store).map_err(failed));
+        erased.map_err(|error| match error {
+            ToolError::Volume(path, error) => ToolError::Retired(path, error),
+            other => other,
+        })?
+    } else {
+        context.interrupts.changing();
+        erase_store(&store).map_err(failed)?
+    };
+    let rest = match retired {
+        true => "its keys are retired at the key provider",
+        false => "have its keys retired too, for copies of it: fealty-keys volume retire CUSTOMER NAME",
+    };
+    let text = format!("destroyed the key slots in {}: nobody can read it any more; {rest}", words.volume.display());
+    context.report.result(&Erased { path: &words.volume, blocks, retired }, &text)
 }
 
-/// Opens the volume at `path` for `command`, does `work`, and closes it: its new anchor is kept when this returns.
-pub(super) fn change<R>(
-    context: &Context,
-    command: &'static str,
-    path: &Path,
-    work: impl FnOnce(&Volume) -> Result<R, VolumeError>,
-) -> Result<(VolumeId, R), ToolError> {
-    let file = open_for_writing(path)?;
-    let handover = context.handover(command)?;
-    let failed = |e| ToolError::Volume(path.to_owned(), e);
-    let store = FileStore::exclusive(file).map_err(failed)?;
-    let (grant, kek, holder) = (&handover.grant, &handover.kek, &handover.holder);
-    let volume = Volume::open(store, grant, kek, OpenOptions::default(), holder.clone(), holder.clone());
-    let volume = volume.map_err(failed)?;
-    let done = work(&volume);
-    // Also after a refusal: the volume was opened, and is anchored as it is now.
-    let closed = volume.close();
-    let id = volume.id();
-    drop(volume);
-    let done = done.map_err(failed)?;
-    closed.map_err(failed)?;
-    holder.finish()?;
-    Ok((id, done))
+/// Key-encryption keys that a change may need: the volume's, and the next one.
+pub(super) struct Keys<'a> {
+    pub(super) kek: &'a Kek,
+    pub(super) next: Option<&'a Kek>,
 }
 
-fn open_for_writing(path: &Path) -> Result<File, ToolError> {
-    let mut options = std::fs::OpenOptions::new();
-    options.read(true).write(true).custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY);
-    options.open(path).map_err(|e| ToolError::Open(path.to_owned(), e))
+impl Change<'_> {
+    /// Opens the volume, does `work`, and closes it: its new anchor is kept when this returns.
+    pub(super) fn make<R>(
+        self,
+        work: impl FnOnce(&Volume, Keys) -> Result<R, VolumeError>,
+    ) -> Result<(VolumeId, R), ToolError> {
+        let file = open_for_writing(self.path)?;
+        let Handover { mut grant, kek, holder, size } = self.context.handover(self.command)?;
+        let failed = |e| ToolError::Volume(self.path.to_owned(), e);
+        let store = FileStore::exclusive(file).map_err(failed)?;
+        self.context.interrupts.changing();
+        let change = |leave: Leave| {
+            let next = match leave {
+                Leave::Kek(next) => Some(next),
+                Leave::Key(id) => {
+                    grant.key_id = id;
+                    None
+                }
+                _ => None,
+            };
+            let volume = Volume::open(store, &grant, &kek, OpenOptions::default(), holder.clone(), holder.clone());
+            let volume = volume.map_err(failed)?;
+            let done = work(&volume, Keys { kek: &kek, next: next.as_ref() });
+            // Also after a refusal: the volume was opened, and is anchored as it is now.
+            let closed = volume.close();
+            let (id, found) = (volume.id(), volume.size());
+            drop(volume);
+            let done = done.map_err(failed)?;
+            closed.map_err(failed)?;
+            if size != Some(found) {
+                holder.size(id, found);
+            }
+            Ok((id, done))
+        };
+        let done = match self.operation {
+            Some(request) => permitted(&holder, request, change)?,
+            None => change(Leave::Plain)?,
+        };
+        holder.finish()?;
+        self.context.interrupts.done();
+        Ok(done)
+    }
+}
+
+/// Asks for leave, does `work` with it, and says how it ended.
+pub(super) fn permitted<R>(
+    holder: &Holder,
+    request: VolumeRequest,
+    work: impl FnOnce(Leave) -> Result<R, ToolError>,
+) -> Result<R, ToolError> {
+    let done = work(holder.ask(request)?);
+    match &done {
+        Ok(_) => holder.outcome(true, "done"),
+        Err(error) => holder.outcome(false, &report::chain(error)),
+    }
+    if done.is_ok() {
+        holder.finish()?;
+    }
+    done
 }

@@ -37,6 +37,9 @@ pub(crate) enum Command {
     /// Make a volume from an image; its all-zero blocks take no room
     #[command(after_help = IMPORT_HELP)]
     Import(Import),
+    /// Make another volume with the same data, and keys of its own for what is written to it
+    #[command(after_help = CLONE_HELP)]
+    Clone(Clone),
     /// Decrypt a volume into an image, sparse where the volume is zero
     #[command(after_help = EXPORT_HELP)]
     Export(Export),
@@ -51,9 +54,12 @@ pub(crate) enum Command {
     /// Make a volume larger; what is new reads as zeroes
     #[command(after_help = RESIZE_HELP)]
     Resize(Resize),
-    /// Seal everything anew under the key that new writes have, and forget older ones
+    /// Seal everything anew under a new key, and forget older ones
     #[command(after_help = REKEY_HELP)]
     Rekey(Rekey),
+    /// Wrap a volume's keys anew under a new key-encryption key; no data is written
+    #[command(after_help = REWRAP_HELP)]
+    Rewrap(Rewrap),
     /// Destroy a volume's key slots: nobody can ever read it again
     #[command(after_help = ERASE_HELP)]
     Erase(Erase),
@@ -100,6 +106,23 @@ pub(crate) enum Format {
     Raw,
     /// QEMU's format, one file, without a backing file
     Qcow2,
+}
+
+#[derive(Args, Debug)]
+pub(crate) struct Clone {
+    /// The volume
+    pub(crate) volume: PathBuf,
+    /// The file to make, or a block device (with --force)
+    pub(crate) clone: PathBuf,
+    /// What the key provider is to call the clone: a new name, or one of a volume that was never filled
+    #[arg(long)]
+    pub(crate) name: String,
+    /// Clone this snapshot instead of the volume
+    #[arg(long, value_name = "N")]
+    pub(crate) snapshot: Option<u64>,
+    /// Replace what stands there
+    #[arg(long)]
+    pub(crate) force: bool,
 }
 
 #[derive(Args, Debug)]
@@ -188,6 +211,12 @@ pub(crate) struct Rekey {
 }
 
 #[derive(Args, Debug)]
+pub(crate) struct Rewrap {
+    /// The volume
+    pub(crate) volume: PathBuf,
+}
+
+#[derive(Args, Debug)]
 pub(crate) struct Erase {
     /// The volume
     pub(crate) volume: PathBuf,
@@ -205,6 +234,12 @@ pub(crate) struct Serve {
     /// Take no writes; others may read the volume too
     #[arg(long)]
     pub(crate) read_only: bool,
+    /// Seal everything anew under a new key meanwhile, as `rekey` does, in the background
+    #[arg(long, conflicts_with = "read_only")]
+    pub(crate) rekey: bool,
+    /// Read and write the volume past the page cache (O_DIRECT): saves the host's memory, and costs whatever it would have held
+    #[arg(long)]
+    pub(crate) direct: bool,
     /// With --vhost-user: virtio queues, each with a thread; as many as the guest has processors serve it best
     #[arg(long, value_name = "N", default_value_t = 4, value_parser = clap::value_parser!(u16).range(1..=16))]
     pub(crate) queues: u16,
@@ -293,20 +328,40 @@ also goes to the customer's audit log.
 Example: fealty-keys volume exec acme root -- fealty-disk check /store/root.vol";
 
 const RESIZE_HELP: &str = "\
-The VM must not run meanwhile. Snapshots keep their size. A volume does not become smaller.
+The VM must not run meanwhile. Snapshots keep their size. A volume does not become smaller. The key provider learns the new size.
 
 Example: fealty-keys volume exec acme data -- fealty-disk resize /store/data.vol --size 40G";
 
+const CLONE_HELP: &str = "\
+The clone has a name and an id at the key provider, a key-encryption key, and a key for what is written to it, all of its own. What it
+inherits keeps the keys that it had, wrapped anew: after `rekey` of the clone, nothing of it needs a key of its origin. Data is
+copied as it lies, verified, never decrypted. Snapshots are not copied. The policy must permit volume.clone.
+
+Cut off, it leaves .NAME.partial, which the next run replaces.
+
+Example: fealty-keys volume exec acme root -- fealty-disk clone /store/root.vol /store/copy.vol --name copy";
+
 const REKEY_HELP: &str = "\
-After the provider has issued a new key id for the volume. Where this is interrupted, the next run goes on. Older keys stay as long as
-snapshots need them.
+For when a key may be known, or has sealed enough: the key provider issues a new key, and every block is read and written under it, which
+takes as long as reading and writing all data. The policy must permit volume.rekey. Where this is interrupted, the next run goes
+on under the same key. Older keys stay as long as snapshots need them.
 
 Example: fealty-keys volume exec acme data -- fealty-disk rekey /store/data.vol";
 
-const ERASE_HELP: &str = "\
-Needs no key, and --force. Copies of the file that were made before are not touched: have the provider retire the volume's keys too.
+const REWRAP_HELP: &str = "\
+For when the key-encryption key may be known, the one that the key provider hands out: the volume's keys are wrapped under a new one,
+at once, whatever the volume's size. The key provider destroys the one so far when the volume's new anchor says that it is not
+needed any more. Who read the volume's keys with it can read on: then `rekey` too. The policy must permit volume.rewrap.
+Where this is interrupted, the volume opens as before, or with the new one; the next run goes on.
 
-Example: fealty-disk erase /store/data.vol --force";
+Example: fealty-keys volume exec acme data -- fealty-disk rewrap /store/data.vol";
+
+const ERASE_HELP: &str = "\
+With the key holder, the key provider first retires the volume's keys, so that no copy of the file can be read either (the policy must permit
+volume.erase), then the key slots are destroyed. Without, only this file's slots are, which needs no key. Both need --force.
+
+Examples: fealty-keys volume exec acme data -- fealty-disk erase /store/data.vol --force
+          fealty-disk erase /store/data.vol --force";
 
 const SERVE_HELP: &str = "\
 It says when it is ready, with a line on standard output. The socket is yours alone (mode 0600) and goes when the server goes. On
@@ -315,6 +370,9 @@ provider is then the newest.
 
 Example: fealty-keys volume exec acme root -- fealty-disk serve /store/root.vol --nbd /run/root.sock
          qemu-img info 'nbd+unix:///?socket=/run/root.sock'
+
+With --rekey the volume is also sealed under a new key, by a thread of the lowest priority, while it is in use. It says when that is done.
+Stopped before, even by a power cut, the next `serve --rekey` or `rekey` goes on. The policy must permit volume.rekey.
 
 Another virtual machine monitor must share the guest's memory with this process, which weakens what keeps root on its host out:
   qemu-system-x86_64 -object memory-backend-memfd,id=m,size=1G,share=on -machine q35,memory-backend=m \\
@@ -330,8 +388,8 @@ pub(crate) fn parse() -> Result<Cli, ExitCode> {
         }
         ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand => {
             report::line(
-                "a command is missing: create, import, export, info, check, snapshot, resize, rekey, erase or serve (see fealty-disk \
-                 --help)",
+                "a command is missing: create, import, clone, export, info, check, snapshot, resize, rekey, rewrap, erase or serve (see \
+                 fealty-disk --help)",
             );
             ExitCode::from(2)
         }

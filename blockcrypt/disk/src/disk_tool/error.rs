@@ -44,12 +44,16 @@ pub(crate) enum ToolError {
     Overwritten(PathBuf, #[source] Box<ToolError>),
     #[error("{0} would be unreadable for ever; say --force if that is meant")]
     Unforced(PathBuf),
+    #[error("the keys of {0} are retired, but its key slots are not destroyed yet; run fealty-disk erase {0} --force")]
+    Retired(PathBuf, #[source] VolumeError),
     #[error("the process can't be protected")]
     Harden(#[from] secretmem::SecretError),
     #[error("signals can't be watched for")]
     Signals(#[source] io::Error),
     #[error(transparent)]
     Socket(#[from] SocketError),
+    #[error("no thread for the rekey")]
+    Thread(#[source] io::Error),
     #[error("clients can't be waited for")]
     Serve(#[source] io::Error),
     #[error("standard output takes no more")]

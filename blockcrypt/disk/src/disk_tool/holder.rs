@@ -2,8 +2,10 @@
 
 use super::report;
 use blockcrypt::{AnchorRefused, Anchors, Events, Kek};
-use policy::VolumeAnchor;
-use policy::disk::{DiskSession, HolderAnswer, MESSAGE_LIMIT, ToolMessage, VolumeGrant};
+use policy::disk::{
+    DiskSession, HolderAnswer, MESSAGE_LIMIT, Permit, ToolMessage, VolumeGrant, VolumeOperation, VolumeRequest,
+};
+use policy::{KeyId, VolumeAnchor, VolumeId};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use secretmem::{Secret, SecretError};
 use std::io::{self, ErrorKind, Read, Write};
@@ -42,6 +44,10 @@ pub(crate) enum HolderError {
     Gone,
     #[error("the audit log did not take what was found: {0}; repeat this when it does")]
     Unheard(String),
+    #[error("{0} is not permitted, and nothing was done: {1}")]
+    Forbidden(VolumeOperation, String),
+    #[error("whether {0} is permitted is not known: {1}; nothing was done here, start again")]
+    NoPermit(VolumeOperation, String),
 }
 
 /// What the holder hands over.
@@ -49,6 +55,19 @@ pub(crate) struct Handover {
     pub(crate) grant: VolumeGrant,
     pub(crate) kek: Kek,
     pub(crate) holder: Arc<Holder>,
+    /// The volume's size as the provider knows it, in bytes.
+    pub(crate) size: Option<u64>,
+}
+
+/// What comes with a permission.
+pub(crate) enum Leave {
+    Plain,
+    /// For a rekey: the key id for new writes.
+    Key(KeyId),
+    /// For a rewrap: the next key-encryption key.
+    Kek(Kek),
+    /// For a clone: its grant and its key-encryption key.
+    Clone(Box<VolumeGrant>, Kek),
 }
 
 impl Handover {
@@ -59,7 +78,8 @@ impl Handover {
         let (session, key) = read_handover(&mut &stream)?;
         stream.set_read_timeout(Some(ANSWER)).map_err(HolderError::Io)?;
         let kek = Kek::new(session.grant.kek_id, key);
-        Ok(Self { grant: session.grant, kek, holder: Arc::new(Holder::new(stream)?) })
+        let holder = Arc::new(Holder::new(stream)?);
+        Ok(Self { grant: session.grant, kek, holder, size: session.size })
     }
 }
 
@@ -156,6 +176,32 @@ impl Holder {
         self.talk().ask(&ToolMessage::Anchor(anchor.clone()))
     }
 
+    /// Asks whether an operation may be done. Its [`outcome`](Self::outcome) is to follow.
+    pub(crate) fn ask(&self, request: VolumeRequest) -> Result<Leave, HolderError> {
+        let operation = request.operation;
+        let unknown = |why: String| HolderError::NoPermit(operation, why);
+        let mut talk = self.talk();
+        match talk.exchange_once(&ToolMessage::Operation(request)).map_err(unknown)? {
+            HolderAnswer::Refused(why) => Err(HolderError::Forbidden(operation, report::one_line(&why, TEXT))),
+            HolderAnswer::Permitted(permit) => {
+                talk.leave(permit).inspect_err(|error| _ = talk.end(&report::chain(error)))
+            }
+            HolderAnswer::Kept => Err(unknown("the key holder's answer makes no sense".to_owned())),
+        }
+    }
+
+    /// Tells how the operation that was permitted ended.
+    pub(crate) fn outcome(&self, done: bool, detail: &str) {
+        self.talk().inform(&ToolMessage::Outcome { done, detail: report::one_line(detail, TEXT) });
+    }
+
+    /// Tells a volume's size. Where that fails, the next command that changes the volume tells it.
+    pub(crate) fn size(&self, volume: VolumeId, bytes: u64) {
+        if let Answer::Refused(why) | Answer::Unknown(why) = self.talk().ask(&ToolMessage::Size { volume, bytes }) {
+            report::line(&format!("note: the key provider was not told the volume's size: {why}"));
+        }
+    }
+
     /// Tells what was not told one by one; an error if anything did not reach the audit log.
     pub(crate) fn finish(&self) -> Result<(), HolderError> {
         let mut talk = self.talk();
@@ -219,25 +265,54 @@ fn finding(lba: Option<u64>, physical: Option<u64>, reason: &str) -> String {
 
 impl Talk {
     fn tell(&mut self, text: &str) {
-        match self.ask(&ToolMessage::Event(report::one_line(text, TEXT))) {
-            Answer::Kept => {}
-            Answer::Refused(why) | Answer::Unknown(why) => _ = self.unheard.get_or_insert(why),
+        self.inform(&ToolMessage::Event(report::one_line(text, TEXT)));
+    }
+
+    /// For the audit log: what it does not take, is remembered.
+    fn inform(&mut self, message: &ToolMessage) {
+        if let Answer::Refused(why) | Answer::Unknown(why) = self.ask(message) {
+            self.unheard.get_or_insert(why);
         }
     }
 
     fn ask(&mut self, message: &ToolMessage) -> Answer {
-        if let Some(why) = &self.over {
-            return Answer::Unknown(why.clone());
-        }
-        match self.exchange(message) {
+        match self.exchange_once(message) {
             Ok(HolderAnswer::Kept) => Answer::Kept,
             Ok(HolderAnswer::Refused(why)) => Answer::Refused(report::one_line(&why, TEXT)),
-            Err(error) => {
-                let why = report::chain(&error);
-                self.over = Some(why.clone());
-                Answer::Unknown(why)
-            }
+            Ok(HolderAnswer::Permitted(_)) => Answer::Unknown(self.end("the key holder's answer makes no sense")),
+            Err(why) => Answer::Unknown(why),
         }
+    }
+
+    /// An answer, or why there is none: then there is none to any later message either.
+    fn exchange_once(&mut self, message: &ToolMessage) -> Result<HolderAnswer, String> {
+        match &self.over {
+            Some(why) => Err(why.clone()),
+            None => self.exchange(message).map_err(|error| self.end(&report::chain(&error))),
+        }
+    }
+
+    fn end(&mut self, why: &str) -> String {
+        self.over = Some(why.to_owned());
+        why.to_owned()
+    }
+
+    /// What a permission brings along; a key goes from the socket straight into locked memory.
+    fn leave(&mut self, permit: Permit) -> Result<Leave, HolderError> {
+        let mut key = || {
+            let mut key = Secret::<32>::zeroed()?;
+            read_part(&mut self.stream, key.expose_mut(), "the key")?;
+            Ok::<_, HolderError>(key)
+        };
+        Ok(match permit {
+            Permit::Plain => Leave::Plain,
+            Permit::Key(id) => Leave::Key(id),
+            Permit::Kek(id) => Leave::Kek(Kek::new(id, key()?)),
+            Permit::Clone(grant) => {
+                let kek = Kek::new(grant.kek_id, key()?);
+                Leave::Clone(Box::new(grant), kek)
+            }
+        })
     }
 
     fn exchange(&mut self, message: &ToolMessage) -> Result<HolderAnswer, ExchangeError> {
@@ -291,7 +366,7 @@ mod tests {
             anchor: None,
             anchor_mode: AnchorMode::Interval,
         };
-        DiskSession { grant }
+        DiskSession { grant, size: Some(1 << 30) }
     }
 
     fn framed(text: &[u8]) -> Vec<u8> {
@@ -415,6 +490,29 @@ mod tests {
         answered(&framed(br#"{"refused":"no"}"#), |h| {
             h.integrity(None, None, "something");
             assert!(matches!(h.finish(), Err(HolderError::Unheard(why)) if why == "no"));
+        });
+    }
+
+    #[test]
+    fn a_permission_brings_its_key_to_the_last_byte() {
+        let ask = |h: &Holder| h.ask(VolumeRequest::plain(VolumeOperation::Rewrap));
+        let permit = serde_json::to_vec(&HolderAnswer::Permitted(Permit::Kek(KeyId(7)))).expect("JSON");
+        let with = |key: &[u8]| [&framed(&permit), key].concat();
+        answered(&with(&[0x5a; 32]), |h| assert!(matches!(ask(h), Ok(Leave::Kek(kek)) if kek.id() == KeyId(7))));
+        for cut in [0, 1, 31] {
+            answered(&with(&[0x5a; 32][..cut]), |h| {
+                assert!(matches!(ask(h), Err(HolderError::Truncated("the key"))));
+                assert!(matches!(h.anchor(&anchor()), Answer::Unknown(_)), "no conversation after that");
+            });
+        }
+        answered(&framed(br#"{"refused":"no"}"#), |h| {
+            assert!(matches!(ask(h), Err(HolderError::Forbidden(_, why)) if why == "no"))
+        });
+        for nonsense in [&b""[..], &framed(br#""kept""#), &framed(br#"{"permitted":"all"}"#)] {
+            answered(nonsense, |h| assert!(matches!(ask(h), Err(HolderError::NoPermit(..)))));
+        }
+        answered(&with(&[]), |h| {
+            assert!(matches!(h.anchor(&anchor()), Answer::Unknown(_)), "a permission keeps nothing")
         });
     }
 

@@ -1,16 +1,18 @@
-//! `create` and `import`: a volume appears whole, with its anchor at the key provider, or not at all.
+//! `create`, `import` and `clone`: a volume appears whole, with its anchor at the key provider, or not at all.
 
-use super::Context;
 use super::blocks::{PIECE, filled};
-use super::cli::{Create, Format, Import};
+use super::change::permitted;
+use super::cli::{Clone, Create, Format, Import};
 use super::error::ToolError;
-use super::holder::{Answer, Handover, Holder, HolderError};
+use super::holder::{Answer, Handover, Holder, HolderError, Leave};
 use super::image::{Image, ImageError};
 use super::place::{Content, Place, PlaceError, same_file};
 use super::progress::{Progress, rate};
 use super::qemu::Qcow2;
 use super::size::Bytes;
-use blockcrypt::{AnchorRefused, Anchors, FileStore, Volume, VolumeError};
+use super::{Context, open_file, open_snapshot, open_writable};
+use blockcrypt::{AnchorRefused, Anchors, CloneOf, FileStore, Volume, VolumeError, inspect};
+use policy::disk::{VolumeGrant, VolumeOperation, VolumeRequest};
 use policy::{AnchorMode, VolumeAnchor, VolumeId};
 use serde::Serialize;
 use std::path::{Path, PathBuf};
@@ -43,11 +45,29 @@ struct Made<'a> {
     data: u64,
 }
 
+#[derive(Serialize)]
+struct Cloned<'a> {
+    volume: VolumeId,
+    of: VolumeId,
+    name: &'a str,
+    path: &'a Path,
+    size: u64,
+    data: u64,
+}
+
+/// A volume that is to be made in `place`, and get the name `path`.
+struct Making<'a> {
+    path: &'a Path,
+    place: Place,
+    grant: VolumeGrant,
+    holder: Arc<Holder>,
+}
+
 /// An empty volume.
 pub(super) fn create(context: &Context, words: &Create) -> Result<(), ToolError> {
     let size = words.size.bytes();
     let place = Place::begin(&words.volume, Content::Volume, words.force, &context.interrupts)?;
-    let id = make(context, "create", &words.volume, place, size, |_, _| Ok(()))?;
+    let id = make_empty(context, "create", &words.volume, place, size, |_, _| Ok(()))?;
     let made = Made { volume: id, path: &words.volume, size, data: 0 };
     let text = format!("created volume {id} in {}: {}", words.volume.display(), Bytes(size));
     context.report.result(&made, &text)
@@ -108,7 +128,7 @@ fn make_from_image(
 ) -> Result<(), ToolError> {
     let place = Place::begin(&words.volume, Content::Volume, words.force, &context.interrupts)?;
     let (mut data, mut seconds) = (0, 0.0);
-    let id = make(context, "import", &words.volume, place, size, |volume, holder| {
+    let id = make_empty(context, "import", &words.volume, place, size, |volume, holder| {
         let mut progress = Progress::of("import", size, context.report.json);
         data = fill(volume, holder, &mut progress)?;
         seconds = progress.seconds();
@@ -126,8 +146,64 @@ fn make_from_image(
     context.report.result(&made, &text)
 }
 
-/// Makes a volume of `size` bytes at `path`, which `place` is the beginning of, with what `fill` writes.
-fn make(
+/// The same data as another volume.
+pub(super) fn clone(context: &Context, words: &Clone) -> Result<(), ToolError> {
+    let file = open_file(&words.volume)?;
+    if same_file(&file, &words.clone) {
+        return Err(ToolError::SameFile(words.volume.clone(), words.clone.clone()));
+    }
+    let failed = |e| ToolError::Volume(words.volume.clone(), e);
+    let place = Place::begin(&words.clone, Content::Volume, words.force, &context.interrupts)?;
+    let handover = context.handover("clone")?;
+    let store = FileStore::shared(file.try_clone().map_err(|e| ToolError::Open(words.volume.clone(), e))?);
+    let closed = store.and_then(|store| inspect(&store)).map_err(failed)?.closed;
+    // One that was not closed in order is recovered first, as whoever opens it does.
+    let source = match closed || words.snapshot.is_some() {
+        true => open_snapshot(&words.volume, file, &handover, words.snapshot)?,
+        false => {
+            // And with it its lock.
+            drop(file);
+            open_writable(&words.volume, &handover)?
+        }
+    };
+    let (of, size, holder) = (source.id(), source.size(), &handover.holder);
+    let mut request = VolumeRequest::plain(VolumeOperation::Clone).with("name", &words.name);
+    if let Some(snapshot) = words.snapshot {
+        request = request.with("snapshot", snapshot);
+    }
+    let mut data = 0;
+    let id = permitted(holder, request, |leave| {
+        let Leave::Clone(grant, kek) = leave else {
+            return Err(HolderError::NoPermit(VolumeOperation::Clone, "it brought no volume to clone to".into()).into());
+        };
+        let making = Making { path: &words.clone, place, grant: *grant, holder: holder.clone() };
+        let id = making.make(|store, grant, first| {
+            let mut progress = None;
+            let mut heard = |done: u64, all: u64| {
+                data = done * 4096;
+                let told = progress.get_or_insert_with(|| Progress::of("clone", all * 4096, context.report.json));
+                told.at(data);
+            };
+            let of = CloneOf { source: &source, kek: &handover.kek };
+            let made = Volume::create_clone(store, of, grant, &kek, first, holder.clone(), &mut heard);
+            made.map_err(|e| ToolError::Volume(words.clone.clone(), e))
+        })?;
+        source.close().map_err(failed)?;
+        Ok(id)
+    })?;
+    let made = Cloned { volume: id, of, name: &words.name, path: &words.clone, size, data };
+    let text = format!(
+        "cloned volume {of} as {} ({id}) in {}: {}, of it {} data",
+        words.name,
+        words.clone.display(),
+        Bytes(size),
+        Bytes(data)
+    );
+    context.report.result(&made, &text)
+}
+
+/// Makes a volume of `size` bytes with what `fill` writes.
+fn make_empty(
     context: &Context,
     command: &'static str,
     path: &Path,
@@ -135,28 +211,46 @@ fn make(
     size: u64,
     fill: impl FnOnce(&Volume, &Holder) -> Result<(), ToolError>,
 ) -> Result<VolumeId, ToolError> {
-    let Handover { mut grant, kek, holder } = context.handover(command)?;
-    // Nothing of it is anchored before it is complete, whatever the mode is later.
-    grant.anchor_mode = AnchorMode::Close;
-    let failed = |e| ToolError::Volume(path.to_owned(), e);
-    let store = FileStore::exclusive(place.another()?).map_err(failed)?;
-    let first = Arc::new(FirstAnchor { holder: holder.clone(), state: Mutex::new(State::Filling) });
-    let device = place.is_device();
-    place.overwrite();
-    let made = || {
-        let volume = Volume::create(store, size, &grant, &kek, first.clone(), holder.clone()).map_err(failed)?;
+    let Handover { grant, kek, holder, .. } = context.handover(command)?;
+    let making = Making { path, place, grant, holder: holder.clone() };
+    making.make(|store, grant, first| {
+        let volume = Volume::create(store, size, grant, &kek, first, holder.clone());
         drop(kek);
+        let volume = volume.map_err(|e| ToolError::Volume(path.to_owned(), e))?;
         fill(&volume, &holder)?;
-        holder.finish()?;
-        holder.hush();
-        first.complete(place);
-        let closed = volume.close();
-        drop(volume);
-        first.outcome(path, closed.map(drop))
-    };
-    match made() {
-        Err(error) if device => Err(ToolError::Overwritten(path.to_owned(), Box::new(error))),
-        other => other.map(|()| grant.volume),
+        Ok(volume)
+    })
+}
+
+impl Making<'_> {
+    /// Gives what `build` makes its name and its first anchor.
+    fn make(
+        mut self,
+        build: impl FnOnce(FileStore, &VolumeGrant, Arc<FirstAnchor>) -> Result<Volume, ToolError>,
+    ) -> Result<VolumeId, ToolError> {
+        // Nothing of it is anchored before it is complete, whatever the mode is later.
+        self.grant.anchor_mode = AnchorMode::Close;
+        let Self { path, place, grant, holder } = self;
+        let store = FileStore::exclusive(place.another()?).map_err(|e| ToolError::Volume(path.to_owned(), e))?;
+        let first = Arc::new(FirstAnchor { holder: holder.clone(), state: Mutex::new(State::Filling) });
+        let device = place.is_device();
+        place.overwrite();
+        let made = || {
+            let volume = build(store, &grant, first.clone())?;
+            holder.finish()?;
+            holder.hush();
+            first.complete(place);
+            let closed = volume.close();
+            let size = volume.size();
+            drop(volume);
+            first.outcome(path, closed.map(drop))?;
+            holder.size(grant.volume, size);
+            Ok(())
+        };
+        match made() {
+            Err(error) if device => Err(ToolError::Overwritten(path.to_owned(), Box::new(error))),
+            other => other.map(|()| grant.volume),
+        }
     }
 }
 

@@ -5,10 +5,10 @@
 //! | --- | --- |
 //! | `cli`, `size` | the command line |
 //! | `holder`, `inherit` | the conversation with whoever holds the volume's session |
-//! | `make` | `create` and `import`: a volume that appears whole or not at all |
+//! | `make` | `create`, `import` and `clone`: a volume that appears whole or not at all |
 //! | `change`, `snapshot` | commands that change a volume in its place |
 //! | `export`, `info`, `check` | the other commands |
-//! | `serve` | a volume as a disk of other programs |
+//! | `serve`, `rotation` | a volume as a disk of other programs, and rekeyed meanwhile |
 //! | `image`, `blocks` | raw images, and which of their blocks hold something |
 //! | `qemu` | images that are not raw, by `qemu-img` |
 //! | `place` | files that get their name when they are complete |
@@ -31,6 +31,7 @@ mod place;
 mod progress;
 mod qemu;
 mod report;
+mod rotation;
 mod serve;
 mod signals;
 mod size;
@@ -76,12 +77,14 @@ fn perform(cli: Cli) -> Result<(), ToolError> {
     match cli.command {
         Command::Create(words) => make::create(&context, &words),
         Command::Import(words) => make::import(&context, &words),
+        Command::Clone(words) => make::clone(&context, &words),
         Command::Export(words) => export::export(&context, &words),
         Command::Info(words) => info::info(&context, &words),
         Command::Check(words) => check::check(&context, &words),
         Command::Snapshot(words) => snapshot::snapshot(&context, &words),
         Command::Resize(words) => change::resize(&context, &words),
         Command::Rekey(words) => change::rekey(&context, &words),
+        Command::Rewrap(words) => change::rewrap(&context, &words),
         Command::Erase(words) => change::erase(&context, &words),
         Command::Serve(words) => serve::serve(&context, &words),
     }
@@ -110,7 +113,22 @@ fn open_volume(path: &Path, file: File, handover: &Handover) -> Result<Volume, T
 fn open_snapshot(path: &Path, file: File, handover: &Handover, snapshot: Option<u64>) -> Result<Volume, ToolError> {
     let failed = |e| ToolError::Volume(path.to_owned(), e);
     let store = FileStore::shared(file).map_err(failed)?;
-    let Handover { grant, kek, holder } = handover;
+    let Handover { grant, kek, holder, .. } = handover;
     let options = OpenOptions { read_only: true, snapshot, ..Default::default() };
     Volume::open(store, grant, kek, options, holder.clone(), holder.clone()).map_err(failed)
+}
+
+/// The volume at `path`, for writing.
+fn open_writable(path: &Path, handover: &Handover) -> Result<Volume, ToolError> {
+    let failed = |e| ToolError::Volume(path.to_owned(), e);
+    let store = FileStore::exclusive(open_for_writing(path)?).map_err(failed)?;
+    let Handover { grant, kek, holder, .. } = handover;
+    Volume::open(store, grant, kek, OpenOptions::default(), holder.clone(), holder.clone()).map_err(failed)
+}
+
+/// The file or device at `path`, for writing too.
+fn open_for_writing(path: &Path) -> Result<File, ToolError> {
+    let mut options = std::fs::OpenOptions::new();
+    options.read(true).write(true).custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY);
+    options.open(path).map_err(|e| ToolError::Open(path.to_owned(), e))
 }

@@ -221,6 +221,18 @@ impl Disk for Counted<'_> {
         self.told(self.volume.write(offset, data))
     }
 
+    fn read_many(&self, requests: &mut [(u64, &mut [u8])]) -> Vec<Result<(), Fault>> {
+        let bytes: usize = requests.iter().map(|(_, buffer)| buffer.len()).sum();
+        self.read.fetch_add(bytes as u64, Ordering::Relaxed);
+        self.volume.read_many(requests).into_iter().map(|done| self.told(done)).collect()
+    }
+
+    fn write_many(&self, requests: &[(u64, &[u8])]) -> Vec<Result<(), Fault>> {
+        let bytes: usize = requests.iter().map(|(_, data)| data.len()).sum();
+        self.written.fetch_add(bytes as u64, Ordering::Relaxed);
+        self.volume.write_many(requests).into_iter().map(|done| self.told(done)).collect()
+    }
+
     fn flush(&self) -> Result<(), Fault> {
         self.told(self.volume.flush())
     }

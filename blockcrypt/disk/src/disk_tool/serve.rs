@@ -3,6 +3,7 @@
 use super::cli::{Serve, Way};
 use super::error::ToolError;
 use super::holder::Handover;
+use super::rotation::{self, Rotation};
 use super::{Context, report};
 use blockcrypt::{FileStore, OpenOptions, Volume, VolumeError};
 use fealty_disk::{Disk, Fault, Socket, nbd, vhost_user};
@@ -39,10 +40,14 @@ pub(super) fn serve(context: &Context, words: &Serve) -> Result<(), ToolError> {
     let mut options = FileOptions::new();
     options.read(true).write(!words.read_only).custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY);
     let file = options.open(path).map_err(|e| ToolError::Open(path.clone(), e))?;
-    let Handover { grant, kek, holder } = context.handover("serve")?;
+    let Handover { mut grant, kek, holder, .. } = context.handover("serve")?;
     let socket = Socket::listen(words.socket())?;
     let store = if words.read_only { FileStore::shared(file) } else { FileStore::exclusive(file) }.map_err(failed)?;
+    let store = if words.direct { store.direct().map_err(failed)? } else { store };
     let options = OpenOptions { read_only: words.read_only, ..Default::default() };
+    if words.rekey {
+        rotation::permitted(&holder, &mut grant)?;
+    }
     // From here on an interruption closes the volume.
     let asked = context.interrupts.serving().map_err(ToolError::Signals)?;
     let volume = Volume::open(store, &grant, &kek, options, holder.clone(), holder.clone()).map_err(failed)?;
@@ -51,7 +56,12 @@ pub(super) fn serve(context: &Context, words: &Serve) -> Result<(), ToolError> {
     let id = grant.volume;
     let ready = Ready { volume: id, size: lent.size(), read_only: words.read_only, socket: words.socket() };
     context.report.result(&ready, &format!("ready: volume {id} on {}", words.socket().display()))?;
+    let rotation = words.rekey.then(|| Rotation::start(Rotated(lent.clone()), holder.clone(), context.report));
+    let rotation = rotation.transpose()?;
     let served = lend(&lent, words, socket, &[asked.as_fd(), holder.as_fd()]);
+    if let Some(rotation) = rotation {
+        rotation.stop();
+    }
     // Whatever ended it, what was written becomes durable before anything is said.
     let closed = if words.read_only { Ok(()) } else { lent.volume.close().map(drop) };
     closed.map_err(failed)?;
@@ -92,6 +102,15 @@ struct Lent {
     failures: AtomicU64,
 }
 
+/// The volume, for the thread that rekeys it.
+struct Rotated(Arc<Lent>);
+
+impl AsRef<Volume> for Rotated {
+    fn as_ref(&self) -> &Volume {
+        &self.0.volume
+    }
+}
+
 impl Lent {
     fn told<T>(&self, doing: &'static str, offset: u64, done: Result<T, VolumeError>) -> Result<T, Fault> {
         done.map_err(|error| {
@@ -122,6 +141,16 @@ impl Disk for Lent {
 
     fn write(&self, offset: u64, data: &[u8]) -> Result<(), Fault> {
         self.told("write", offset, self.volume.write(offset, data))
+    }
+
+    fn read_many(&self, requests: &mut [(u64, &mut [u8])]) -> Vec<Result<(), Fault>> {
+        let done = self.volume.read_many(requests);
+        done.into_iter().zip(requests).map(|(done, (offset, _))| self.told("read", *offset, done)).collect()
+    }
+
+    fn write_many(&self, requests: &[(u64, &[u8])]) -> Vec<Result<(), Fault>> {
+        let done = self.volume.write_many(requests);
+        done.into_iter().zip(requests).map(|(done, (offset, _))| self.told("write", *offset, done)).collect()
     }
 
     fn flush(&self) -> Result<(), Fault> {

@@ -21,6 +21,8 @@ enum Stage {
     Draft(PathBuf),
     /// A device is being written.
     Device(PathBuf),
+    /// A volume is being changed in its place.
+    Changing,
     /// It gets its name and its anchor: too late to go back, and soon over. Whether an interruption was asked for.
     Committing(bool),
     /// A volume is lent to others; what hangs up when that is to end.
@@ -53,6 +55,11 @@ impl Interrupts {
 
     pub(crate) fn overwriting(&self, device: &Path) {
         *self.stage() = Stage::Device(device.to_owned());
+    }
+
+    /// A volume is changed in its place from now on.
+    pub(crate) fn changing(&self) {
+        *self.stage() = Stage::Changing;
     }
 
     pub(crate) fn committing(&self) {
@@ -91,6 +98,7 @@ impl Interrupts {
             Stage::Device(device) => {
                 report::line(&format!("interrupted; {} was overwritten in part", device.display()));
             }
+            Stage::Changing => report::line("interrupted; the volume is whole: run this again, and it goes on"),
             Stage::Committing(asked @ false) => {
                 *asked = true;
                 report::line(

@@ -1,6 +1,6 @@
 //! `snapshot`: taken, listed, gone back to, deleted.
 
-use super::change::change;
+use super::change::Change;
 use super::cli::{Snapshot, SnapshotCommand};
 use super::error::ToolError;
 use super::progress::Progress;
@@ -8,6 +8,7 @@ use super::size::Bytes;
 use super::{Context, open_file, open_volume};
 use blockcrypt::SnapshotInfo;
 use policy::VolumeId;
+use policy::disk::{VolumeOperation, VolumeRequest};
 use serde::Serialize;
 use std::fmt::Write as _;
 use std::path::Path;
@@ -25,29 +26,34 @@ struct All<'a> {
 }
 
 pub(super) fn snapshot(context: &Context, words: &Snapshot) -> Result<(), ToolError> {
+    let change = |command, path, operation| Change { context, command, path, operation };
     match &words.command {
         SnapshotCommand::Take(words) => {
-            let (volume, snapshot) =
-                change(context, "snapshot take", &words.volume, |volume| volume.take_snapshot(&words.name))?;
+            let taken =
+                change("snapshot take", &words.volume, None).make(|volume, _| volume.take_snapshot(&words.name));
+            let (volume, snapshot) = taken?;
             let text = format!("took snapshot {snapshot} of volume {volume}");
             context.report.result(&One { volume, snapshot }, &text)
         }
         SnapshotCommand::List(words) => list(context, &words.volume),
         SnapshotCommand::Revert(words) => {
             let id = words.snapshot;
-            let (volume, ()) = change(context, "snapshot revert", &words.volume, |volume| volume.revert(id))?;
+            let request = VolumeRequest::plain(VolumeOperation::Revert).with("snapshot", id);
+            let change = change("snapshot revert", &words.volume, Some(request));
+            let (volume, ()) = change.make(|volume, _| volume.revert(id))?;
             let text = format!("volume {volume} holds what snapshot {id} held");
             context.report.result(&One { volume, snapshot: id }, &text)
         }
         SnapshotCommand::Delete(words) => {
             let id = words.snapshot;
-            let (volume, ()) = change(context, "snapshot delete", &words.volume, |volume| {
+            let deleted = change("snapshot delete", &words.volume, None).make(|volume, _| {
                 let mut progress = Progress::of("delete", volume.size(), context.report.json);
                 let size = volume.size();
                 volume.delete_snapshot(id, &mut |done, all| {
                     progress.at((u128::from(size) * u128::from(done) / u128::from(all.max(1))) as u64);
                 })
-            })?;
+            });
+            let (volume, ()) = deleted?;
             context.report.result(&One { volume, snapshot: id }, &format!("deleted snapshot {id} of volume {volume}"))
         }
     }

@@ -1,17 +1,19 @@
 //! One client in transmission: requests in, replies out, in whatever order they are done.
 //!
-//! A connection has one thread, which reads a batch of requests and performs it. Where that may take long, it leaves the stream
+//! A connection has one thread, which reads a batch of requests and performs it: its reads together, its writes together. Where that may take long, it leaves the stream
 //! to another thread first, so that what is slow (a disk, a FLUSH) keeps nothing waiting, and several processors share the work
 //! of one client. Where requests take microseconds it goes on alone: waking a thread would cost more.
 
 use super::Export;
+use super::answers::Answers;
 use super::handshake::Agreed;
 use super::intake::{BATCH, Batch, Intake, PIECE, Source, Taken};
 use super::wire::{Command, Errno, Request, chunk, chunk_error, simple};
-use crate::Disk;
+use crate::{Disk, Fault};
 use rustix::net::{RecvFlags, recv};
-use std::io::{self, Write};
+use std::io;
 use std::net::Shutdown;
+use std::ops::Range;
 use std::os::unix::net::UnixStream;
 use std::sync::atomic::{AtomicU32, AtomicUsize, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -20,10 +22,13 @@ use std::time::{Duration, Instant};
 
 /// Threads of a connection.
 const THREADS: usize = 16;
-/// Bytes of replies that wait for the end of their batch.
+/// Bytes of replies that wait for each other.
 const WAITING: usize = 256 << 10;
 /// From this time for a request on, in microseconds, waking a thread is worth it.
 const SLOW: u32 = 60;
+
+/// A request and its payload.
+type Asked<'a> = (&'a Request, &'a [u8]);
 
 /// A client after its handshake.
 pub(super) struct Connection<'a> {
@@ -63,7 +68,7 @@ impl<'a> Connection<'a> {
     }
 
     fn work<'scope>(&'scope self, scope: &'scope Scope<'scope, '_>) {
-        let (mut batch, mut out) = (Batch::new(), Vec::new());
+        let (mut batch, mut out) = (Batch::new(), Answers::default());
         let mut turn = self.turn();
         while !turn.over {
             let slow = self.pace.load(Ordering::Relaxed) >= SLOW;
@@ -113,22 +118,24 @@ impl<'a> Connection<'a> {
         }
     }
 
-    fn perform(&self, batch: &Batch, out: &mut Vec<u8>) {
+    fn perform(&self, batch: &Batch, out: &mut Answers) {
         let begun = Instant::now();
-        let (count, heavy) = (batch.requests().len(), batch.is_heavy());
-        for (request, payload) in batch.requests() {
-            if request.is_heavy() {
-                // Those before it don't wait for it.
-                self.send(out);
-            }
-            self.answer(request, payload, out);
-            if out.len() >= WAITING {
-                self.send(out);
-            }
+        let all: Vec<Asked> = batch.requests().collect();
+        let heavy = batch.is_heavy();
+        // Those before it don't wait for it.
+        let (light, last) = all.split_at(all.len() - usize::from(heavy));
+        let mut rest = light;
+        while !rest.is_empty() {
+            let (together, after) = rest.split_at(fitting(rest));
+            self.answer(together, out);
+            self.send(out);
+            rest = after;
         }
-        self.send(out);
-        if count > 0 && !heavy {
-            self.learn(begun.elapsed() / count as u32);
+        if heavy {
+            self.answer(last, out);
+            self.send(out);
+        } else if !all.is_empty() {
+            self.learn(begun.elapsed() / all.len() as u32);
         }
     }
 
@@ -138,45 +145,90 @@ impl<'a> Connection<'a> {
         self.pace.store((pace * 7 + time) / 8, Ordering::Relaxed);
     }
 
-    fn answer(&self, request: &Request, payload: &[u8], out: &mut Vec<u8>) {
-        let done = match request.command(self.export) {
-            Ok(Command::Disconnect) => return,
-            Ok(Command::Read { offset, length, .. }) => return self.read(request, offset, length, out),
-            Ok(Command::Write { offset, fua }) => self.changed(self.disk.write(offset, payload), fua),
-            Ok(Command::Trim { offset, length, fua }) => self.changed(self.disk.discard(offset, length.into()), fua),
-            Ok(Command::Zeroes { offset, length, may_unmap, fua }) => {
-                self.changed(self.disk.write_zeroes(offset, length.into(), may_unmap), fua)
-            }
-            Ok(Command::Flush) => self.disk.flush().map_err(Errno::from),
-            Err(errno) => Err(errno),
-        };
-        self.reply(request, done.err(), out);
+    /// Does what is asked for, its writes as one and then its reads, and answers in order.
+    fn answer(&self, asked: &[Asked], out: &mut Answers) {
+        let commands: Vec<_> = asked.iter().map(|(request, _)| request.command(self.export)).collect();
+        let mut written = self.write_together(&commands, asked).into_iter();
+        let mut read = self.read_together(&commands, out).into_iter();
+        let mut at = 0;
+        for (command, (request, payload)) in commands.into_iter().zip(asked) {
+            let done = match command {
+                Ok(Command::Disconnect) => continue,
+                Ok(Command::Read { offset, length, .. }) => {
+                    let data = at..at + length as usize;
+                    at = data.end;
+                    match read.next().unwrap_or(Err(Fault::Io)) {
+                        Ok(()) => {
+                            self.reply_data(request, offset, data, out);
+                            continue;
+                        }
+                        Err(fault) => Err(fault.into()),
+                    }
+                }
+                Ok(Command::Write { fua: false, .. }) => written.next().unwrap_or(Err(Fault::Io)).map_err(Errno::from),
+                Ok(command) => self.perform_alone(command, payload),
+                Err(errno) => Err(errno),
+            };
+            self.reply(request, done.err(), out);
+        }
     }
 
-    fn changed(&self, done: Result<(), crate::Fault>, fua: bool) -> Result<(), Errno> {
+    fn write_together(&self, commands: &[Result<Command, Errno>], asked: &[Asked]) -> Vec<Result<(), Fault>> {
+        let mut writes = Vec::new();
+        for (command, (_, payload)) in commands.iter().zip(asked) {
+            if let Ok(Command::Write { offset, fua: false }) = command {
+                writes.push((*offset, *payload));
+            }
+        }
+        if writes.is_empty() { vec![] } else { self.disk.write_many(&writes) }
+    }
+
+    /// Their data lies one behind the other in the room for it.
+    fn read_together(&self, commands: &[Result<Command, Errno>], out: &mut Answers) -> Vec<Result<(), Fault>> {
+        let reads = commands.iter().filter_map(|command| match command {
+            Ok(Command::Read { offset, length, .. }) => Some((*offset, *length as usize)),
+            _ => None,
+        });
+        let mut room = out.room(reads.clone().map(|(_, length)| length).sum());
+        let mut wanted = Vec::new();
+        for (offset, length) in reads {
+            let (data, rest) = room.split_at_mut(length);
+            wanted.push((offset, data));
+            room = rest;
+        }
+        if wanted.is_empty() { vec![] } else { self.disk.read_many(&mut wanted) }
+    }
+
+    /// What is neither a read nor a write that others share.
+    fn perform_alone(&self, command: Command, payload: &[u8]) -> Result<(), Errno> {
+        match command {
+            Command::Write { offset, fua } => self.changed(self.disk.write(offset, payload), fua),
+            Command::Trim { offset, length, fua } => self.changed(self.disk.discard(offset, length.into()), fua),
+            Command::Zeroes { offset, length, may_unmap, fua } => {
+                self.changed(self.disk.write_zeroes(offset, length.into(), may_unmap), fua)
+            }
+            Command::Flush => self.disk.flush().map_err(Errno::from),
+            Command::Read { .. } | Command::Disconnect => Err(Errno::Invalid),
+        }
+    }
+
+    fn changed(&self, done: Result<(), Fault>, fua: bool) -> Result<(), Errno> {
         done.and_then(|()| if fua { self.disk.flush() } else { Ok(()) }).map_err(Errno::from)
     }
 
     /// The data goes straight behind its header. What did not verify goes nowhere.
-    fn read(&self, request: &Request, offset: u64, length: u32, out: &mut Vec<u8>) {
-        let begin = out.len();
+    fn reply_data(&self, request: &Request, offset: u64, data: Range<usize>, out: &mut Answers) {
         if self.structured {
-            out.extend(chunk(request.cookie, offset, length, true));
+            out.add_data(&chunk(request.cookie, offset, data.len() as u32, true), data);
         } else {
-            out.extend(simple(request.cookie, None));
-        }
-        let data = out.len();
-        out.resize(data + length as usize, 0);
-        if let Err(fault) = self.disk.read(offset, &mut out[data..]) {
-            out.truncate(begin);
-            self.reply(request, Some(fault.into()), out);
+            out.add_data(&simple(request.cookie, None), data);
         }
     }
 
-    fn reply(&self, request: &Request, error: Option<Errno>, out: &mut Vec<u8>) {
+    fn reply(&self, request: &Request, error: Option<Errno>, out: &mut Answers) {
         match error {
-            Some(error) if self.structured && request.is_read() => out.extend(chunk_error(request.cookie, error)),
-            _ => out.extend(simple(request.cookie, error)),
+            Some(error) if self.structured && request.is_read() => out.add(&chunk_error(request.cookie, error)),
+            _ => out.add(&simple(request.cookie, error)),
         }
     }
 
@@ -185,26 +237,25 @@ impl<'a> Connection<'a> {
         self.structured && matches!(request.command(self.export), Ok(Command::Read { whole: false, .. }))
     }
 
-    fn long_read(&self, request: &Request, out: &mut Vec<u8>) {
+    fn long_read(&self, request: &Request, out: &mut Answers) {
         let Ok(Command::Read { offset, length, .. }) = request.command(self.export) else { return };
         let mut done = 0;
         while done < length {
             let (at, piece) = (offset + u64::from(done), (length - done).min(PIECE as u32));
             done += piece;
-            out.extend(chunk(request.cookie, at, piece, done == length));
-            let data = out.len();
-            out.resize(data + piece as usize, 0);
-            if let Err(fault) = self.disk.read(at, &mut out[data..]) {
-                out.clear();
-                self.reply(request, Some(fault.into()), out);
-                done = length;
+            match self.disk.read(at, out.room(piece as usize)) {
+                Ok(()) => out.add_data(&chunk(request.cookie, at, piece, done == length), 0..piece as usize),
+                Err(fault) => {
+                    self.reply(request, Some(fault.into()), out);
+                    done = length;
+                }
             }
             self.send(out);
         }
     }
 
     /// A request that is too long for a batch, and whose reply can't be cut.
-    fn long(&self, request: &Request, turn: &mut Intake, batch: &mut Batch, out: &mut Vec<u8>) {
+    fn long(&self, request: &Request, turn: &mut Intake, batch: &mut Batch, out: &mut Answers) {
         match request.command(self.export) {
             Ok(Command::Write { offset, fua }) => {
                 let mut written = Ok(());
@@ -221,10 +272,10 @@ impl<'a> Connection<'a> {
                     self.reply(request, Some(errno), out);
                 }
             }
-            Ok(_) => self.answer(request, &[], out),
+            Ok(_) => self.answer(&[(request, &[])], out),
         }
         self.send(out);
-        *out = Vec::new();
+        out.shrink();
     }
 
     /// Takes in the payload in pieces, with their offsets; whether all of it came.
@@ -243,20 +294,29 @@ impl<'a> Connection<'a> {
     }
 
     /// Sends what there is. A client that is not there to take it has nothing more to ask either.
-    fn send(&self, out: &mut Vec<u8>) {
+    fn send(&self, out: &mut Answers) {
         if out.is_empty() {
             return;
         }
         let sent = {
             let _turn = self.outgoing.lock().unwrap_or_else(PoisonError::into_inner);
             let mut stream = self.stream;
-            stream.write_all(out)
+            out.send(&mut stream)
         };
         if sent.is_err() {
             let _ = self.stream.shutdown(Shutdown::Both);
         }
-        out.clear();
     }
+}
+
+/// How many of the first requests are answered together: one at least, and no more data than [`WAITING`] unless one alone has more.
+fn fitting(asked: &[Asked]) -> usize {
+    let mut bytes = 0;
+    let fits = |(request, _): &&Asked| {
+        bytes += request.answer() as usize;
+        bytes <= WAITING
+    };
+    asked.iter().take_while(fits).count().max(1)
 }
 
 impl Source for &UnixStream {

@@ -6,12 +6,14 @@ use super::wire::{REQUEST, Request};
 use std::io::{self, ErrorKind};
 use std::ops::Range;
 
-/// Bytes that are taken in at once, and the longest payload of a request that shares a batch.
-const ROOM: usize = 64 << 10;
+/// Bytes that are taken in at once: a batch of writes of 4 KiB.
+const ROOM: usize = 144 << 10;
+/// The longest payload of a request that shares a batch.
+const SHARED: usize = 64 << 10;
 /// The longest payload that is taken in as a whole; longer ones are taken in pieces of this.
 pub(super) const PIECE: usize = 2 << 20;
-/// Requests in a batch, at most.
-pub(super) const BATCH: usize = 16;
+/// Requests in a batch, at most: twice as many as a volume hashes at once.
+pub(super) const BATCH: usize = 32;
 
 /// Where bytes come from.
 pub(super) trait Source {
@@ -137,7 +139,7 @@ impl Batch {
 
     /// Whether they move so many bytes that another thread is worth waking.
     pub(super) fn is_large(&self) -> bool {
-        self.requests.iter().any(|(request, _)| request.payload().max(request.answer()) as usize > ROOM)
+        self.requests.iter().any(|(request, _)| request.payload().max(request.answer()) as usize > SHARED)
     }
 
     /// Whether the client said goodbye behind these.
@@ -192,7 +194,7 @@ impl Cut {
             let Ok(request) = Request::parse(header) else { return Next::NoRequest };
             let payload = request.payload() as usize;
             let alone = payload.max(request.answer() as usize) > PIECE;
-            if (alone || payload > ROOM) && !batch.requests.is_empty() {
+            if (alone || payload > SHARED) && !batch.requests.is_empty() {
                 return Next::Enough;
             }
             if alone {

@@ -14,8 +14,10 @@
 //! | `wire` | requests and replies |
 //! | `intake` | batches of whole requests out of a stream |
 //! | `connection` | performs them |
+//! | `answers` | replies that go out together |
 //! | `parsing` | the above without a client and a disk |
 
+mod answers;
 mod connection;
 mod handshake;
 mod intake;

@@ -1,7 +1,7 @@
 //! The device, and its queues' threads.
 
 use super::config::{QUEUE_SIZE, features, protocol_features, space};
-use super::request::Performer;
+use super::request::{BATCH, Performer};
 use super::{Device, QUEUES};
 use crate::Disk;
 use std::io;
@@ -31,7 +31,7 @@ pub(super) struct Backend {
 
 /// A queue besides its ring.
 struct Queue {
-    /// Held while requests are performed, so that a queue is stopped between two of them.
+    /// Held while requests are performed, so that a queue is stopped between two batches of them.
     work: Mutex<Work>,
     /// Taken by the thread that it ends.
     end: Mutex<Option<(EventConsumer, EventNotifier)>>,
@@ -94,12 +94,14 @@ impl Backend {
         while !self.stopping.load(Ordering::Acquire) && is_running(vring) {
             let memory = memory.memory();
             // Not `pop_descriptor_chain`, which takes a ring that makes no sense for an empty one.
-            let next = vring.get_mut().get_queue_mut().iter(memory.clone())?.next();
-            let Some(chain) = next else { break };
-            let head = chain.head_index();
+            let chains: Vec<_> = vring.get_mut().get_queue_mut().iter(memory.clone())?.take(BATCH).collect();
+            if chains.is_empty() {
+                break;
+            }
             let write_through = self.write_through.load(Ordering::Acquire);
-            let written = performer.perform(&*self.disk, write_through, chain, &memory);
-            vring.add_used(head, written)?;
+            for (head, written) in performer.perform(&*self.disk, write_through, chains, &memory) {
+                vring.add_used(head, written)?;
+            }
             if vring.needs_notification()? {
                 // One that can't be told finds out when it looks.
                 let _ = vring.signal_used_queue();
@@ -173,7 +175,7 @@ impl VhostUserBackend for Backend {
 
     fn stop_vring(&self, queue: u32) -> io::Result<()> {
         if let Some(queue) = self.queues.get(queue as usize) {
-            // Waits for the request under way.
+            // Waits for the requests under way.
             queue.lock().dead = false;
         }
         Ok(())

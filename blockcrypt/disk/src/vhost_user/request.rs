@@ -23,6 +23,8 @@ pub(super) const SEGMENTS: usize = 16;
 const HEADER: usize = 16;
 const SEGMENT: usize = 16;
 const SERIAL: usize = 20;
+/// Requests performed together, at most: twice as many as a volume hashes at once.
+pub(crate) const BATCH: usize = 32;
 /// Bytes that are copied and encrypted at a time.
 const PIECE: usize = 1 << 20;
 /// Bytes that a request may move.
@@ -30,7 +32,7 @@ const LONGEST: usize = 32 << 20;
 /// The segment's room is to be given up.
 const UNMAP: u32 = 1;
 
-/// Performs requests, one at a time, with private memory for their data.
+/// Performs requests, those together that came together, with private memory for their data.
 pub(crate) struct Performer {
     buffer: Vec<u8>,
     serial: [u8; SERIAL],
@@ -45,6 +47,39 @@ enum Failed {
     Unsupported,
 }
 
+/// What a request asks for; where data goes to or comes from, within the disk.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Ask {
+    Read { offset: u64, length: usize },
+    Write { offset: u64, length: usize },
+    Flush,
+    Serial,
+    Discard,
+    WriteZeroes,
+}
+
+impl Ask {
+    fn changes(self) -> bool {
+        matches!(self, Self::Write { .. } | Self::Discard | Self::WriteZeroes)
+    }
+}
+
+/// A request in hand.
+struct Job<'a> {
+    head: u16,
+    /// What the guest sends behind the header.
+    sent: Reader<'a>,
+    /// Where data goes.
+    room: Writer<'a>,
+    /// Where the status goes.
+    status: Writer<'a>,
+    /// Bytes up to the status.
+    length: usize,
+    ask: Result<Ask, Failed>,
+    /// How it went, once it is done.
+    done: Option<Result<(), Failed>>,
+}
+
 impl Performer {
     pub(crate) fn new(serial: &str) -> Self {
         let mut padded = [0; SERIAL];
@@ -52,68 +87,101 @@ impl Performer {
         Self { buffer: Vec::new(), serial: padded }
     }
 
-    /// Does what `chain` asks for and says how it went in its last byte; how many bytes of it were written. A chain without
-    /// room for that is given back as it is. With `write_through` what it changes is durable before that (5.2.6.2).
+    /// Does what `chains` ask for, their writes together, then their reads, and then what else there is; and says how each went in
+    /// its last byte. Gives the head of each, in order, and how many bytes of it were written; a chain without room for a status is
+    /// given back as it is. With `write_through` what they change is durable before that (5.2.6.2).
     pub(crate) fn perform<M>(
         &mut self,
         disk: &dyn Disk,
         write_through: bool,
-        chain: DescriptorChain<M>,
+        chains: Vec<DescriptorChain<M>>,
         memory: &GuestMemoryMmap,
-    ) -> u32
+    ) -> Vec<(u16, u32)>
     where
         M: Deref<Target = GuestMemoryMmap> + Clone,
     {
-        let (Ok(reader), Ok(mut writer)) = (chain.clone().reader(memory), chain.writer(memory)) else { return 0 };
-        let Some(room) = writer.available_bytes().checked_sub(1) else { return 0 };
-        let Ok(mut status) = writer.split_at(room) else { return 0 };
-        let done = self.request(disk, write_through, reader, &mut writer);
-        let code = match done {
-            Ok(()) => VIRTIO_BLK_S_OK,
-            Err(Failed::Io) => VIRTIO_BLK_S_IOERR,
-            Err(Failed::Unsupported) => VIRTIO_BLK_S_UNSUPP,
-        };
-        if status.write_all(&[code as u8]).is_err() {
-            return 0;
+        let heads: Vec<u16> = chains.iter().map(DescriptorChain::head_index).collect();
+        let mut jobs: Vec<Job> = chains.into_iter().filter_map(|chain| Job::new(disk, chain, memory)).collect();
+        for jobs in jobs.chunks_mut(BATCH) {
+            self.write_together(disk, jobs);
+            self.read_together(disk, jobs);
+            for job in jobs.iter_mut().filter(|job| job.done.is_none()) {
+                job.done = Some(job.ask.and_then(|ask| self.perform_alone(disk, ask, job)));
+            }
         }
-        // After an error less may have been written; what counts is that status lies behind all of it.
-        u32::try_from(room + 1).unwrap_or(u32::MAX)
+        if write_through {
+            make_durable(disk, &mut jobs);
+        }
+        // In the order in which they came: whoever takes over from a back end that died begins behind the last that is used.
+        let mut done = jobs.into_iter().map(Job::finish).peekable();
+        heads.into_iter().map(|head| done.next_if(|(of, _)| *of == head).unwrap_or((head, 0))).collect()
     }
 
-    fn request(
-        &mut self,
-        disk: &dyn Disk,
-        write_through: bool,
-        mut reader: Reader<'_>,
-        writer: &mut Writer<'_>,
-    ) -> Result<(), Failed> {
-        let mut header = [0; HEADER];
-        reader.read_exact(&mut header).map_err(|_| Failed::Io)?;
-        let [kind, _, low, high] = words(&header);
-        let sector = u64::from(high) << 32 | u64::from(low);
-        let done = match kind {
-            VIRTIO_BLK_T_IN => self.read(disk, sector, writer),
-            VIRTIO_BLK_T_OUT => self.write(disk, sector, &mut reader),
-            VIRTIO_BLK_T_FLUSH => Ok(disk.flush()?),
-            VIRTIO_BLK_T_GET_ID => writer.write_all(&self.serial).map_err(|_| Failed::Io),
-            VIRTIO_BLK_T_DISCARD => segments(disk, &mut reader, |disk, offset, length, flags| match flags {
+    /// The writes that fit the memory for them.
+    fn write_together(&mut self, disk: &dyn Disk, jobs: &mut [Job]) {
+        let (mut room, mut whose, mut writes) = (self.piece(PIECE), Vec::new(), Vec::new());
+        for job in jobs {
+            let Ok(Ask::Write { offset, length }) = job.ask else { continue };
+            if length > room.len() {
+                continue;
+            }
+            let (data, rest) = std::mem::take(&mut room).split_at_mut(length);
+            room = rest;
+            match job.sent.read_exact(data) {
+                Ok(()) => {
+                    writes.push((offset, &*data));
+                    whose.push(job);
+                }
+                Err(_) => job.done = Some(Err(Failed::Io)),
+            }
+        }
+        if !writes.is_empty() {
+            for (job, done) in whose.into_iter().zip(disk.write_many(&writes)) {
+                job.done = Some(done.map_err(Failed::from));
+            }
+        }
+    }
+
+    /// The reads that fit the memory for them.
+    fn read_together(&mut self, disk: &dyn Disk, jobs: &mut [Job]) {
+        let (mut room, mut whose, mut reads) = (self.piece(PIECE), Vec::new(), Vec::new());
+        for job in jobs {
+            let Ok(Ask::Read { offset, length }) = job.ask else { continue };
+            if length > room.len() {
+                continue;
+            }
+            let (data, rest) = std::mem::take(&mut room).split_at_mut(length);
+            room = rest;
+            reads.push((offset, data));
+            whose.push(job);
+        }
+        if !reads.is_empty() {
+            let done = disk.read_many(&mut reads);
+            for ((job, (_, data)), done) in whose.into_iter().zip(reads).zip(done) {
+                let copied = done.map_err(Failed::from);
+                job.done = Some(copied.and_then(|()| job.room.write_all(data).map_err(|_| Failed::Io)));
+            }
+        }
+    }
+
+    fn perform_alone(&mut self, disk: &dyn Disk, ask: Ask, job: &mut Job) -> Result<(), Failed> {
+        match ask {
+            Ask::Read { offset, length } => self.read(disk, offset, length, &mut job.room),
+            Ask::Write { offset, length } => self.write(disk, offset, length, &mut job.sent),
+            Ask::Flush => Ok(disk.flush()?),
+            Ask::Serial => job.room.write_all(&self.serial).map_err(|_| Failed::Io),
+            Ask::Discard => segments(disk, &mut job.sent, |disk, offset, length, flags| match flags {
                 0 => Ok(disk.discard(offset, length)?),
                 _ => Err(Failed::Unsupported),
             }),
-            VIRTIO_BLK_T_WRITE_ZEROES => segments(disk, &mut reader, |disk, offset, length, flags| match flags {
+            Ask::WriteZeroes => segments(disk, &mut job.sent, |disk, offset, length, flags| match flags {
                 0 | UNMAP => Ok(disk.write_zeroes(offset, length, flags == UNMAP)?),
                 _ => Err(Failed::Unsupported),
             }),
-            _ => Err(Failed::Unsupported),
-        };
-        done?;
-        let changes = matches!(kind, VIRTIO_BLK_T_OUT | VIRTIO_BLK_T_DISCARD | VIRTIO_BLK_T_WRITE_ZEROES);
-        if write_through && changes { Ok(disk.flush()?) } else { Ok(()) }
+        }
     }
 
-    fn read(&mut self, disk: &dyn Disk, sector: u64, writer: &mut Writer<'_>) -> Result<(), Failed> {
-        let length = writer.available_bytes();
-        let offset = within(disk, sector, length)?;
+    fn read(&mut self, disk: &dyn Disk, offset: u64, length: usize, writer: &mut Writer<'_>) -> Result<(), Failed> {
         let mut done = 0;
         while done < length {
             let piece = self.piece(length - done);
@@ -124,12 +192,7 @@ impl Performer {
         Ok(())
     }
 
-    fn write(&mut self, disk: &dyn Disk, sector: u64, reader: &mut Reader<'_>) -> Result<(), Failed> {
-        let length = reader.available_bytes();
-        let offset = within(disk, sector, length)?;
-        if disk.read_only() {
-            return Err(Failed::Io);
-        }
+    fn write(&mut self, disk: &dyn Disk, offset: u64, length: usize, reader: &mut Reader<'_>) -> Result<(), Failed> {
         let mut done = 0;
         while done < length {
             let piece = self.piece(length - done);
@@ -146,6 +209,66 @@ impl Performer {
             self.buffer.resize(length, 0);
         }
         &mut self.buffer[..length]
+    }
+}
+
+impl<'a> Job<'a> {
+    /// None where there is no room for a status.
+    fn new<M>(disk: &dyn Disk, chain: DescriptorChain<M>, memory: &'a GuestMemoryMmap) -> Option<Self>
+    where
+        M: Deref<Target = GuestMemoryMmap> + Clone,
+    {
+        let head = chain.head_index();
+        let (mut sent, mut room) = (chain.clone().reader(memory).ok()?, chain.writer(memory).ok()?);
+        let length = room.available_bytes().checked_sub(1)?;
+        let status = room.split_at(length).ok()?;
+        let ask = ask(disk, &mut sent, length);
+        Some(Self { head, sent, room, status, length, ask, done: None })
+    }
+
+    /// Says how it went.
+    fn finish(mut self) -> (u16, u32) {
+        let code = match self.done.unwrap_or(Err(Failed::Io)) {
+            Ok(()) => VIRTIO_BLK_S_OK,
+            Err(Failed::Io) => VIRTIO_BLK_S_IOERR,
+            Err(Failed::Unsupported) => VIRTIO_BLK_S_UNSUPP,
+        };
+        if self.status.write_all(&[code as u8]).is_err() {
+            return (self.head, 0);
+        }
+        // After an error less may have been written; what counts is that status lies behind all of it.
+        (self.head, u32::try_from(self.length + 1).unwrap_or(u32::MAX))
+    }
+}
+
+/// What a request asks for, by its header, with `room` for data.
+fn ask(disk: &dyn Disk, reader: &mut Reader<'_>, room: usize) -> Result<Ask, Failed> {
+    let mut header = [0; HEADER];
+    reader.read_exact(&mut header).map_err(|_| Failed::Io)?;
+    let [kind, _, low, high] = words(&header);
+    let sector = u64::from(high) << 32 | u64::from(low);
+    match kind {
+        VIRTIO_BLK_T_IN => Ok(Ask::Read { offset: within(disk, sector, room)?, length: room }),
+        VIRTIO_BLK_T_OUT => {
+            let length = reader.available_bytes();
+            let offset = within(disk, sector, length)?;
+            if disk.read_only() { Err(Failed::Io) } else { Ok(Ask::Write { offset, length }) }
+        }
+        VIRTIO_BLK_T_FLUSH => Ok(Ask::Flush),
+        VIRTIO_BLK_T_GET_ID => Ok(Ask::Serial),
+        VIRTIO_BLK_T_DISCARD => Ok(Ask::Discard),
+        VIRTIO_BLK_T_WRITE_ZEROES => Ok(Ask::WriteZeroes),
+        _ => Err(Failed::Unsupported),
+    }
+}
+
+/// One FLUSH for all that was changed.
+fn make_durable(disk: &dyn Disk, jobs: &mut [Job]) {
+    let changed = |job: &&mut Job| job.done == Some(Ok(())) && job.ask.is_ok_and(Ask::changes);
+    if jobs.iter_mut().any(|job| changed(&job))
+        && let Err(fault) = disk.flush()
+    {
+        jobs.iter_mut().filter(changed).for_each(|job| job.done = Some(Err(fault.into())));
     }
 }
 
@@ -273,8 +396,9 @@ mod tests {
         queue.try_set_avail_ring_address(GuestAddress(0x200)).expect("aligned");
         queue.try_set_used_ring_address(GuestAddress(0x300)).expect("aligned");
         queue.set_ready(true);
-        let chain = queue.iter(&memory).expect("sound").next().expect("a chain");
-        assert!(Performer::new("test").perform(disk, write_through, chain, &memory) > 0);
+        let chains = queue.iter(&memory).expect("sound").collect();
+        let used = Performer::new("test").perform(disk, write_through, chains, &memory);
+        assert!(matches!(used[..], [(0, 1..)]));
         u32::from(memory.read_obj::<u8>(GuestAddress(0x3000)).expect("inside"))
     }
 

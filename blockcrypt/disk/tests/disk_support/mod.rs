@@ -4,7 +4,9 @@
 pub(crate) mod nbd;
 pub(crate) mod server;
 
-use policy::disk::{CipherSuite, DiskSession, HolderAnswer, ToolMessage, VolumeGrant};
+use policy::disk::{
+    CipherSuite, DiskSession, HolderAnswer, Permit, ToolMessage, VolumeGrant, VolumeOperation, VolumeRequest,
+};
 use policy::{AnchorMode, KeyId, OpenNumber, VolumeAnchor, VolumeId};
 use std::io::{Read, Write};
 use std::os::fd::OwnedFd;
@@ -45,6 +47,8 @@ pub(crate) enum Manner {
     KillsAtAnchor,
     /// Refuses every event.
     Deaf,
+    /// Permits no operation.
+    Forbids,
 }
 
 /// How a run ended.
@@ -157,7 +161,7 @@ impl Keeper {
             anchor: self.anchor.clone(),
             anchor_mode: self.mode,
         };
-        let mut out = framed(&serde_json::to_vec(&DiskSession { grant }).expect("JSON"));
+        let mut out = framed(&serde_json::to_vec(&DiskSession { grant, size: None }).expect("JSON"));
         out.extend(self.kek);
         out
     }
@@ -234,6 +238,8 @@ fn hold(stream: &mut UnixStream, handover: &[u8], manner: &Manner, pid: u32) -> 
                 events.push(text);
                 if matches!(manner, Manner::Deaf) { refusal } else { HolderAnswer::Kept }
             }
+            ToolMessage::Operation(request) => permit(&request, handover, manner).unwrap_or(refusal),
+            ToolMessage::Outcome { .. } | ToolMessage::Size { .. } => HolderAnswer::Kept,
         };
         let answer = framed(&serde_json::to_vec(&answer).expect("JSON"));
         if stream.write_all(&answer).is_err() {
@@ -241,6 +247,19 @@ fn hold(stream: &mut UnixStream, handover: &[u8], manner: &Manner, pid: u32) -> 
         }
     }
     (anchors, events)
+}
+
+/// What the provider does with one volume alone: a rekey goes on with the key of the grant. The rest is tested with the provider itself.
+fn permit(request: &VolumeRequest, handover: &[u8], manner: &Manner) -> Option<HolderAnswer> {
+    let length = u32::from_be_bytes(handover[..4].try_into().expect("four")) as usize;
+    let session: DiskSession = serde_json::from_slice(&handover[4..4 + length]).expect("a session");
+    let permit = match request.operation {
+        _ if matches!(manner, Manner::Forbids) => return None,
+        VolumeOperation::Revert | VolumeOperation::Erase => Permit::Plain,
+        VolumeOperation::Rekey => Permit::Key(session.grant.key_id),
+        VolumeOperation::Rewrap | VolumeOperation::Clone => return None,
+    };
+    Some(HolderAnswer::Permitted(permit))
 }
 
 fn receive(stream: &mut UnixStream) -> Option<Vec<u8>> {

@@ -1,5 +1,7 @@
 //! `bench disk`: the volume in process, against the same crypto in a loop, plain files and QEMU's LUKS.
 //!
+//! On the disk all of them go past the page cache: what is compared there is what the disk does.
+//!
 //! Each round does every piece of work with every subject in turn. Writes go to places that were written before, so that no
 //! subject pays for new pages of the file system. Rates are shown twice: by the wall's clock, and by the processor time of
 //! the threads that ask (`per core`), which a busy machine disturbs less.
@@ -49,9 +51,9 @@ pub(super) struct Places {
 /// Measures and prints.
 pub(super) fn run(rounds: u32, places: &Places, printer: &mut Printer) -> Result<(), BenchError> {
     let limit = ciphers(rounds, printer)?;
-    for (name, folder) in [("tmpfs", &places.tmpfs), ("disk", &places.disk)] {
+    for (name, folder, direct) in [("tmpfs", &places.tmpfs, false), ("disk", &places.disk, true)] {
         let folder = tempfile::tempdir_in(folder).map_err(|error| BenchError::Io(folder.clone(), error))?;
-        Place::new(name, folder.path())?.measure(rounds, &limit, printer)?;
+        Place::new(name, folder.path(), direct)?.measure(rounds, &limit, printer)?;
     }
     let folder = tempfile::tempdir_in(&places.tmpfs).map_err(|error| BenchError::Io(places.tmpfs.clone(), error))?;
     opening::run(rounds, places.mapped << 20, folder.path(), printer)
@@ -129,13 +131,13 @@ impl Rates {
 }
 
 impl<'a> Place<'a> {
-    fn new(name: &'a str, folder: &Path) -> Result<Self, BenchError> {
+    fn new(name: &'a str, folder: &Path, direct: bool) -> Result<Self, BenchError> {
         let place = Self {
             name,
-            fealty: Fealty::new(&folder.join("fealty"), SIZE)?,
-            alike: Loop::new(&folder.join("loop"), SIZE)?,
-            raw: Raw::new(&folder.join("raw"), SIZE)?,
-            luks: Luks::new(&folder.join("luks"), SIZE)?,
+            fealty: Fealty::new(&folder.join("fealty"), SIZE, direct)?,
+            alike: Loop::new(&folder.join("loop"), SIZE, direct)?,
+            raw: Raw::new(&folder.join("raw"), SIZE, direct)?,
+            luks: Luks::new(&folder.join("luks"), SIZE, direct)?,
         };
         // Twice, so that also the blocks that a copy-on-write volume moves to were written before.
         for _ in 0..2 {

@@ -13,11 +13,11 @@ use std::time::Instant;
 
 const SECRET: &str = "secret,id=key,data=benchmark";
 
-/// A LUKS image.
-pub(super) struct Luks(PathBuf);
+/// A LUKS image, and whether it is used past the page cache.
+pub(super) struct Luks(PathBuf, bool);
 
 impl Luks {
-    pub(super) fn new(path: &Path, size: u64) -> Result<Self, BenchError> {
+    pub(super) fn new(path: &Path, size: u64, direct: bool) -> Result<Self, BenchError> {
         let mut make = Command::new("qemu-img");
         make.args(["create", "-q", "-f", "luks", "--object", SECRET]);
         make.args(["-o", "key-secret=key,iter-time=10,cipher-alg=aes-256,cipher-mode=xts,ivgen-alg=plain64"]);
@@ -26,7 +26,7 @@ impl Luks {
         if !status.success() {
             return Err(BenchError::Failed("qemu-img".to_owned(), status.to_string(), "no LUKS image".to_owned()));
         }
-        let luks = Self(path.to_owned());
+        let luks = Self(path.to_owned(), direct);
         luks.commands(&(0..size >> 20).fold(String::new(), |mut script, i| {
             let _ = writeln!(script, "write -q {}M 1M", i);
             script
@@ -66,7 +66,8 @@ impl Luks {
     /// Seconds from outside, and what it printed.
     fn commands(&self, script: &str) -> Result<(f64, String), BenchError> {
         let io = |error| BenchError::Io("qemu-io".into(), error);
-        let image = format!("driver=luks,key-secret=key,file.driver=file,file.filename={}", self.0.display());
+        let direct = if self.1 { ",cache.direct=on" } else { "" };
+        let image = format!("driver=luks,key-secret=key,file.driver=file,file.filename={}{direct}", self.0.display());
         let mut command = Command::new("qemu-io");
         command.args(["--object", SECRET, "--image-opts", &image]);
         let start = Instant::now();

@@ -24,6 +24,12 @@ pub(super) fn fill(subject: &dyn Subject, size: u64) -> Result<(), BenchError> {
     subject.flush()
 }
 
+/// Past the page cache, if `direct`.
+pub(super) fn store_with(path: &Path, direct: bool) -> Result<FileStore, BenchError> {
+    let store = store(path)?;
+    if direct { store.direct().map_err(BenchError::volume("use O_DIRECT")) } else { Ok(store) }
+}
+
 pub(super) fn store(path: &Path) -> Result<FileStore, BenchError> {
     let mut options = File::options();
     options.read(true).write(true).create(true).truncate(false);
@@ -35,9 +41,9 @@ pub(super) fn store(path: &Path) -> Result<FileStore, BenchError> {
 pub(super) struct Fealty(Volume);
 
 impl Fealty {
-    pub(super) fn new(path: &Path, size: u64) -> Result<Self, BenchError> {
+    pub(super) fn new(path: &Path, size: u64, direct: bool) -> Result<Self, BenchError> {
         let keeper = Keeper::new().map_err(BenchError::volume("make a key"))?;
-        let volume = keeper.create(store(path)?, 2 * size).map_err(BenchError::volume("make a volume"))?;
+        let volume = keeper.create(store_with(path, direct)?, 2 * size).map_err(BenchError::volume("make a volume"))?;
         let fealty = Self(volume);
         fill(&fealty, 2 * size)?;
         fealty.0.write_zeroes(size, size, false).map_err(BenchError::volume("write zeroes"))?;
@@ -64,8 +70,8 @@ impl Subject for Fealty {
 pub(super) struct Raw(FileStore);
 
 impl Raw {
-    pub(super) fn new(path: &Path, size: u64) -> Result<Self, BenchError> {
-        let raw = store(path)?;
+    pub(super) fn new(path: &Path, size: u64, direct: bool) -> Result<Self, BenchError> {
+        let raw = store_with(path, direct)?;
         raw.set_len(size).map_err(|error| BenchError::Io(path.to_owned(), error))?;
         Ok(Self(raw))
     }
@@ -100,11 +106,11 @@ thread_local! {
 }
 
 impl Loop {
-    pub(super) fn new(path: &Path, size: u64) -> Result<Self, BenchError> {
+    pub(super) fn new(path: &Path, size: u64, direct: bool) -> Result<Self, BenchError> {
         let ciphers = Ciphers::best().map_err(BenchError::volume("expand a key"))?;
         let seal = |bytes| ciphers.seal(None, &mut vec![0x5a; bytes]).map_err(BenchError::volume("seal"));
         let (small, large) = (seal(4096)?, seal(1 << 20)?);
-        let alike = Self { raw: Raw::new(path, 2 * size)?, size, ciphers, small, large };
+        let alike = Self { raw: Raw::new(path, 2 * size, direct)?, size, ciphers, small, large };
         let data = [0x5a; 4096];
         (0..size / 4096).try_for_each(|i| alike.write(i * 4096, &data))?;
         Ok(alike)
@@ -124,7 +130,8 @@ impl Subject for Loop {
 
     fn write(&self, offset: u64, data: &[u8]) -> Result<(), BenchError> {
         CIPHERTEXT.with_borrow_mut(|ciphertext| {
-            ciphertext.resize(data.len(), 0);
+            let start = grow(ciphertext, data.len());
+            let ciphertext = &mut ciphertext[start..start + data.len()];
             self.ciphers.seal(Some(data), ciphertext).map_err(BenchError::volume("seal"))?;
             self.raw.write(self.place(offset, data.len()).0, ciphertext)
         })
@@ -135,6 +142,14 @@ impl Subject for Loop {
     }
 
     fn warm(&self, bytes: usize) {
-        CIPHERTEXT.with_borrow_mut(|ciphertext| ciphertext.resize(bytes, 0));
+        CIPHERTEXT.with_borrow_mut(|ciphertext| grow(ciphertext, bytes));
     }
+}
+
+/// Makes room for `bytes` that begin where a page does; where that is.
+fn grow(memory: &mut Vec<u8>, bytes: usize) -> usize {
+    if memory.len() < bytes + 4096 {
+        memory.resize(bytes + 4096, 0);
+    }
+    memory.as_ptr().align_offset(4096)
 }

@@ -187,7 +187,7 @@ impl Keeper {
             anchor_mode: AnchorMode::Interval,
         };
         let failed = |error| BenchError::Io("fealty-disk".into(), error);
-        let mut handover = framed(&DiskSession { grant });
+        let mut handover = framed(&DiskSession { grant, size: None });
         handover.extend([0x4b; 32]);
         let (mut ours, theirs) = UnixStream::pair().map_err(failed)?;
         // The shell moves its standard input, the socket, to descriptor 7.

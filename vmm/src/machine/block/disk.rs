@@ -12,6 +12,14 @@ pub trait Disk: Send + Sync {
     fn read(&self, offset: u64, data: &mut [u8]) -> Result<(), DiskError>;
     /// Writes all of `data` at `offset`. It need not be durable before the next [`flush`](Self::flush) returns.
     fn write(&self, offset: u64, data: &[u8]) -> Result<(), DiskError>;
+    /// Several reads at once, each an offset and a buffer; says of each how it went, in order.
+    fn read_many(&self, requests: &mut [(u64, &mut [u8])]) -> Vec<Result<(), DiskError>> {
+        requests.iter_mut().map(|(offset, data)| self.read(*offset, data)).collect()
+    }
+    /// Several writes at once, each an offset and data; says of each how it went, in order. Where two meet, the later one holds.
+    fn write_many(&self, requests: &[(u64, &[u8])]) -> Vec<Result<(), DiskError>> {
+        requests.iter().map(|(offset, data)| self.write(*offset, data)).collect()
+    }
     /// Makes durable what was written, discarded and zeroed by calls that have returned, on any thread.
     fn flush(&self) -> Result<(), DiskError>;
     /// What the guest reads as the disk's serial number where none is configured: ASCII, padded with NUL.

@@ -2,7 +2,7 @@
 
 use super::counters::Tally;
 use super::disk::{Disk, DiskError};
-use super::request::{Facts, Outcome, Request, Server};
+use super::request::{Facts, Outcome, PIECE, Request, Server};
 use crate::machine::memory::GuestRam;
 use crate::machine::sync::lock;
 use crate::machine::virtio::{Chain, Ring, feature};
@@ -72,23 +72,50 @@ fn serve(data: &[u8]) -> usize {
     let server = Server { disk: &disk, tally: &tally, write_through: false, may_submit: &|| true };
     let facts = Facts::of(&disk, false, disk.id());
     let Ok(mut ring) = Ring::new(QUEUE.0, QUEUE.0, QUEUE.1, feature::ALL, 64) else { return 0 };
-    let (mut chain, mut buffer) = (Chain::default(), vec![]);
-    let mut served = 0;
-    while let Ok(true) = ring.next(&memory, &mut chain) {
-        let Some(request) = Request::parse(&facts, &chain, &memory) else { break };
-        match server.serve(&request, &facts, &chain, &memory, &mut buffer) {
-            Outcome::Done(written) if ring.complete(&memory, &chain, written).is_ok() && ring.show(&memory).is_ok() => {
-                served += 1;
-            }
-            _ => break,
+    let (mut buffer, mut served) = (vec![], 0);
+    // A request may write into the ring itself and so make more requests; a driver could do that for ever, too.
+    while served < REQUESTS_MAX {
+        let (taken, alone) = take(&mut ring, &facts, &memory);
+        let Some(mut outcomes) = server.serve_together(&taken, &memory, &mut buffer) else { break };
+        if let Some((chain, request)) = &alone {
+            outcomes.push(server.serve(request, &facts, chain, &memory, &mut buffer));
         }
-        // A request may write into the ring itself and so make more requests; a driver could do that for ever, too.
-        if served >= REQUESTS_MAX {
+        let mut answered = 0;
+        for ((chain, _), outcome) in taken.iter().chain(&alone).zip(outcomes) {
+            let Outcome::Done(written) = outcome else { return served };
+            if ring.complete(&memory, chain, written).is_err() || ring.show(&memory).is_err() {
+                return served;
+            }
+            answered += 1;
+        }
+        if answered == 0 {
             break;
         }
+        served += answered;
     }
-    assert!(buffer.len() <= DISK, "no buffer is larger than what a good request needs here");
+    assert!(buffer.len() <= PIECE, "no buffer is larger than what good requests need");
     served
+}
+
+type Asked = (Chain, Request);
+
+/// Takes what goes together, as the disk's thread does, and the one behind it that does not.
+fn take(ring: &mut Ring, facts: &Facts, memory: &GuestRam) -> (Vec<Asked>, Option<Asked>) {
+    let (mut taken, mut bytes) = (vec![], 0);
+    loop {
+        let mut chain = Chain::default();
+        if ring.next(memory, &mut chain) != Ok(true) {
+            return (taken, None);
+        }
+        let Some(request) = Request::parse(facts, &chain, memory) else { return (taken, None) };
+        match request.shared() {
+            Some(more) if bytes + more <= PIECE && taken.len() < REQUESTS_MAX => {
+                bytes += more;
+                taken.push((chain, request));
+            }
+            _ => return (taken, Some((chain, request))),
+        }
+    }
 }
 
 #[cfg(test)]

@@ -1,6 +1,6 @@
 //! The block device (virtio 1.3, 5.2): [`BlockDevice`] is what the guest sees, [`Disk`] is what lies behind it. Each queue has a
 //! thread, which serves it in one of two ways: `flights` has all its requests under way together in the disk's io_uring, `worker`
-//! does one after the other with the disk's own calls.
+//! does the reads and writes that wait together with the disk's own calls, and all else one after the other.
 
 mod counters;
 mod device;

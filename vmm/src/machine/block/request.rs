@@ -8,7 +8,8 @@ use crate::machine::virtio::Chain;
 
 /// The guest's sectors.
 pub(super) const SECTOR: u64 = 512;
-/// Requests are copied in pieces of this many bytes, so that no guest can make the buffer larger.
+/// Requests are copied in pieces of this many bytes, and those that are served together have no more, so that no guest can make the
+/// buffer larger.
 pub(super) const PIECE: usize = 256 << 10;
 /// Ranges in one request to discard or to zero.
 pub(super) const EXTENTS_MAX: u32 = 32;
@@ -107,6 +108,16 @@ impl Request {
         matches!(self.command, Command::Write { .. } | Command::Discard(_) | Command::WriteZeroes(_))
     }
 
+    /// Bytes that it moves in memory that it shares with others; none where it is served alone.
+    pub(super) fn shared(&self) -> Option<usize> {
+        match self.command {
+            Command::Read { length, .. } | Command::Write { length, .. } => {
+                usize::try_from(length).ok().filter(|length| (1..=PIECE).contains(length))
+            }
+            _ => None,
+        }
+    }
+
     /// Bytes that count for a rate limit.
     pub(super) fn bytes(&self) -> u64 {
         match &self.command {
@@ -197,7 +208,7 @@ pub(super) enum Outcome {
     Malformed,
 }
 
-/// Serves requests of one disk with one buffer, one after the other.
+/// Serves requests of one disk with one buffer: those together that fit it, others one after the other.
 pub(super) struct Server<'a> {
     pub(super) disk: &'a dyn Disk,
     pub(super) tally: &'a Tally,
@@ -208,7 +219,88 @@ pub(super) struct Server<'a> {
 }
 
 impl Server<'_> {
-    /// Serves the request in `chain`.
+    /// Serves requests that share the buffer, [`PIECE`] bytes in all, writes together and then reads: how each ended, in order. None
+    /// where a single one found no keys: then nothing is answered, and all stay in the queue, to be done again.
+    pub(super) fn serve_together(
+        &self,
+        asked: &[(Chain, Request)],
+        memory: &GuestRam,
+        buffer: &mut Vec<u8>,
+    ) -> Option<Vec<Outcome>> {
+        let mut done: Vec<Result<(), Failure>> = asked.iter().map(|_| Err(Failure::Io)).collect();
+        let bytes = asked.iter().filter_map(|(_, request)| request.shared()).sum();
+        self.write_together(asked, memory, room(buffer, bytes), &mut done).ok()?;
+        self.read_together(asked, memory, room(buffer, bytes), &mut done).ok()?;
+        let statuses = done.into_iter().map(status).collect::<Option<Vec<_>>>()?;
+        let mut outcomes = Vec::with_capacity(asked.len());
+        for ((chain, request), status) in asked.iter().zip(statuses) {
+            let answered = request.finish(status, chain, memory, self.tally);
+            outcomes.push(answered.map_or(Outcome::Malformed, Outcome::Done));
+        }
+        Some(outcomes)
+    }
+
+    fn write_together(
+        &self,
+        asked: &[(Chain, Request)],
+        memory: &GuestRam,
+        mut room: &mut [u8],
+        done: &mut [Result<(), Failure>],
+    ) -> Result<(), Failure> {
+        let (mut whose, mut writes) = (vec![], vec![]);
+        for (i, (chain, request)) in asked.iter().enumerate() {
+            let (Command::Write { offset, .. }, Some(length)) = (&request.command, request.shared()) else { continue };
+            let (data, rest) = room.split_at_mut(length);
+            room = rest;
+            if chain.copy_in(memory, HEADER, data) {
+                writes.push((*offset, &*data));
+                whose.push(i);
+            }
+        }
+        if writes.is_empty() {
+            return Ok(());
+        }
+        self.gate()?;
+        for (i, written) in whose.iter().zip(self.disk.write_many(&writes)) {
+            done[*i] = written.map_err(Failure::from);
+        }
+        if self.write_through && whose.iter().any(|i| done[*i].is_ok()) {
+            self.gate()?;
+            if let Err(failure) = self.disk.flush().map_err(Failure::from) {
+                whose.iter().for_each(|i| done[*i] = Err(failure));
+            }
+        }
+        Ok(())
+    }
+
+    fn read_together(
+        &self,
+        asked: &[(Chain, Request)],
+        memory: &GuestRam,
+        mut room: &mut [u8],
+        done: &mut [Result<(), Failure>],
+    ) -> Result<(), Failure> {
+        let (mut whose, mut reads) = (vec![], vec![]);
+        for (i, (_, request)) in asked.iter().enumerate() {
+            let (Command::Read { offset, .. }, Some(length)) = (&request.command, request.shared()) else { continue };
+            let (data, rest) = room.split_at_mut(length);
+            room = rest;
+            reads.push((*offset, data));
+            whose.push(i);
+        }
+        if reads.is_empty() {
+            return Ok(());
+        }
+        self.gate()?;
+        let all = self.disk.read_many(&mut reads);
+        for ((i, (_, data)), read) in whose.into_iter().zip(reads).zip(all) {
+            let copied = |()| asked[i].0.copy_out(memory, 0, data).then_some(()).ok_or(Failure::Io);
+            done[i] = read.map_err(Failure::from).and_then(copied);
+        }
+        Ok(())
+    }
+
+    /// Serves the request in `chain`, alone.
     pub(super) fn serve(
         &self,
         request: &Request,
@@ -217,14 +309,9 @@ impl Server<'_> {
         memory: &GuestRam,
         buffer: &mut Vec<u8>,
     ) -> Outcome {
-        let status = match request.answer_at_once(facts, chain, memory) {
-            Some(status) => status,
-            None => match self.execute(request, chain, memory, buffer) {
-                Ok(()) => STATUS_OK,
-                Err(Failure::NoKeys) => return Outcome::Parked,
-                Err(Failure::Unsupported) => STATUS_UNSUPPORTED,
-                Err(Failure::Io) => STATUS_IOERR,
-            },
+        let at_once = request.answer_at_once(facts, chain, memory);
+        let Some(status) = at_once.or_else(|| status(self.execute(request, chain, memory, buffer))) else {
+            return Outcome::Parked;
         };
         request.finish(status, chain, memory, self.tally).map_or(Outcome::Malformed, Outcome::Done)
     }
@@ -283,6 +370,7 @@ impl Server<'_> {
     }
 }
 
+#[derive(Clone, Copy)]
 enum Failure {
     NoKeys,
     Unsupported,
@@ -296,6 +384,16 @@ impl From<DiskError> for Failure {
             DiskError::Unsupported => Self::Unsupported,
             DiskError::Io(_) => Self::Io,
         }
+    }
+}
+
+/// The status of a request that is done; none where there were no keys for it.
+fn status(done: Result<(), Failure>) -> Option<u8> {
+    match done {
+        Ok(()) => Some(STATUS_OK),
+        Err(Failure::NoKeys) => None,
+        Err(Failure::Unsupported) => Some(STATUS_UNSUPPORTED),
+        Err(Failure::Io) => Some(STATUS_IOERR),
     }
 }
 

@@ -279,6 +279,77 @@ fn a_request_without_header_or_status_breaks_the_device() {
     assert_eq!(bench.serve(&[(HEADER_AT, 15, NEXT, 1), (STATUS_AT, 1, WRITE, 0)]), Outcome::Malformed);
 }
 
+impl Bench {
+    /// Several requests of a sector at once, `(kind, sector)`, each with data and status of its own.
+    fn serve_together(&self, requests: &[(u32, u64)]) -> Option<Vec<Outcome>> {
+        self.driver.set_available(0);
+        let mut ring = Ring::new(64, MockDriver::SIZE, MockDriver::RING, feature::VERSION_1, 16).expect("a good ring");
+        let facts = Facts::of(&self.disk, self.read_only, self.disk.id());
+        let mut asked = vec![];
+        for (i, (kind, sector)) in (0..).zip(requests) {
+            let (header, data, status) = (HEADER_AT + 16 * i, DATA_AT + 512 * i, STATUS_AT + i);
+            self.driver.put(header, *kind);
+            self.driver.put(header + 8, *sector);
+            self.driver.put(status, UNTOUCHED);
+            let way = if *kind == TYPE_IN { WRITE } else { 0 };
+            // Each takes the same descriptors: what they say is remembered when the ring is looked at.
+            self.driver.offer(&[(header, 16, NEXT, 1), (data, 512, NEXT | way, 2), (status, 1, WRITE, 0)]);
+            let mut chain = Chain::default();
+            assert_eq!(ring.next(&self.driver.memory, &mut chain), Ok(true));
+            ring.complete(&self.driver.memory, &chain, 0).expect("room");
+            let request = Request::parse(&facts, &chain, &self.driver.memory).expect("a header and a status");
+            asked.push((chain, request));
+        }
+        let may_submit = || self.open;
+        let server =
+            Server { disk: &self.disk, tally: &self.tally, write_through: self.write_through, may_submit: &may_submit };
+        server.serve_together(&asked, &self.driver.memory, &mut vec![])
+    }
+
+    fn status_of(&self, i: u64) -> u8 {
+        self.driver.get(STATUS_AT + i)
+    }
+}
+
+#[test]
+fn requests_served_together_are_each_as_if_alone() {
+    let mut bench = Bench::new();
+    for i in 0..4_u64 {
+        bench.driver.put(DATA_AT + 512 * i, 0x70 + i as u8);
+    }
+    let asked = [(TYPE_OUT, 2), (TYPE_OUT, 3), (TYPE_IN, 5), (TYPE_OUT, 3), (TYPE_IN, 3)];
+    let done = bench.serve_together(&asked).expect("keys");
+    assert_eq!(done, [1, 1, 513, 1, 513].map(Outcome::Done));
+    assert!((0..5).all(|i| bench.status_of(i) == STATUS_OK));
+    assert_eq!(bench.driver.get::<u8>(DATA_AT + 512 * 2), 5);
+    assert_eq!(bench.driver.get::<u8>(DATA_AT + 512 * 4), 0x73, "the later of two writes");
+    let sector = |i: usize| lock(&bench.disk.data)[512 * i];
+    assert_eq!((sector(2), sector(3)), (0x70, 0x73));
+    let tally = bench.tally.snapshot();
+    assert_eq!((tally.reads, tally.writes, tally.written_bytes, tally.errors), (2, 3, 3 * 512, 0));
+    assert_eq!(bench.disk.flushes.load(Ordering::SeqCst), 0);
+    bench.write_through = true;
+    assert!(bench.serve_together(&asked).is_some());
+    assert_eq!(bench.disk.flushes.load(Ordering::SeqCst), 1, "one for all of them");
+    bench.disk.fails = Some(|| DiskError::Io("broken".into()));
+    let done = bench.serve_together(&asked).expect("answers");
+    assert!(done.iter().all(|done| matches!(done, Outcome::Done(_))));
+    assert!((0..5).all(|i| bench.status_of(i) == STATUS_IOERR));
+}
+
+#[test]
+fn without_keys_all_that_came_together_waits() {
+    let mut bench = Bench { open: false, ..Bench::new() };
+    let asked = [(TYPE_IN, 1), (TYPE_OUT, 2)];
+    assert_eq!(bench.serve_together(&asked), None);
+    bench.open = true;
+    bench.disk.fails = Some(|| DiskError::NoKeys);
+    assert_eq!(bench.serve_together(&asked), None);
+    assert!((0..2).all(|i| bench.status_of(i) == UNTOUCHED));
+    bench.disk.fails = None;
+    assert!(bench.serve_together(&asked).is_some());
+}
+
 proptest! {
     #[test]
     fn any_request_is_survived(

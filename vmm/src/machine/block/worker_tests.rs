@@ -11,6 +11,7 @@ use crate::machine::thread::{Background, Crew};
 use crate::machine::virtio::mock::{MockDriver, NEXT, WRITE};
 use crate::machine::virtio::{VirtioPci, feature};
 use crate::machine::wires::mock::MockWires;
+use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
@@ -23,6 +24,8 @@ struct SlowDisk {
     held: AtomicBool,
     inside: AtomicBool,
     size: AtomicU64,
+    /// How many reads came together, each time.
+    together: Mutex<Vec<usize>>,
 }
 
 impl Disk for SlowDisk {
@@ -34,6 +37,10 @@ impl Disk for SlowDisk {
     }
     fn write(&self, _offset: u64, _data: &[u8]) -> Result<(), DiskError> {
         Ok(())
+    }
+    fn read_many(&self, requests: &mut [(u64, &mut [u8])]) -> Vec<Result<(), DiskError>> {
+        self.together.lock().expect("no test panicked").push(requests.len());
+        requests.iter_mut().map(|(offset, data)| self.read(*offset, data)).collect()
     }
     fn flush(&self) -> Result<(), DiskError> {
         self.inside.store(true, Ordering::SeqCst);
@@ -146,6 +153,31 @@ fn requests_are_served_and_answered() {
         assert_eq!(bench.driver.used_length(round - 1), 1);
     }
     assert_eq!((bench.flushes(), bench.device.counters().flushes), (40, 40));
+}
+
+/// What waits is taken together as far as it can be, in order, and all of it is answered.
+#[test]
+fn reads_that_wait_are_served_together() {
+    let bench = Bench::new();
+    bench.bring_up();
+    bench.pause();
+    // Two reads, a FLUSH, a read: each of three descriptors.
+    for (slot, kind) in (0..4).zip([0_u32, 0, 4, 0]) {
+        let (first, header) = (3 * slot as u16, 0x4000 + 64 * slot);
+        bench.driver.put(header, kind);
+        let chain = [(header, 16, NEXT, first + 1), (0x5000 + 512 * slot, 512, NEXT | WRITE, first + 2)];
+        let status = (0x8000 + slot, 1, WRITE, 0);
+        bench.driver.table(MockDriver::RING[0] + 48 * slot, &[chain[0], chain[1], status]);
+    }
+    bench.driver.set_heads(&[0, 3, 6, 9]);
+    bench.driver.set_available(4);
+    bench.resume();
+    bench.knock();
+    eventually("all served", || bench.driver.used() == 4);
+    assert_eq!(*bench.disk.together.lock().expect("no test panicked"), [2, 1]);
+    assert_eq!(bench.flushes(), 1);
+    let counters = bench.device.counters();
+    assert_eq!((counters.reads, counters.flushes, counters.errors), (3, 1, 0));
 }
 
 #[test]

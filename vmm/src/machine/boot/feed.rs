@@ -1,9 +1,7 @@
-//! One pass over a file: every byte is hashed, and those that belong somewhere go there.
+//! One pass over a file: every byte is shown to whoever hashes it, and those that belong somewhere go there.
 
 use super::{BootError, IMAGE_MAX};
 use crate::machine::memory::GuestRam;
-use policy::encoding::Digest;
-use sha2::{Digest as _, Sha256};
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 use vm_memory::{Bytes, GuestAddress};
@@ -53,7 +51,7 @@ impl<'a> Feed<'a> {
         self.length
     }
 
-    /// Up to `count` bytes of its beginning. They are hashed from the same buffer later.
+    /// Up to `count` bytes of its beginning. They are poured from the same buffer later.
     pub(super) fn head(&mut self, count: usize) -> Result<&[u8], BootError> {
         let count = count.min(self.buffer.len()).min(usize::try_from(self.length).unwrap_or(usize::MAX));
         self.fill(0, count)?;
@@ -61,19 +59,20 @@ impl<'a> Feed<'a> {
         Ok(&self.buffer[..count])
     }
 
-    /// Hashes all of the file, copies `pieces` into the guest, and gives back the parts called `notes` (offset, length).
+    /// Copies `pieces` into the guest and gives back the parts called `notes` (offset, length). `see` gets each byte of the file
+    /// once and in order, also those that go nowhere: the very bytes that are copied.
     pub(super) fn pour(
         mut self,
         pieces: &[Piece],
         notes: &[(u64, usize)],
         ram: &GuestRam,
-    ) -> Result<(Vec<Vec<u8>>, Digest), BootError> {
+        mut see: impl FnMut(&[u8]),
+    ) -> Result<Vec<Vec<u8>>, BootError> {
         let parts = pieces.iter().map(|p| (p.from, p.length)).chain(notes.iter().map(|n| (n.0, n.1 as u64)));
         let inside = |(from, length): (u64, u64)| from.checked_add(length).is_some_and(|end| end <= self.length);
         if !parts.into_iter().all(inside) {
             return Err(BootError::Short);
         }
-        let mut hash = Sha256::new();
         let mut kept: Vec<_> = notes.iter().map(|(_, length)| vec![0; *length]).collect();
         let mut at = 0;
         while at < self.length {
@@ -82,7 +81,7 @@ impl<'a> Feed<'a> {
                 self.fill(at, size)?;
             }
             let chunk = &self.buffer[..size];
-            hash.update(chunk);
+            see(chunk);
             for piece in pieces {
                 if let Some((skip, part)) = overlap(at, chunk, piece.from, piece.length) {
                     ram.write_slice(part, GuestAddress(piece.to + skip))
@@ -96,7 +95,7 @@ impl<'a> Feed<'a> {
             }
             at += size as u64;
         }
-        Ok((kept, Digest(hash.finalize().into())))
+        Ok(kept)
     }
 
     fn fill(&mut self, at: u64, count: usize) -> Result<(), BootError> {

@@ -1,5 +1,5 @@
-//! From files to a guest that can be entered: kernel and initrd go into guest memory in one pass, which also hashes them, so
-//! that the bytes that were hashed are the bytes that run, whatever the store does meanwhile.
+//! From files to a guest that can be entered: kernel and initrd go into guest memory in one pass, which also hashes
+//! them, so that the bytes that were hashed are the bytes that run, whatever the store does meanwhile.
 
 mod bzimage;
 mod elf;
@@ -13,6 +13,7 @@ use super::memory::{GuestRam, Memory};
 use super::vcpu::{Entry, boot_gdt};
 use feed::{Feed, HEAD_MAX};
 use policy::encoding::Digest;
+use sha2::{Digest as _, Sha256};
 use std::fs::File;
 use vm_memory::{Bytes, GuestAddress};
 
@@ -23,6 +24,7 @@ const IMAGE_MAX: u64 = GIB;
 const PAGE: u64 = 4096;
 
 /// A file to load, and what its content must be.
+#[derive(Clone, Copy)]
 pub struct Image<'a> {
     /// The file, read from its beginning.
     pub file: &'a File,
@@ -123,6 +125,12 @@ pub struct Loader {
 impl Loader {
     /// Loads a kernel and gives the SHA-256 of its content. The caller compares it before anything runs.
     pub fn load_kernel(&mut self, memory: &Memory, file: &File) -> Result<Digest, BootError> {
+        let mut hash = Sha256::new();
+        self.put_kernel(memory, file, |bytes| hash.update(bytes))?;
+        Ok(Digest(hash.finalize().into()))
+    }
+
+    fn put_kernel(&mut self, memory: &Memory, file: &File, see: impl FnMut(&[u8])) -> Result<(), BootError> {
         if self.kernel.is_some() {
             return Err(BootError::Twice);
         }
@@ -136,13 +144,19 @@ impl Loader {
         } else {
             return Err(BootError::Format);
         };
-        let (notes, digest) = feed.pour(&plan.pieces, &plan.notes, memory.ram())?;
+        let notes = feed.pour(&plan.pieces, &plan.notes, memory.ram(), see)?;
         self.kernel = Some(plan.finish(&notes)?);
-        Ok(digest)
+        Ok(())
     }
 
     /// Loads an initrd for the kernel loaded before, as high as kernel and memory allow.
     pub fn load_initrd(&mut self, memory: &Memory, file: &File) -> Result<Digest, BootError> {
+        let mut hash = Sha256::new();
+        self.put_initrd(memory, file, |bytes| hash.update(bytes))?;
+        Ok(Digest(hash.finalize().into()))
+    }
+
+    fn put_initrd(&mut self, memory: &Memory, file: &File, see: impl FnMut(&[u8])) -> Result<(), BootError> {
         let kernel = self.kernel.as_ref().ok_or(BootError::NoKernel)?;
         let feed = Feed::open("initrd", file)?;
         let length = feed.length();
@@ -153,9 +167,9 @@ impl Loader {
             return Err(too_small());
         }
         let piece = feed::Piece { from: 0, length, to: start };
-        let (_, digest) = feed.pour(&[piece], &[], memory.ram())?;
+        feed.pour(&[piece], &[], memory.ram(), see)?;
         self.initrd = Some((start, length));
-        Ok(digest)
+        Ok(())
     }
 
     /// Writes what the kernel reads first (zero page or start info, command line, GDT, page tables) and says how to enter it.
@@ -179,21 +193,26 @@ impl Loader {
         Ok(kernel.entry)
     }
 
-    /// All of `boot`, digests compared.
+    /// All of `boot`, digests compared; what is compared with nothing is not hashed, which takes longer than the copy.
     pub fn load(&mut self, memory: &Memory, boot: &Boot<'_>) -> Result<Entry, BootError> {
-        compare("kernel", self.load_kernel(memory, boot.kernel.file)?, boot.kernel.digest)?;
-        if let Some(initrd) = &boot.initrd {
-            compare("initrd", self.load_initrd(memory, initrd.file)?, initrd.digest)?;
+        let Image { file, digest } = boot.kernel;
+        match digest {
+            Some(expected) => compare("kernel", self.load_kernel(memory, file)?, expected)?,
+            None => self.put_kernel(memory, file, |_| ())?,
+        }
+        match boot.initrd {
+            Some(Image { file, digest: Some(expected) }) => {
+                compare("initrd", self.load_initrd(memory, file)?, expected)?;
+            }
+            Some(Image { file, digest: None }) => self.put_initrd(memory, file, |_| ())?,
+            None => {}
         }
         self.finish(memory, boot.cmdline)
     }
 }
 
-fn compare(what: &'static str, found: Digest, expected: Option<Digest>) -> Result<(), BootError> {
-    match expected {
-        Some(expected) if expected != found => Err(BootError::Digest { what, found, expected }),
-        _ => Ok(()),
-    }
+fn compare(what: &'static str, found: Digest, expected: Digest) -> Result<(), BootError> {
+    if found == expected { Ok(()) } else { Err(BootError::Digest { what, found, expected }) }
 }
 
 /// Writes where there is RAM in every machine.

@@ -1,0 +1,222 @@
+//! Reads. Blocks are looked up under the lock; the rest is done without it: a block that was reused meanwhile fails its tag and is
+//! looked up again.
+
+use super::batch::{CHUNK, Group, Piece, cut, lead};
+use super::shared::Shared;
+use crate::VolumeError;
+use crate::format::page::Entry;
+use crate::format::{BLOCK, Block, zero_block};
+use crate::keys::Open;
+use std::ops::Range;
+
+/// How a request went.
+pub(super) type Done = Result<(), VolumeError>;
+
+/// Neighbouring blocks that are read whole.
+struct Span<'a> {
+    request: usize,
+    first: u64,
+    blocks: &'a mut [Block],
+}
+
+/// A block of which a request wants a part.
+struct Edge<'a> {
+    request: usize,
+    lba: u64,
+    start: usize,
+    part: &'a mut [u8],
+    block: Box<Block>,
+}
+
+impl Shared {
+    pub(super) fn check_request(&self, offset: u64, length: u64) -> Done {
+        self.ready()?;
+        let size = self.backing.geometry().size;
+        let inside = offset.checked_add(length).is_some_and(|end| end <= size);
+        if !inside || !offset.is_multiple_of(512) || !length.is_multiple_of(512) {
+            return Err(VolumeError::Request { offset, length });
+        }
+        Ok(())
+    }
+
+    pub(super) fn read_many(&self, requests: &mut [(u64, &mut [u8])]) -> Vec<Done> {
+        let check = |(offset, buffer): &(u64, &mut [u8])| self.check_request(*offset, buffer.len() as u64);
+        let mut done: Vec<Done> = requests.iter().map(check).collect();
+        let mut group = Group::new(requests.len());
+        for (request, (offset, buffer)) in requests.iter_mut().enumerate() {
+            if done[request].is_err() {
+                continue;
+            }
+            let mut rest = &mut **buffer;
+            for (offset, length) in cut(*offset, rest.len()) {
+                let (data, after) = rest.split_at_mut(length);
+                rest = after;
+                group.add(Piece { request, offset, data }, |pieces| self.read_group(pieces, &mut done));
+            }
+        }
+        group.end(|pieces| self.read_group(pieces, &mut done));
+        for ((_, buffer), _) in requests.iter_mut().zip(&done).filter(|(_, done)| done.is_err()) {
+            buffer.fill(0);
+        }
+        done
+    }
+
+    /// Whole blocks are read where they are wanted, those that are cut by a request's edges beside.
+    fn read_group(&self, pieces: &mut Vec<Piece<&mut [u8]>>, done: &mut [Done]) {
+        let (mut spans, mut edges) = (Vec::with_capacity(pieces.len()), Vec::new());
+        for Piece { request, offset, data } in pieces.drain(..).filter(|piece| done[piece.request].is_ok()) {
+            let (start, filled) = lead(offset, data.len());
+            let (part, rest) = data.split_at_mut(filled);
+            let (blocks, tail) = rest.as_chunks_mut();
+            let mut first = offset / BLOCK as u64;
+            if !part.is_empty() {
+                edges.push(Edge { request, lba: first, start, part, block: zero_block() });
+                first += 1;
+            }
+            if !tail.is_empty() {
+                let lba = first + blocks.len() as u64;
+                edges.push(Edge { request, lba, start: 0, part: tail, block: zero_block() });
+            }
+            if !blocks.is_empty() {
+                spans.push(Span { request, first, blocks });
+            }
+        }
+        for Edge { request, lba, block, .. } in &mut edges {
+            spans.push(Span { request: *request, first: *lba, blocks: std::slice::from_mut(block) });
+        }
+        self.read_spans(&mut spans, done);
+        for Edge { start, part, block, .. } in edges {
+            part.copy_from_slice(&block[start..start + part.len()]);
+        }
+    }
+
+    /// Reads spans together; each alone, where one of them can't be.
+    fn read_spans(&self, spans: &mut [Span], done: &mut [Done]) {
+        let Err(error) = self.try_spans(spans, done) else { return };
+        match spans {
+            [span] => done[span.request] = Err(error),
+            several => several.iter_mut().for_each(|span| self.read_spans(std::slice::from_mut(span), done)),
+        }
+    }
+
+    /// Reads spans of [`CHUNK`] blocks at most, in all. A block that is bad is its request's matter.
+    fn try_spans(&self, spans: &mut [Span], done: &mut [Done]) -> Result<(), VolumeError> {
+        let mut entries = [Entry::UNMAPPED; CHUNK as usize];
+        let count = spans.iter().map(|span| span.blocks.len()).sum();
+        let entries = &mut entries[..count];
+        self.with_core(|core| {
+            let mut rest = &mut *entries;
+            for span in &*spans {
+                let (own, after) = rest.split_at_mut(span.blocks.len());
+                core.lookup(span.first, own)?;
+                rest = after;
+            }
+            Ok(())
+        })?;
+        for mut at in self.fetch_and_open(entries, spans)? {
+            let entry = entries[at];
+            for span in &mut *spans {
+                let Some(block) = span.blocks.get_mut(at) else {
+                    at -= span.blocks.len();
+                    continue;
+                };
+                if done[span.request].is_ok() {
+                    done[span.request] = self.read_again(span.first + at as u64, entry, block);
+                }
+                break;
+            }
+        }
+        Ok(())
+    }
+
+    /// Reads blocks from the store, neighbours as one, and opens all as one batch; returns the numbers of those that do not verify.
+    fn fetch_and_open(&self, entries: &[Entry], spans: &mut [Span]) -> Result<Vec<usize>, VolumeError> {
+        let (pool, mut runs, mut rest) = (self.backing.geometry().pool(), Vec::with_capacity(spans.len()), entries);
+        for span in &mut *spans {
+            let (own, after) = rest.split_at(span.blocks.len());
+            find_runs(own, span.blocks, &pool, &mut runs);
+            rest = after;
+        }
+        if !runs.is_empty() {
+            self.backing.read_runs(&mut runs)?;
+        }
+        self.backing.with_keys(|ring, _| {
+            let blocks = spans.iter_mut().flat_map(|span| (span.first..).zip(span.blocks.iter_mut()));
+            let mut batch: Vec<Open> = Vec::with_capacity(entries.len());
+            let mapped = entries.iter().zip(blocks).filter(|(entry, _)| entry.physical != 0);
+            batch.extend(mapped.map(|(entry, (lba, block))| Open { lba, entry, block, good: false }));
+            if ring.open_blocks(&mut batch) {
+                return Ok(Vec::new());
+            }
+            let opened = batch.iter().map(|open| open.good);
+            let numbers = entries.iter().enumerate().filter(|(_, entry)| entry.physical != 0).map(|(i, _)| i);
+            Ok(numbers.zip(opened).filter(|(_, good)| !good).map(|(i, _)| i).collect())
+        })
+    }
+
+    /// A block that did not verify: it was replaced and its place reused meanwhile, or it is bad.
+    fn read_again(&self, lba: u64, mut tried: Entry, block: &mut Block) -> Result<(), VolumeError> {
+        let mut again = false;
+        loop {
+            let mut now = [Entry::UNMAPPED];
+            self.with_core(|core| core.lookup(lba, &mut now))?;
+            if now[0] == tried && (again || tried.data().is_none()) {
+                return Err(self.bad_block(lba, &tried, block));
+            }
+            again = now[0] == tried;
+            tried = now[0];
+            let mut span = Span { request: 0, first: lba, blocks: std::slice::from_mut(block) };
+            if self.fetch_and_open(&now, std::slice::from_mut(&mut span))?.is_empty() {
+                return Ok(());
+            }
+        }
+    }
+
+    fn bad_block(&self, lba: u64, entry: &Entry, block: &mut Block) -> VolumeError {
+        block.fill(0);
+        let reason = match entry.physical {
+            Entry::LOST => "a recovery found its data gone",
+            _ => "its tag does not verify",
+        };
+        self.backing.events.integrity(Some(lba), entry.data(), reason);
+        VolumeError::Integrity { lba }
+    }
+
+    /// The plain text of at most [`CHUNK`] neighbouring blocks.
+    pub(super) fn read_blocks(&self, first: u64, blocks: &mut [Block]) -> Result<(), VolumeError> {
+        let mut done = [Ok(())];
+        self.read_spans(&mut [Span { request: 0, first, blocks }], &mut done);
+        let [done] = done;
+        done
+    }
+}
+
+/// What is to be read from the store, and where: neighbours there in one piece. The rest of the blocks is zero.
+fn find_runs<'a>(
+    mut entries: &[Entry],
+    mut blocks: &'a mut [Block],
+    pool: &Range<u64>,
+    runs: &mut Vec<(u64, &'a mut [u8])>,
+) {
+    while !entries.is_empty() {
+        let run = run_length(entries);
+        let (part, rest) = blocks.split_at_mut(run);
+        match entries[0].data() {
+            Some(first) if pool.contains(&first) && pool.contains(&(first + run as u64 - 1)) => {
+                runs.push((first * BLOCK as u64, part.as_flattened_mut()));
+            }
+            _ => part.as_flattened_mut().fill(0),
+        }
+        (entries, blocks) = (&entries[run..], rest);
+    }
+}
+
+/// How many entries from the first on are neighbours in the store, or unmapped like it.
+fn run_length(entries: &[Entry]) -> usize {
+    let first = entries[0];
+    let follows = |(i, e): (usize, &Entry)| match first.data() {
+        Some(physical) => e.data() == physical.checked_add(i as u64),
+        None => e.physical == first.physical,
+    };
+    entries.iter().enumerate().take_while(|(i, e)| follows((*i, e))).count()
+}

@@ -1,0 +1,410 @@
+//! Writes. Under the lock they are given places and generations; without it their blocks are sealed, as one batch, and written;
+//! under the lock map and log learn of them.
+
+use super::batch::{CHUNK, Group, Piece, cut, lead};
+use super::read::Done;
+use super::shared::Shared;
+use super::{Core, leaf};
+use crate::VolumeError;
+use crate::backing::Backing;
+use crate::format::log::Record;
+use crate::format::page::{BITS, Entry, set_entry};
+use crate::format::slot::Slot;
+use crate::format::{BLOCK, Block, MAC};
+use crate::keys::Seal;
+use crate::space::bitmap;
+use crate::tree::Halt;
+use std::cell::Cell;
+use std::ops::Range;
+use std::time::Duration;
+
+/// Log blocks that must be free for a group and the FLUSH behind it.
+pub(super) const LOG_ROOM: u64 = 4;
+
+/// Where the blocks of a group begin, at best, in memory: no vector of theirs lies in two lines of the cache.
+const ALIGN: usize = 4096;
+
+thread_local! {
+    /// Where a group's ciphertext is made: fresh memory for each request would cost a tenth of its time.
+    static CIPHERTEXT: Cell<Vec<u8>> = const { Cell::new(Vec::new()) };
+}
+
+/// How often a request that is short of room only because of others tries again: a write for ten seconds.
+pub(super) const PATIENCE: u32 = 10_000;
+
+/// Neighbouring blocks that are about to be written.
+struct Part<'a> {
+    blocks: Range<u64>,
+    plain: Plain<'a>,
+}
+
+impl Part<'_> {
+    fn count(&self) -> usize {
+        (self.blocks.end - self.blocks.start) as usize
+    }
+}
+
+/// Where the plain text of neighbouring blocks is: `whole` has that of some, from number `skip` on; the others hold their own.
+#[derive(Clone, Copy, Default)]
+struct Plain<'a> {
+    skip: usize,
+    whole: &'a [Block],
+}
+
+impl<'a> Plain<'a> {
+    fn of(self, i: usize) -> Option<&'a Block> {
+        self.whole.get(i.checked_sub(self.skip)?)
+    }
+}
+
+/// Where a group's blocks go: neighbours as far as there are any, and the first's generation.
+struct Granted {
+    runs: Vec<Range<u64>>,
+    generation: u64,
+}
+
+impl Granted {
+    fn places(&self) -> impl Iterator<Item = u64> {
+        self.runs.iter().cloned().flatten()
+    }
+}
+
+impl Shared {
+    pub(super) fn write(&self, offset: u64, data: &[u8]) -> Done {
+        self.write_many(&[(offset, data)]).pop().unwrap_or(Ok(()))
+    }
+
+    pub(super) fn write_many(&self, requests: &[(u64, &[u8])]) -> Vec<Done> {
+        let check = |(offset, data): &(u64, &[u8])| self.check_writable(*offset, data.len() as u64);
+        let mut done: Vec<Done> = requests.iter().map(check).collect();
+        let mut group = Group::new(requests.len());
+        for (request, (offset, data)) in requests.iter().enumerate() {
+            if done[request].is_err() {
+                continue;
+            }
+            let mut rest = *data;
+            for (offset, length) in cut(*offset, data.len()) {
+                let (data, after) = rest.split_at(length);
+                rest = after;
+                group.add(Piece { request, offset, data }, |pieces| self.write_group(pieces, &mut done));
+            }
+        }
+        group.end(|pieces| self.write_group(pieces, &mut done));
+        done
+    }
+
+    pub(super) fn check_writable(&self, offset: u64, length: u64) -> Result<(), VolumeError> {
+        self.check_request(offset, length)?;
+        if self.read_only {
+            return Err(VolumeError::ReadOnly);
+        }
+        self.anchoring.check()
+    }
+
+    /// Writes pieces together; each alone, where one of them can't be.
+    fn write_group(&self, pieces: &mut Vec<Piece<&[u8]>>, done: &mut [Done]) {
+        pieces.retain(|piece| done[piece.request].is_ok());
+        let Some(last) = pieces.last().map(|piece| piece.request) else { return };
+        if let Err(error) = self.write_pieces(pieces) {
+            match &pieces[..] {
+                [_] => done[last] = Err(error),
+                several => self.write_each(several, done),
+            }
+        }
+        if let Err(error) = self.relieve() {
+            // They are written; but the log that has their records is in trouble, and somebody must hear of it.
+            done[last] = Err(error);
+        }
+    }
+
+    fn write_each(&self, pieces: &[Piece<&[u8]>], done: &mut [Done]) {
+        for piece in pieces {
+            if done[piece.request].is_ok() {
+                done[piece.request] = self.write_pieces(std::slice::from_ref(piece));
+            }
+        }
+    }
+
+    /// Writes pieces of [`CHUNK`] blocks at most, in all, or none of them.
+    fn write_pieces(&self, pieces: &[Piece<&[u8]>]) -> Done {
+        self.make_room()?;
+        let _among_others = self.among_others()?;
+        let _locked = self.lock_blocks(pieces.iter().map(Piece::blocks).collect());
+        let bytes = pieces.iter().map(Piece::count).sum::<usize>() * BLOCK;
+        let mut scratch = CIPHERTEXT.take();
+        if scratch.len() < bytes + ALIGN {
+            scratch.resize(bytes + ALIGN, 0);
+        }
+        let start = scratch.as_ptr().align_offset(ALIGN).min(ALIGN);
+        let blocks = scratch[start..start + bytes].as_chunks_mut().0;
+        let mut parts = Vec::with_capacity(pieces.len());
+        let mut rest = &mut *blocks;
+        for piece in pieces {
+            let (own, after) = rest.split_at_mut(piece.count());
+            parts.push(Part { blocks: piece.blocks(), plain: self.fill_edges(piece, own)? });
+            rest = after;
+        }
+        let done = self.write_parts(&parts, blocks);
+        CIPHERTEXT.set(scratch);
+        done
+    }
+
+    /// Seals and writes at most [`CHUNK`] neighbouring blocks, which the caller has locked; `blocks` become ciphertext.
+    pub(super) fn write_blocks(&self, first: u64, blocks: &mut [Block]) -> Result<(), VolumeError> {
+        let part = Part { blocks: first..first + blocks.len() as u64, plain: Plain::default() };
+        self.write_parts(&[part], blocks)?;
+        self.relieve()
+    }
+
+    fn write_parts(&self, parts: &[Part], blocks: &mut [Block]) -> Result<(), VolumeError> {
+        let granted = self.grant(parts, blocks.len() as u64)?;
+        let done = seal_and_put(parts, &granted, blocks, &self.backing)
+            .and_then(|entries| self.with_core(|core| core.publish(parts, &entries)));
+        if done.is_err() {
+            let mut core = self.core()?;
+            core.space.unreserve(granted.places());
+            core.log.redeem(blocks.len() as u64);
+        }
+        done
+    }
+
+    /// As [`Core::grant`]; but what is only short of room because of others waits for them.
+    fn grant(&self, parts: &[Part], count: u64) -> Result<Granted, VolumeError> {
+        for _ in 0..PATIENCE {
+            let granted = self.with_core(|core| core.grant(parts, count, &self.backing));
+            let Err(VolumeError::Full(None)) = granted else { return granted };
+            let (log_full, fits, waiting) = {
+                let core = self.core()?;
+                let geometry = self.backing.geometry();
+                let pool = geometry.pool().end - geometry.pool().start;
+                let fits = core.space.used() + count + geometry.kept_for_pages() <= pool;
+                (core.room_in_log().is_err(), fits, core.space.waiting() > 0)
+            };
+            if log_full {
+                self.checkpoint()?;
+            } else if !fits || self.core()?.tight {
+                return granted;
+            } else if waiting {
+                // Blocks that were superseded are free once that is durable.
+                let group = self.flushing();
+                self.commit(&group)?;
+                drop(group);
+                self.punch_freed()?;
+            } else {
+                // Other requests hold more blocks than they will need when they are done.
+                std::thread::sleep(Duration::from_millis(1));
+            }
+        }
+        Err(VolumeError::Full(None))
+    }
+
+    /// Sees to it that a chunk finds room in log, pool and memory.
+    pub(super) fn make_room(&self) -> Result<(), VolumeError> {
+        let (checkpoint, flush) = {
+            let core = self.core()?;
+            let full = core.free_for_data(&self.backing) < CHUNK && core.space.waiting() > 0;
+            (core.wants_checkpoint(&self.backing), full)
+        };
+        if checkpoint {
+            self.checkpoint_if_due()?;
+        }
+        if flush {
+            // Superseded blocks wait for their records to be durable; this is nobody's FLUSH, so no anchor is owed.
+            let group = self.flushing();
+            self.commit(&group)?;
+            drop(group);
+            self.punch_freed()?;
+        }
+        Ok(())
+    }
+
+    /// Puts together the blocks that a piece covers in part; the rest of its data is not copied.
+    fn fill_edges<'a>(&self, piece: &Piece<&'a [u8]>, blocks: &mut [Block]) -> Result<Plain<'a>, VolumeError> {
+        let (first, last) = (piece.blocks().start, blocks.len() - 1);
+        let (start, filled) = lead(piece.offset, piece.data.len());
+        let (edge, rest) = piece.data.split_at(filled);
+        let (whole, tail) = rest.as_chunks();
+        if !edge.is_empty() {
+            // Behind the volume's end there is nothing, and what is read of it is zero.
+            self.read_blocks(first, &mut blocks[..1])?;
+            blocks[0][start..start + edge.len()].copy_from_slice(edge);
+        }
+        if !tail.is_empty() {
+            if piece.end() == self.backing.geometry().size {
+                blocks[last].fill(0);
+            } else {
+                self.read_blocks(first + last as u64, &mut blocks[last..])?;
+            }
+            blocks[last][..tail.len()].copy_from_slice(tail);
+        }
+        Ok(Plain { skip: usize::from(!edge.is_empty()), whole })
+    }
+}
+
+impl Core {
+    pub(super) fn room_in_log(&self) -> Result<(), VolumeError> {
+        if self.log.free() < LOG_ROOM { Err(VolumeError::Full(None)) } else { Ok(()) }
+    }
+
+    /// Places and generations for `count` blocks that are about to be written, those of `parts`.
+    fn grant(&mut self, parts: &[Part], count: u64, from: &Backing) -> Result<Granted, Halt> {
+        self.writable()?;
+        self.room_in_log()?;
+        self.room_for(count, from)?;
+        for part in parts {
+            // What the map has must be readable before it is replaced.
+            let mut old = [Entry::UNMAPPED; CHUNK as usize];
+            self.lookup(part.blocks.start, &mut old[..part.count()])?;
+        }
+        let mut runs = Vec::with_capacity(parts.len());
+        if let Err(halt) = self.place(parts, &mut runs, from) {
+            self.space.unreserve(runs.into_iter().flatten());
+            return Err(halt);
+        }
+        let generation = self.next_generation();
+        // Counted before anything is sealed: a generation is never used twice, whatever fails.
+        self.generations += count;
+        self.written += count;
+        self.log.promise(count);
+        Ok(Granted { runs, generation })
+    }
+
+    /// Reserves a place for each block, in order; what was reserved is in `runs`, also after an error.
+    fn place(&mut self, parts: &[Part], runs: &mut Vec<Range<u64>>, from: &Backing) -> Result<(), Halt> {
+        let mut before = None;
+        for part in parts {
+            let behind = runs.last().map(|run| run.end).filter(|_| before == Some(part.blocks.start));
+            let mut near = match behind {
+                Some(near) => near,
+                None => self.neighbour(part.blocks.start, from)?,
+            };
+            let mut left = part.count() as u64;
+            while left > 0 {
+                let run = self.space.reserve(near, left, &mut self.forest)?;
+                (near, left) = (run.end, left - (run.end - run.start));
+                match runs.last_mut() {
+                    Some(last) if last.end == run.start => last.end = run.end,
+                    _ => runs.push(run),
+                }
+            }
+            before = Some(part.blocks.end);
+        }
+        Ok(())
+    }
+
+    /// The generation of the next block that is sealed.
+    pub(super) fn next_generation(&self) -> u64 {
+        (u64::from(self.superblock.writer.get()) << 40) | self.generations
+    }
+
+    /// An error where keys or the pool are used up, or where pages might find no room any more.
+    fn room_for(&mut self, count: u64, from: &Backing) -> Result<(), Halt> {
+        if self.generations + count >= 1 << 40 {
+            return Err(VolumeError::OpenNumberExhausted.into());
+        }
+        if self.written + count > Slot::LIMIT {
+            return Err(VolumeError::KeyExhausted(self.superblock.key()).into());
+        }
+        if self.free_for_data(from) < count {
+            return Err(VolumeError::Full(None).into());
+        }
+        if self.tight {
+            let have = self.space.spare() as u64 + self.space.free_in_zone(&mut self.forest)?;
+            let need = 2 * self.forest.dirty() as u64 + 64;
+            if have < need.min(from.geometry().pages()) {
+                return Err(VolumeError::Full(None).into());
+            }
+        }
+        Ok(())
+    }
+
+    /// Where new data best goes: behind the block before it.
+    fn neighbour(&mut self, first: u64, from: &Backing) -> Result<u64, Halt> {
+        let mut around = [Entry::UNMAPPED; 2];
+        let start = first.saturating_sub(1);
+        self.lookup(start, &mut around[..(first - start) as usize + 1])?;
+        let (before, old) = if first > 0 { (around[0].data(), around[1].data()) } else { (None, around[0].data()) };
+        let near = before.map(|b| b + 1).or(old).filter(|b| from.in_pool(*b));
+        Ok(near.unwrap_or_else(|| {
+            let (zone, pool) = (from.geometry().zone(), from.geometry().pool());
+            zone.end + first.min(pool.end - zone.end - 1)
+        }))
+    }
+
+    /// Map and log learn of blocks that were written. Nothing is changed before all that is needed is in memory.
+    fn publish(&mut self, parts: &[Part], new: &[Entry]) -> Result<(), Halt> {
+        let mut old = [Entry::UNMAPPED; CHUNK as usize];
+        let old = &mut old[..new.len()];
+        let mut rest = &mut *old;
+        for part in parts {
+            let (own, after) = rest.split_at_mut(part.count());
+            self.lookup(part.blocks.start, own)?;
+            self.forest.page(leaf(part.blocks.start).0)?;
+            self.forest.page(leaf(part.blocks.end - 1).0)?;
+            rest = after;
+        }
+        for block in old.iter().chain(new).filter_map(Entry::data).filter(|block| self.space.has(*block)) {
+            self.forest.page(bitmap(block / BITS as u64))?;
+        }
+        let lbas = parts.iter().flat_map(|part| part.blocks.clone());
+        for (lba, (old, new)) in lbas.zip(old.iter().zip(new)) {
+            self.release_data(lba, old, false)?;
+            if let Some(block) = new.data() {
+                self.space.take(block, &mut self.forest)?;
+                self.mapped += 1;
+            }
+            self.enter(lba, *new)?;
+        }
+        self.log.redeem(new.len() as u64);
+        Ok(())
+    }
+
+    /// The map's entry for `lba` becomes `new`, and the log hears of it.
+    pub(super) fn enter(&mut self, lba: u64, new: Entry) -> Result<(), Halt> {
+        let (id, place) = leaf(lba);
+        set_entry(&mut self.forest.page_mut(id)?.bytes, place, new);
+        self.log.append(Record { lba, entry: new });
+        Ok(())
+    }
+
+    /// The block that `old` names is not `lba`'s any more, by the record that comes next.
+    pub(super) fn release_data(&mut self, lba: u64, old: &Entry, punch: bool) -> Result<(), Halt> {
+        let Some(block) = old.data().filter(|block| self.space.has(*block)) else { return Ok(()) };
+        self.mapped -= 1;
+        if self.data_is_retained(lba, old) {
+            return Ok(());
+        }
+        self.space.supersede(block, self.log.appended, punch, &mut self.forest)
+    }
+}
+
+/// Encrypts the blocks of a group, as one batch, and writes them where they go; returns their entries.
+fn seal_and_put(
+    parts: &[Part],
+    granted: &Granted,
+    blocks: &mut [Block],
+    from: &Backing,
+) -> Result<Vec<Entry>, VolumeError> {
+    let entries = from.with_keys(|_, key| {
+        let sources = parts.iter().flat_map(|part| part.blocks.clone().zip((0..).map(|i| part.plain.of(i))));
+        let mut batch = Vec::with_capacity(blocks.len());
+        let numbered = sources.zip(granted.generation..).zip(blocks.iter_mut());
+        let seal = |(((lba, plain), generation), block)| Seal { lba, generation, plain, block, tag: [0; MAC] };
+        batch.extend(numbered.map(seal));
+        key.seal_blocks(&mut batch);
+        let entry = |(physical, seal): (u64, &Seal)| Entry {
+            physical,
+            generation: seal.generation,
+            key: key.id,
+            tag: seal.tag,
+        };
+        Ok(granted.places().zip(&batch).map(entry).collect())
+    })?;
+    let mut done = 0;
+    for run in &granted.runs {
+        let length = (run.end - run.start) as usize;
+        from.write_blocks(run.start, blocks[done..done + length].as_flattened())?;
+        done += length;
+    }
+    Ok(entries)
+}
