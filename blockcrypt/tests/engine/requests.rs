@@ -364,6 +364,7 @@ fn an_opener_makes_durable_what_it_is_about_to_believe() {
     provider.create(sim.clone(), MIB).expect("a volume").close().expect("closed");
     let volume = provider.open(sim.clone()).expect("opens");
     volume.write(0, &[1; 4096]).expect("written");
+    volume.flush().expect("in the log, so that the opener has pages to write");
     drop(volume);
     let noting = Arc::new(Noting(sim, Mutex::default()));
     drop(provider.open_read_only(noting.clone()).expect("opens"));

@@ -43,7 +43,7 @@ impl TpmAlone {
     }
 
     /// A quote and an ECDH, which is what each attestation needs: milliseconds. The wrap key's policy is satisfied before, as the TPM
-    /// service does it.
+    /// service does it. By libtss2 as it is: the TPM service spares it most of its time (`host/src/openssl.rs`).
     pub(super) fn commands(&mut self) -> Result<f64, BenchError> {
         let failed = |error: attest_tpm::TpmError| BenchError::Tpm(error.to_string());
         self.tpm.arm().map_err(failed)?;
