@@ -5,12 +5,13 @@ use rustix::fs::{
     Advice, AtFlags, FallocateFlags, FileType, FlockOperation, OFlags, StatxFlags, fadvise, fcntl_getfl, fcntl_setfl,
     statx,
 };
-use rustix::io::{ReadWriteFlags, preadv2};
+use rustix::io::{Errno, ReadWriteFlags, preadv2};
 use std::cell::Cell;
 use std::fs::File;
 use std::io::{self, IoSliceMut};
 use std::num::NonZeroU64;
 use std::os::unix::fs::FileExt;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 /// Bytes at offsets. Nothing it returns is trusted; what [`sync_data`](Self::sync_data) acknowledged is hoped to be durable.
@@ -92,6 +93,8 @@ pub struct FileStore {
     device: bool,
     /// Past the page cache.
     direct: bool,
+    /// It can't say what it would have to fetch (RWF_NOWAIT): tmpfs, which fetches nothing, and some network file systems.
+    unsaid: AtomicBool,
 }
 
 /// What O_DIRECT may ask for at most: that buffers in memory, offsets and lengths are multiples of this.
@@ -119,7 +122,7 @@ impl FileStore {
     /// holds now, whoever else writes to it. [`VolumeError::Store`] where the file system or device can't do that for blocks of
     /// 4096 bytes. Buffers that begin at multiples of 4096 bytes are not copied.
     pub fn direct(self) -> Result<Self, VolumeError> {
-        let refused = |e: rustix::io::Errno| VolumeError::Store("be used past the page cache (O_DIRECT)", e.into());
+        let refused = |e: Errno| VolumeError::Store("be used past the page cache (O_DIRECT)", e.into());
         let flags = fcntl_getfl(&self.file).map_err(refused)?;
         fcntl_setfl(&self.file, flags | OFlags::DIRECT).map_err(refused)?;
         let known = statx(&self.file, c"", AtFlags::EMPTY_PATH, StatxFlags::DIOALIGN).map_err(refused)?;
@@ -127,7 +130,7 @@ impl FileStore {
         if known.stx_mask & StatxFlags::DIOALIGN.bits() != 0 {
             let (memory, offset) = (known.stx_dio_mem_align as usize, known.stx_dio_offset_align as usize);
             if offset == 0 || !ALIGN.is_multiple_of(offset) || memory == 0 || !ALIGN.is_multiple_of(memory) {
-                return Err(refused(rustix::io::Errno::OPNOTSUPP));
+                return Err(refused(Errno::OPNOTSUPP));
             }
         }
         Ok(Self { direct: true, ..self })
@@ -146,8 +149,8 @@ impl FileStore {
             _ => return Err(VolumeError::NotAVolume),
         };
         match rustix::fs::flock(&file, how) {
-            Ok(()) => Ok(Self { file, device, direct: false }),
-            Err(rustix::io::Errno::WOULDBLOCK) => Err(VolumeError::Busy),
+            Ok(()) => Ok(Self { file, device, direct: false, unsaid: AtomicBool::new(false) }),
+            Err(Errno::WOULDBLOCK) => Err(VolumeError::Busy),
             Err(e) => Err(VolumeError::Store("be locked", e.into())),
         }
     }
@@ -157,8 +160,14 @@ impl FileStore {
     /// Whether all of it was there without waiting.
     fn read_cached(&self, buffer: &mut [u8], offset: u64) -> bool {
         let length = buffer.len();
-        let read = preadv2(&self.file, &mut [IoSliceMut::new(buffer)], offset, ReadWriteFlags::NOWAIT);
-        read.is_ok_and(|read| read == length)
+        match preadv2(&self.file, &mut [IoSliceMut::new(buffer)], offset, ReadWriteFlags::NOWAIT) {
+            Ok(read) => read == length,
+            Err(Errno::OPNOTSUPP | Errno::NOSYS | Errno::INVAL) => {
+                self.unsaid.store(true, Ordering::Relaxed);
+                false
+            }
+            Err(_) => false,
+        }
     }
 }
 
@@ -188,7 +197,7 @@ impl Store for FileStore {
     /// What the kernel has is taken at once. The rest it is told of before the first of them is waited for, so that the device has all
     /// of them in hand together.
     fn read_many_at(&self, parts: &mut [(u64, &mut [u8])]) -> io::Result<()> {
-        if parts.len() == 1 || self.direct {
+        if parts.len() == 1 || self.direct || self.unsaid.load(Ordering::Relaxed) {
             return parts.iter_mut().try_for_each(|(offset, buffer)| self.read_at(buffer, *offset));
         }
         let mut missing = Vec::new();
@@ -237,7 +246,7 @@ impl Store for FileStore {
             return Ok(());
         }
         match rustix::fs::fallocate(&self.file, FallocateFlags::empty(), offset, bytes) {
-            Err(rustix::io::Errno::OPNOTSUPP | rustix::io::Errno::NOSYS) => Ok(()),
+            Err(Errno::OPNOTSUPP | Errno::NOSYS) => Ok(()),
             other => Ok(other?),
         }
     }
@@ -246,7 +255,7 @@ impl Store for FileStore {
         // On a block device this is a discard that leaves zeroes.
         let how = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
         match rustix::fs::fallocate(&self.file, how, offset, bytes) {
-            Err(rustix::io::Errno::OPNOTSUPP | rustix::io::Errno::NOSYS) => Ok(()),
+            Err(Errno::OPNOTSUPP | Errno::NOSYS) => Ok(()),
             other => Ok(other?),
         }
     }

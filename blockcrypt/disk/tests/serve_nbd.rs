@@ -27,7 +27,17 @@ fn served(more: &[&str]) -> (Folder, Keeper, String, Server) {
 
 #[test]
 fn qemu_and_libnbd_use_it_as_a_disk() {
-    let (folder, mut keeper, volume, server) = served(&[]);
+    used_as_a_disk(&[]);
+}
+
+/// Where tests run, file systems know O_DIRECT.
+#[test]
+fn qemu_and_libnbd_use_it_past_the_page_cache() {
+    used_as_a_disk(&["--direct"]);
+}
+
+fn used_as_a_disk(more: &[&str]) {
+    let (folder, mut keeper, volume, server) = served(more);
     let mode = std::fs::symlink_metadata(&server.socket).expect("there").permissions().mode();
     assert_eq!(mode & 0o777, 0o600);
     let uri = server.uri();

@@ -54,7 +54,9 @@ impl Answers {
         let mut slices = Vec::with_capacity(2 * self.parts.len());
         for (length, data) in &self.parts {
             slices.push(IoSlice::new(&self.heads[head..head + length]));
-            slices.push(IoSlice::new(&self.data[start + data.start..start + data.end]));
+            if !data.is_empty() {
+                slices.push(IoSlice::new(&self.data[start + data.start..start + data.end]));
+            }
             head += length;
         }
         let sent = write_all(to, &mut slices);
@@ -121,6 +123,11 @@ mod tests {
             let expected = [&b"onetwothree"[..], &data[..5000], b"four", &data[5000..], b"five"].concat();
             assert!(slow.0 == expected && answers.is_empty(), "{most} at a time");
         }
+        answers.shrink();
+        answers.add(b"x");
+        let mut slow = Slow(Vec::new(), 9);
+        answers.send(&mut slow).expect("taken");
+        assert!(slow.0 == b"x");
         answers.add(b"x");
         assert!(answers.send(&mut Slow(Vec::new(), 0)).is_err());
     }
