@@ -176,7 +176,7 @@ pub fn describe(devices: Devices<'_>) -> Map<String, Value> {
         ("console", devices.console.map(|console| json!({ "mode": console.mode }))),
         ("vsock", devices.vsock.map(|vsock| json!({ "cid": vsock.cid }))),
         ("balloon", devices.balloon.map(|balloon| json!(balloon))),
-        ("pvpanic", devices.pvpanic.then(|| json!(true))),
+        ("pvpanic", devices.pvpanic.then_some(Value::Bool(true))),
     ];
     all.into_iter().filter_map(|(key, value)| Some((key.to_owned(), value?))).collect()
 }
