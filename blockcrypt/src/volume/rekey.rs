@@ -38,7 +38,7 @@ impl Shared {
         // One that never had an anchor has none to tell the provider with.
         self.anchoring.kept().ok_or(VolumeError::NoAnchor)?;
         self.core()?.change_slots(new_current, new_older);
-        if let Err(error) = self.write_checkpoint(&group, Occasion::Running) {
+        if let Err(error) = self.write_checkpoint(&group, Occasion::Rewrapping) {
             self.core()?.change_slots(current, older);
             return Err(error);
         }
@@ -46,9 +46,10 @@ impl Shared {
             // Which key the provider goes by is not known: both superblocks must stay as they are.
             return Err(self.core()?.fail(error, &*self.backing.events));
         }
+        self.wipe_stale_slots()?;
+        self.core()?.space.release_all();
         // Once more, so that neither superblock has the old wrapping.
         self.write_checkpoint(&group, Occasion::Running)?;
-        self.wipe_stale_slots()?;
         drop(group);
         self.anchoring.after_flush()
     }
