@@ -22,15 +22,15 @@ pub(super) enum Occasion {
     Running,
     /// The opener's first: the pages that it read must stay until this one is anchored.
     Opening,
-    /// Key slots are wrapped anew: the superblock before, and all that it names, must stay until this one is anchored.
+    /// The first under another key-encryption key: the one before must stay whole until this one is anchored, with its slots.
     Rewrapping,
     /// The last.
     Closing,
 }
 
 impl Occasion {
-    /// Whether nothing of the superblock before may be reused before this one is anchored.
-    fn keeps_what_was(self) -> bool {
+    /// Whether nothing that the superblock before leads to may go before the anchor is kept.
+    fn waits_for_the_anchor(self) -> bool {
         matches!(self, Self::Opening | Self::Rewrapping)
     }
 }
@@ -223,7 +223,7 @@ impl Shared {
             core.settle(plan, from, occasion)?;
             self.anchoring.durable(core.anchor(from));
         }
-        if occasion.keeps_what_was() {
+        if occasion.waits_for_the_anchor() {
             return Ok(());
         }
         let tidied = self.wipe_stale_slots();
@@ -317,7 +317,7 @@ impl Core {
         self.chains_settled(&plan);
         let plan_freed = plan.freed;
         self.superblock = plan.next;
-        if !occasion.keeps_what_was() {
+        if !occasion.waits_for_the_anchor() {
             self.space.durable(plan.records);
             let stale = &self.stale_slots;
             let freed: Vec<u64> = plan_freed.into_iter().filter(|block| !stale.contains(block)).collect();

@@ -50,6 +50,7 @@ impl Shared {
         self.core()?.space.release_all();
         // Once more, so that neither superblock has the old wrapping.
         self.write_checkpoint(&group, Occasion::Running)?;
+        self.wipe_stale_slots()?;
         drop(group);
         self.anchoring.after_flush()
     }

@@ -292,6 +292,31 @@ fn either_end_of_superblocks_may_be_lost() {
 }
 
 #[test]
+fn attack_34_the_store_chooses_no_cipher_and_no_key() {
+    let scene = scene(AnchorMode::Close);
+    let end = scene.bytes.len();
+    let copies = [0, BLOCK, end - 2 * BLOCK, end - BLOCK];
+    // The cipher suite: cipher, MAC, tag length, zero. None is not a cipher.
+    for (at, value) in [(48, 0), (48, 2), (50, 0), (50, 2), (52, 0), (52, 16), (54, 1)] {
+        let mut bytes = scene.bytes.clone();
+        copies.iter().for_each(|copy| bytes[copy + at] = value);
+        let outcome = scene.judge(bytes, "another cipher suite");
+        assert!(matches!(outcome, Outcome::Refused(_)), "{at} {value}: {outcome:?}");
+    }
+    // A volume of the same name, whole in itself, under a key that the attacker made.
+    let mut foreign = Provider::new(AnchorMode::Close);
+    Arc::get_mut(&mut foreign).expect("nobody else's").volume = scene.provider.volume;
+    foreign.set_kek(77, 0xee);
+    let store = SimStore::new();
+    let volume = foreign.create(store.clone(), SIZE).expect("a volume");
+    volume.write(0, &fill(0, 9)).expect("written");
+    volume.close().expect("closed");
+    foreign.open_read_only(store.clone()).expect("it opens for him");
+    let outcome = scene.judge(store.bytes(), "a foreign header");
+    assert!(matches!(outcome, Outcome::Refused(_)), "{outcome:?}");
+}
+
+#[test]
 fn an_older_volume_does_not_open() {
     let (provider, store) = (Provider::new(AnchorMode::Close), SimStore::new());
     provider.create(store.clone(), SIZE).expect("a volume").close().expect("closed");

@@ -1,6 +1,7 @@
 //! `volume exec`: holds a volume's session for a command, hands it key, open number and anchor over an inherited socket, and
 //! takes the new anchors back; asks the provider for what the command needs permission for. The protocol is `policy::disk`'s.
 
+use super::overtime::{Overtime, boottime_ms};
 use super::{CliError, Session};
 use crate::api::{
     Done, SessionAnchor, SessionEnd, SessionEvent, SessionOperation, SessionOutcome, SessionPermit, SessionSize,
@@ -9,6 +10,7 @@ use crate::api::{
 use crate::client::{AdminClientError, OneTimeKey};
 use crate::server::problem::chain;
 use attest::client::ClientError;
+use attest::protocol::ProblemType;
 use policy::disk::{DiskSession, HolderAnswer, MESSAGE_LIMIT, Permit, ToolMessage, VolumeRequest};
 use policy::{CustomerId, VolumeId};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
@@ -27,10 +29,10 @@ use tokio::signal::unix::{SignalKind, signal};
 /// How long before the session's end it is renewed: thrice in its length.
 const RENEWALS: u32 = 3;
 
-/// How often the provider is asked again while it does not answer.
+/// How often the provider is asked again while it does not answer, or refuses.
 const RETRY: Duration = Duration::from_secs(2);
 
-/// How long it is waited for: the session would be over soon after.
+/// How long an answer to the command is waited for: the session would be over soon after.
 const PATIENCE: Duration = Duration::from_secs(60);
 
 /// Runs `command` with the volume.
@@ -44,19 +46,26 @@ pub(super) fn exec(
         return Err(CliError::Input("volume exec needs a command after --".into()));
     };
     let one_time = OneTimeKey::generate()?;
+    let asked_ms = boottime_ms();
     let view: SessionView = s.client.post(&format!("{}/sessions", path_of(customer, name)), &one_time.request())?;
     let kek = one_time.open(customer, name, &view.key)?;
     let first = Part { volume: view.grant.volume, path: session_path(customer, name, &view) };
-    let mut held = Held { s, customer: customer.clone(), name: name.to_owned(), parts: vec![first], ended: false };
+    let length_ms = u64::from(view.seconds) * 1000;
+    let (customer, name, parts) = (customer.clone(), name.to_owned(), vec![first]);
+    let mut held = Held { s, customer, name, parts, length_ms, overtime: None, ended: false };
     let signals = Signals::start()?;
     let (ours, theirs) = sockets()?;
     let mut child = start(program, arguments, theirs.as_raw_fd())?;
     signals.forward_to(&child);
+    held.overtime = Some(Overtime::watch(&child, asked_ms + length_ms)?);
     drop(theirs);
-    let period = Duration::from_secs(u64::from(view.seconds)) / RENEWALS;
-    let served = serve(&mut held, &ours, &DiskSession { grant: view.grant, size: view.size }, &kek, period);
+    let mut renewal = Instant::now() + Duration::from_millis(length_ms) / RENEWALS;
+    let served = serve(&mut held, &ours, &DiskSession { grant: view.grant, size: view.size }, &kek, &mut renewal);
     drop((kek, ours));
-    let status = wait(&mut child, &mut held, period)?;
+    let status = wait(&mut child, &mut held, renewal)?;
+    if held.overtime.as_ref().is_some_and(Overtime::was_ended) {
+        eprintln!("fealty-keys: the session was over and the volume may be another's now: the command was ended");
+    }
     if let Err(error) = &served {
         eprintln!("fealty-keys: {}", chain(error));
     }
@@ -83,6 +92,9 @@ struct Held {
     name: String,
     /// Its session, and that of a clone which the command makes of it.
     parts: Vec<Part>,
+    /// How long a session lasts from when it was asked for or renewed.
+    length_ms: u64,
+    overtime: Option<Overtime>,
     ended: bool,
 }
 
@@ -93,13 +105,26 @@ struct Part {
 }
 
 impl Held {
-    fn renew(&mut self) {
+    /// Renews every session, and says when to do so again.
+    fn renew(&mut self) -> Instant {
+        let asked_ms = boottime_ms();
+        let mut good = true;
         for part in &self.parts {
-            let renewed: Result<Done, _> = self.s.client.post(&format!("{}/renew", part.path), &());
-            if let Err(error) = renewed {
-                eprintln!("fealty-keys: the session was not renewed: {}", chain(&error));
+            let renewed: Result<Done, AdminClientError> = self.s.client.post(&format!("{}/renew", part.path), &());
+            let Err(error) = renewed else { continue };
+            good = false;
+            eprintln!("fealty-keys: the session was not renewed: {}", chain(&error));
+            let AdminClientError::Client(error) = error else { continue };
+            if let (Some(ProblemType::VolumeHeld | ProblemType::NotFound), Some(overtime)) =
+                (error.problem(), &self.overtime)
+            {
+                overtime.over();
             }
         }
+        if let (true, Some(overtime)) = (good, &self.overtime) {
+            overtime.until(asked_ms + self.length_ms);
+        }
+        Instant::now() + if good { Duration::from_millis(self.length_ms) / RENEWALS } else { RETRY }
     }
 
     /// Passes a message on. A provider that can't be reached is waited for: a volume that is open loses nothing by it.
@@ -220,7 +245,7 @@ fn serve(
     socket: &UnixStream,
     session: &DiskSession,
     kek: &Secret<32>,
-    period: Duration,
+    renewal: &mut Instant,
 ) -> Result<(), CliError> {
     let broken = |e| CliError::Start("the conversation with the command".into(), e);
     let mut stream = socket;
@@ -231,11 +256,9 @@ fn serve(
         Err(error) if error.kind() == ErrorKind::BrokenPipe => return Ok(()),
         other => other.map_err(broken)?,
     }
-    let mut renewal = Instant::now() + period;
     loop {
         if !readable(socket, renewal.saturating_duration_since(Instant::now())).map_err(broken)? {
-            held.renew();
-            renewal = Instant::now() + period;
+            *renewal = held.renew();
             continue;
         }
         let Some(message) = receive(&mut stream).map_err(broken)? else { return Ok(()) };
@@ -286,8 +309,7 @@ fn receive(stream: &mut &UnixStream) -> std::io::Result<Option<Vec<u8>>> {
 }
 
 /// Waits for the command; it may still be at work after it hung up.
-fn wait(child: &mut Child, held: &mut Held, period: Duration) -> Result<ExitStatus, CliError> {
-    let mut renewal = Instant::now() + period;
+fn wait(child: &mut Child, held: &mut Held, mut renewal: Instant) -> Result<ExitStatus, CliError> {
     loop {
         let ended = child.try_wait().map_err(|e| CliError::Start("waiting for the command".into(), e))?;
         if let Some(status) = ended {
@@ -295,8 +317,7 @@ fn wait(child: &mut Child, held: &mut Held, period: Duration) -> Result<ExitStat
         }
         std::thread::sleep(Duration::from_millis(5));
         if Instant::now() >= renewal {
-            held.renew();
-            renewal = Instant::now() + period;
+            renewal = held.renew();
         }
     }
 }

@@ -6,6 +6,7 @@ mod exec;
 mod files;
 mod inventory;
 mod output;
+mod overtime;
 mod people;
 mod reference;
 mod restore;

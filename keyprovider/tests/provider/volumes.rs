@@ -159,6 +159,29 @@ fn volume_exec_hands_the_volume_to_its_command_and_ends_with_its_code() {
     lab.keys(&["volume", "exec", "acme", "root", "--", "true"]);
 }
 
+#[test]
+fn a_command_ends_once_its_session_is_lost() {
+    let lab = Lab::new();
+    let url = lab.provider.url.to_string();
+    let child = keys_command()
+        .args(["volume", "exec", "acme", "root", "--profile", &lab.text("keys/admin.json"), "--url", &url])
+        .args(["--", "sh", "-c", "touch \"$0\"; exec sleep 600", &lab.text("started")])
+        .stderr(std::process::Stdio::piped())
+        .spawn()
+        .expect("runs");
+    let start = std::time::Instant::now();
+    while !lab.path("started").exists() {
+        assert!(start.elapsed().as_secs() < 60, "it never starts");
+        std::thread::sleep(std::time::Duration::from_millis(50));
+    }
+    // As after a restore, or once an administrator gave the volume away: the next renewal is refused.
+    lab.sql("DELETE FROM holders");
+    let output = child.wait_with_output().expect("ended");
+    let said = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert_eq!(output.status.code(), Some(128 + 9), "{said}");
+    assert!(said.contains("no longer holds volume root") && said.contains("the command was ended"), "{said}");
+}
+
 /// Not a test by itself: the command that `volume exec` runs above.
 #[test]
 fn plays_fealty_disk() {
