@@ -21,11 +21,17 @@ fn until_killed(mut round: impl FnMut(usize) -> Ended) {
     panic!("only {kills} of 100 rounds were killed");
 }
 
-/// Kills `words` at random moments of its work. Whenever it was, the volume is whole and holds `image`, and `words` goes on to its end.
-fn killed_again_and_again(words: &[&str]) -> Keys {
+/// Kills `words` at random moments of its work on a volume that was prepared so. Whenever it was, the volume is whole and holds the same,
+/// and `words` goes on to its end.
+fn killed_again_and_again(prepare: &[&[&str]], words: &[&str]) -> Keys {
     let (keys, image) = Keys::with_volume(ALL);
     let volume = keys.volume("root");
-    let words: Vec<&str> = words.iter().map(|word| if *word == "VOLUME" { &volume } else { *word }).collect();
+    let filled = |words: &[&str]| words.iter().map(|word| word.replace("VOLUME", &volume)).collect::<Vec<_>>();
+    for words in prepare {
+        keys.exec("root", &text(&filled(words))).good();
+    }
+    let words = filled(words);
+    let words = text(&words);
     let (mut random, whole) = (random(), keys.duration("root", &words));
     until_killed(|_| {
         let ended = keys.killed("root", &words, random.moment(whole));
@@ -39,7 +45,7 @@ fn killed_again_and_again(words: &[&str]) -> Keys {
 
 #[test]
 fn a_killed_rekey_goes_on_under_the_same_key() {
-    let keys = killed_again_and_again(&["rekey", "VOLUME"]);
+    let keys = killed_again_and_again(&[], &["rekey", "VOLUME"]);
     let volume = keys.volume("root");
     assert_eq!(keys.json("root", &["info", &volume])["older_keys"], 0);
     // What was cut off between its permission and its outcome is told of.
@@ -54,15 +60,18 @@ fn a_killed_rekey_goes_on_under_the_same_key() {
     }
 }
 
+const SNAPSHOT: &[&str] = &["snapshot", "take", "VOLUME", "--name", "s"];
+
+/// Of a volume that has older keys too.
 #[test]
 fn a_killed_rewrap_never_locks_anybody_out() {
-    let keys = killed_again_and_again(&["rewrap", "VOLUME"]);
+    let keys = killed_again_and_again(&[SNAPSHOT, &["rekey", "VOLUME"]], &["rewrap", "VOLUME"]);
     assert!(keys.story().contains(&"volume-rewrapped".to_owned()));
 }
 
 #[test]
 fn a_killed_snapshot_leaves_a_whole_volume() {
-    killed_again_and_again(&["snapshot", "take", "VOLUME", "--name", "s"]);
+    killed_again_and_again(&[], SNAPSHOT);
 }
 
 #[test]

@@ -220,8 +220,13 @@ pub async fn grant(
     // An id is the volume's once an anchor names it; until then each opening gets a fresh one, so that no id ever names two
     // masters.
     let anchored = volume.anchor.as_ref().map(VolumeAnchor::key_id);
-    let key_id = match volume.key_id {
-        Some(id) if anchored == Some(id) => id,
+    let key_id = match (volume.key_id, anchored) {
+        (Some(id), Some(anchored)) if id == anchored => id,
+        // A rekey that never came to its anchor: nobody else gets its id, and new writes stay under the key that they had.
+        (Some(id), Some(anchored)) if volume.rekey == Some(id) => {
+            volumes::give_up_rekey(c, &volume.id, anchored).await?;
+            anchored
+        }
         _ => volumes::new_write_key(c, volume).await?,
     };
     let open_number = volumes::next_open(c, volume).await?;

@@ -49,8 +49,8 @@ Example: fealty-keys volume exec acme root -- fealty-disk export root.vol root.i
 
 What weakens, doubles or ends a volume needs a rule of the customer's policy that names it, and stands in the audit log before it is
 done and after:
-  volume.revert   fealty-disk snapshot revert      volume.clone    fealty-disk clone
-  volume.rekey    fealty-disk rekey                volume.erase    fealty-disk erase, fealty-keys volume retire
+  volume.revert   fealty-disk snapshot revert            volume.clone    fealty-disk clone
+  volume.rekey    fealty-disk rekey, serve --rekey       volume.erase    fealty-disk erase, fealty-keys volume retire
   volume.rewrap   fealty-disk rewrap
   permit (principal == Administrator::\"ann\", action in [Action::\"volume.rekey\", Action::\"volume.rewrap\"], resource);
   permit (principal, action == Action::\"volume.erase\", resource == Volume::\"scratch\");

@@ -212,6 +212,16 @@ pub async fn end_rekey(c: &mut SqliteConnection, volume: &VolumeId) -> Result<()
     Ok(())
 }
 
+/// New writes stay under `key`: the id of a rekey was never used.
+pub async fn give_up_rekey(c: &mut SqliteConnection, volume: &VolumeId, key: KeyId) -> Result<(), StoreError> {
+    sqlx::query("UPDATE volumes SET key_id = ?, rekey_key_id = NULL WHERE id = ?")
+        .bind(key_column(key))
+        .bind(&volume.0[..])
+        .execute(c)
+        .await?;
+    Ok(())
+}
+
 /// Keeps the key-encryption key that a rewrap is given, beside the one so far.
 pub async fn begin_rewrap(
     c: &mut SqliteConnection,

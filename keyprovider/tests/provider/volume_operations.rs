@@ -138,13 +138,14 @@ fn without_a_rule_that_names_it_nothing_is_permitted() {
 fn a_rekey_goes_on_with_its_key_once_an_anchor_names_it() {
     let lab = lab();
     let mut session = Session::open(&lab);
-    let own = session.view.grant.kek_id;
+    let (own, before) = (session.view.grant.kek_id, session.view.grant.key_id);
     let first = key(&session.begin(VolumeOperation::Rekey).expect("permitted"));
     session.end();
-    // Whoever got it may have made a master of that name: nobody else does.
+    // Whoever got it may have made a master of that name: nobody else does. Nor is another opening rekeyed in its place.
     let mut session = Session::open(&lab);
+    assert_eq!(session.view.grant.key_id, before);
     let second = key(&session.begin(VolumeOperation::Rekey).expect("permitted"));
-    assert!(first != second && session.view.grant.key_id != first);
+    assert_ne!(first, second);
     session.anchor(1, second, own).expect("anchored");
     session.end();
     let mut session = Session::open(&lab);

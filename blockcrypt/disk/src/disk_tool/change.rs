@@ -40,6 +40,9 @@ struct Erased<'a> {
     retired: bool,
 }
 
+const HALF_ERASED: &str =
+    "the volume may be erased in part: fealty-disk erase FILE --force, without the key holder, ends it";
+
 /// A change of the volume at `path` by `command`, and what permission it needs.
 pub(super) struct Change<'a> {
     pub(super) context: &'a Context,
@@ -109,7 +112,7 @@ pub(super) fn erase(context: &Context, words: &Erase) -> Result<(), ToolError> {
         if found != grant.volume {
             return Err(failed(VolumeError::OtherVolume { found, expected: grant.volume }));
         }
-        context.interrupts.changing();
+        context.interrupts.changing(HALF_ERASED);
         let request = VolumeRequest::plain(VolumeOperation::Erase);
         let erased = permitted(&holder, request, |_| erase_store(&store).map_err(failed));
         erased.map_err(|error| match error {
@@ -117,7 +120,7 @@ pub(super) fn erase(context: &Context, words: &Erase) -> Result<(), ToolError> {
             other => other,
         })?
     } else {
-        context.interrupts.changing();
+        context.interrupts.changing(HALF_ERASED);
         erase_store(&store).map_err(failed)?
     };
     let rest = match retired {
@@ -144,7 +147,7 @@ impl Change<'_> {
         let Handover { mut grant, kek, holder, size } = self.context.handover(self.command)?;
         let failed = |e| ToolError::Volume(self.path.to_owned(), e);
         let store = FileStore::exclusive(file).map_err(failed)?;
-        self.context.interrupts.changing();
+        self.context.interrupts.changing("the volume is whole: run this again, and it goes on");
         let change = |leave: Leave| {
             let next = match leave {
                 Leave::Kek(next) => Some(next),

@@ -186,7 +186,9 @@ pub(super) fn clone(context: &Context, words: &Clone) -> Result<(), ToolError> {
             };
             let of = CloneOf { source: &source, kek: &handover.kek };
             let made = Volume::create_clone(store, of, grant, &kek, first, holder.clone(), &mut heard);
-            made.map_err(|e| ToolError::Volume(words.clone.clone(), e))
+            // What is not as it should be, was read.
+            let of = |e: &VolumeError| if e.is_integrity() { &words.volume } else { &words.clone };
+            made.map_err(|e| ToolError::Volume(of(&e).clone(), e))
         })?;
         source.close().map_err(failed)?;
         Ok(id)

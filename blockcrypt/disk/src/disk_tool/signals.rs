@@ -21,8 +21,8 @@ enum Stage {
     Draft(PathBuf),
     /// A device is being written.
     Device(PathBuf),
-    /// A volume is being changed in its place.
-    Changing,
+    /// A volume is being changed in its place; what is to be said of one that is cut off.
+    Changing(&'static str),
     /// It gets its name and its anchor: too late to go back, and soon over. Whether an interruption was asked for.
     Committing(bool),
     /// A volume is lent to others; what hangs up when that is to end.
@@ -57,9 +57,9 @@ impl Interrupts {
         *self.stage() = Stage::Device(device.to_owned());
     }
 
-    /// A volume is changed in its place from now on.
-    pub(crate) fn changing(&self) {
-        *self.stage() = Stage::Changing;
+    /// A volume is changed in its place from now on; `cut_off` says how it is when that is interrupted.
+    pub(crate) fn changing(&self, cut_off: &'static str) {
+        *self.stage() = Stage::Changing(cut_off);
     }
 
     pub(crate) fn committing(&self) {
@@ -98,7 +98,7 @@ impl Interrupts {
             Stage::Device(device) => {
                 report::line(&format!("interrupted; {} was overwritten in part", device.display()));
             }
-            Stage::Changing => report::line("interrupted; the volume is whole: run this again, and it goes on"),
+            Stage::Changing(cut_off) => report::line(&format!("interrupted; {cut_off}")),
             Stage::Committing(asked @ false) => {
                 *asked = true;
                 report::line(
