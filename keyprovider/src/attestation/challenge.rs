@@ -70,7 +70,7 @@ impl Challenge {
     /// Everything but a start was asked for by the newest instance itself.
     fn lane(&self) -> Lane {
         match self.operation.operation {
-            Operation::PowerOn => Lane::Host(self.host),
+            Operation::PowerOn => Lane::start(self.host, self.address),
             _ => Lane::Instance(self.client_key),
         }
     }
@@ -125,10 +125,10 @@ impl Challenges {
         all.retain(|_, entry| entry.until_us > now_us);
         let of_key = || all.values().filter(|e| e.client_key == challenge.client_key);
         let waiting = of_key().filter(|e| matches!(e.stage, Stage::Open(_))).count();
-        let starts = || all.values().filter(|e| matches!(e.lane, Lane::Host(_)));
+        let starts = || all.values().filter(|e| matches!(e.lane, Lane::Host(..)));
         let many_starts =
             || starts().count() >= ALL || starts().filter(|e| e.address == challenge.address).count() >= PER_ADDRESS;
-        let start = matches!(challenge.lane(), Lane::Host(_));
+        let start = matches!(challenge.lane(), Lane::Host(..));
         if waiting >= PER_KEY || of_key().count() >= PER_KEY_AND_MINUTE || (start && many_starts()) {
             return Err(Refusal::new(ProblemType::TooMuch, "too many attestations are open")
                 .hint("answer the ones that are, or wait a minute until their nonces end"));
