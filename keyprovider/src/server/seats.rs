@@ -27,10 +27,13 @@ const KEPT: usize = 16_384;
 /// The most of them for one client key.
 const KEPT_PER_KEY: usize = 4;
 
+/// Whose a handshake is, and how to end it.
+type Handshake = (IpAddr, oneshot::Sender<()>);
+
 /// All seats.
 #[derive(Debug, Clone, Default)]
 pub(super) struct Seats {
-    standing: Arc<Mutex<VecDeque<(IpAddr, oneshot::Sender<()>)>>>,
+    standing: Arc<Mutex<VecDeque<Handshake>>>,
     strangers: Counts<IpAddr>,
     kept: Counts<Digest>,
 }
