@@ -8,6 +8,7 @@
 //! ioctl 1 == KVM_RUN                # where argument 1 (from 0, 32 bits) is this
 //! ioctl 1 & 0xff00 == 0xae00        # where it is this after masking
 //! mmap 2 & PROT_EXEC == 0, 3 & MAP_SHARED == 0      # both
+//! tgkill 0 == SELF                  # where it is the process's own id, put in when the filter is installed
 //! ```
 //!
 //! Two rules of one system call are alternatives. What no rule allows kills the process. `clone3` alone is answered with
@@ -223,7 +224,8 @@ fn number(path: &str, text: &str) -> u64 {
 }
 
 /// Values of Linux' headers for x86_64.
-const NAMES: [(&str, u64); 44] = [
+const NAMES: [(&str, u64); 45] = [
+    ("SELF", 0x5e1f_5e1f),
     ("AT_EMPTY_PATH", 0x1000),
     ("AF_UNIX", 1),
     ("AF_INET", 2),

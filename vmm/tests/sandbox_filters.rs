@@ -10,7 +10,7 @@ const VARIABLE: &str = "FEALTY_TEST_FILTER";
 const SURVIVED: i32 = 42;
 
 /// What the child does under its filter.
-const DEEDS: [(&str, fn()); 10] = [
+const DEEDS: [(&str, fn()); 12] = [
     ("nothing", || ()),
     ("open", || drop(std::fs::File::open("/dev/null"))),
     ("openat2", || {
@@ -42,6 +42,14 @@ const DEEDS: [(&str, fn()); 10] = [
     ("terminal-injection", || {
         // SAFETY: the pointer is to one readable byte.
         unsafe { libc::ioctl(0, libc::TIOCSTI, c"x".as_ptr()) };
+    }),
+    ("signal-to-itself", || {
+        // SAFETY: signal 0 is none: only the permission is asked for.
+        unsafe { libc::syscall(libc::SYS_tgkill, libc::getpid(), libc::gettid(), 0) };
+    }),
+    ("signal-to-another", || {
+        // SAFETY: signal 0 is none: only the permission is asked for.
+        unsafe { libc::syscall(libc::SYS_tgkill, 1, 1, 0) };
     }),
 ];
 
@@ -116,5 +124,13 @@ fn no_thread_forks_executes_traces_or_types_into_terminals() {
         for deed in ["fork", "execute", "executable-memory", "trace", "terminal-injection"] {
             killed(filter, deed);
         }
+    }
+}
+
+#[test]
+fn no_thread_signals_another_process() {
+    for filter in Filter::ALL {
+        survives(filter, "signal-to-itself");
+        killed(filter, "signal-to-another");
     }
 }

@@ -36,8 +36,8 @@ pub(super) enum ImaError {
     /// Its content.
     #[error(transparent)]
     Log(#[from] LogError),
-    /// More was asked for than there is.
-    #[error("the IMA log ends before byte {0}, from which it was asked for")]
+    /// It lost what was replayed already.
+    #[error("the IMA log ends before byte {0}, to which it was replayed: reboot the host")]
     Short(u64),
     /// More than a piece of evidence may hold.
     #[error(
@@ -55,11 +55,13 @@ impl ImaLog {
         Self { path: path.unwrap_or_else(|| LINUX_IMA_LOG.into()), boot, state: ImaState::START }
     }
 
-    /// The log from `offset` to its present end; nothing where none is asked for.
+    /// The log from `offset` to its present end; nothing where none is asked for. All of it where it ends before `offset`: that is
+    /// of an earlier boot, whose log was longer, and only evidence tells the key provider of the reset.
     pub(super) fn part(&mut self, offset: Option<u64>) -> Result<ImaPart, ImaError> {
         let Some(offset) = offset else { return Ok(ImaPart::default()) };
         self.catch_up()?;
-        let length = self.state.offset.checked_sub(offset).ok_or(ImaError::Short(offset))?;
+        let offset = if offset > self.state.offset { 0 } else { offset };
+        let length = self.state.offset - offset;
         let count = usize::try_from(length).ok().filter(|n| *n <= IMA_LIMIT).ok_or(ImaError::TooMuch(length))?;
         let bytes = self.read(offset, count)?;
         if bytes.len() < count {
@@ -121,7 +123,8 @@ mod tests {
         assert_ne!(second.pcr, first.pcr);
         let again = log.part(Some(0)).expect("good");
         assert_eq!((again.bytes.as_slice(), again.pcr), (whole.as_bytes(), second.pcr));
-        assert!(matches!(log.part(Some(end * 9)), Err(ImaError::Short(_))));
+        let of_an_earlier_boot = log.part(Some(end * 9)).expect("good");
+        assert_eq!((of_an_earlier_boot.offset, of_an_earlier_boot.bytes), (0, again.bytes));
         assert!(log.part(None).expect("good").bytes.is_empty());
     }
 

@@ -23,10 +23,10 @@ const PER_KEY: usize = 4;
 /// The most attestations of one client key in a minute, refused ones counted.
 const PER_KEY_AND_MINUTE: usize = 120;
 
-/// The most open attestations of one address.
+/// The most starts that one address has asked for within a nonce's life. Instances are no strangers: theirs count by key alone.
 const PER_ADDRESS: usize = 2048;
 
-/// The most open attestations.
+/// The most starts that all have asked for.
 const ALL: usize = 16_384;
 
 /// What was asked, and what the answer must prove.
@@ -72,7 +72,7 @@ impl Challenge {
     /// Everything but a start was asked for by the newest instance itself.
     fn lane(&self) -> Lane {
         match self.operation.operation {
-            Operation::PowerOn => Lane::Host(self.host),
+            Operation::PowerOn => Lane::start(self.host, self.address),
             _ => Lane::Instance(self.client_key),
         }
     }
@@ -127,9 +127,11 @@ impl Challenges {
         all.retain(|_, entry| entry.until_us > now_us);
         let of_key = || all.values().filter(|e| e.client_key == challenge.client_key);
         let waiting = of_key().filter(|e| matches!(e.stage, Stage::Open(_))).count();
-        let of_address = all.values().filter(|e| e.address == challenge.address).count();
-        let too_many = waiting >= PER_KEY || of_key().count() >= PER_KEY_AND_MINUTE || of_address >= PER_ADDRESS;
-        if all.len() >= ALL || too_many {
+        let starts = || all.values().filter(|e| matches!(e.lane, Lane::Host(..)));
+        let many_starts =
+            || starts().count() >= ALL || starts().filter(|e| e.address == challenge.address).count() >= PER_ADDRESS;
+        let start = matches!(challenge.lane(), Lane::Host(..));
+        if waiting >= PER_KEY || of_key().count() >= PER_KEY_AND_MINUTE || (start && many_starts()) {
             return Err(Refusal::new(ProblemType::TooMuch, "too many attestations are open")
                 .hint("answer the ones that are, or wait a minute until their nonces end"));
         }
@@ -184,13 +186,18 @@ mod tests {
     use super::*;
 
     fn challenge(id: u8, key: u8) -> Challenge {
+        asked(AttestationId([id; 16]), Digest([key; 32]), Operation::PowerOn)
+    }
+
+    fn asked(id: AttestationId, client_key: Digest, operation: Operation) -> Challenge {
+        let AttestationId([first, ..]) = id;
         Challenge {
-            id: AttestationId([id; 16]),
-            nonce: Nonce([id; 32]),
+            id,
+            nonce: Nonce([first; 32]),
             customer: "acme".parse().expect("label"),
             vm: "payroll".parse().expect("label"),
-            operation: OperationRequest::plain(Operation::PowerOn),
-            client_key: Digest([key; 32]),
+            operation: OperationRequest::plain(operation),
+            client_key,
             host: HostId(Digest([1; 32])),
             ak_public: vec![],
             ak_name: vec![],
@@ -247,5 +254,20 @@ mod tests {
         assert_eq!(all.add(challenge(99, 1), 0).map_err(|r| r.kind), Err(ProblemType::TooMuch));
         assert!(all.add(challenge(99, 2), 0).is_ok(), "another key has its own bound");
         assert!(all.add(challenge(98, 1), 100).is_ok(), "the old ones are gone");
+    }
+    #[test]
+    fn attack_39_starts_of_strangers_leave_instances_of_their_address_their_room() {
+        let all = Challenges::default();
+        let id = |n: usize| AttestationId((n as u128).to_le_bytes());
+        let mut starts = 0;
+        while all.add(asked(id(starts), Digest::of(&starts.to_le_bytes()), Operation::PowerOn), 0).is_ok() {
+            starts += 1;
+        }
+        assert_eq!(starts, PER_ADDRESS);
+        for n in 0..PER_KEY {
+            all.add(asked(id(starts + 1 + n), Digest([9; 32]), Operation::Renew), 0).expect("an instance has its own");
+        }
+        let fifth = asked(id(starts + 99), Digest([9; 32]), Operation::Renew);
+        assert_eq!(all.add(fifth, 0).map_err(|r| r.kind), Err(ProblemType::TooMuch));
     }
 }

@@ -2,7 +2,8 @@
 //!
 //! ```text
 //! ask        customer, VM, EK in an inventory of the customer? known AK? a nonce, or a nonce and a credential
-//! prove      nonce consumed; activation; then verdict and release, in a task that the client can't cut short
+//! prove      room for the announced length; nonce consumed; activation; then verdict and release, in a task that the client
+//!            can't cut short
 //! verdict    signature, nonce, H, PCR digest = replayed logs (attest::verify)
 //! release    in one transaction: layers known, claims, current file, policy, no other instance, volumes free;
 //!            instance and open numbers issued, holders set, event appended, bundle sealed, answer kept; then commit
@@ -17,7 +18,7 @@ pub mod verdict;
 
 use crate::bounds::Allowance;
 use crate::provider::{Provider, Refused};
-use crate::server::body::{At, Json as Body, SMALL, parse, read};
+use crate::server::body::{At, Json as Body, SMALL, length, parse, read};
 use crate::server::gate::Caller;
 use crate::server::problem::Refusal;
 use crate::store::audit::{Draft, append};
@@ -40,17 +41,11 @@ use policy::{AttestationId, CustomerId, Digest, HostId, Nonce, OperationClass, R
 use secretmem::Secret;
 use sqlx::SqliteConnection;
 use std::sync::Arc;
-use tokio::sync::{Semaphore, watch};
+use tokio::sync::watch;
 
 /// How long after a lease's end, by the provider's clock, its instance counts as gone. Leases are counted a thousandth
 /// longer here than they are given, for the sake of slow clocks.
 pub const LEASE_MARGIN_US: u64 = 2_000_000;
-
-/// Evidence that is judged at once, in MiB: each may take its length several times over.
-static JUDGED: Semaphore = Semaphore::const_new(512);
-
-/// The least that evidence counts, in MiB, so that there is not too much of it at once.
-const LEAST: u32 = 8;
 
 /// An IMA log of which so many bytes were read is not sent again from its start for a power-on.
 const LONG_IMA: u64 = 1 << 20;
@@ -122,7 +117,9 @@ async fn answer_to(
         Some(lane) => lane,
         None => kept_answer(&provider, &caller, &id).await?.map(|_| Lane::Instance(caller.key)).ok_or_else(stale)?,
     };
-    let place = provider.lanes.enter(lane).await.ok_or_else(unavailable)?;
+    let length = length(&request, REQUEST_LIMIT)?;
+    let full = || Refusal::new(ProblemType::Unavailable, "there is too much evidence at once").hint("try again");
+    let place = provider.lanes.enter(lane, length).await.ok_or_else(full)?;
     let bytes = read(request, REQUEST_LIMIT).await?;
     // The same bytes for the other purpose are another request.
     let digest = Digest::of_fields(if wanted == Wanted::Keys { "evidence" } else { "opinion" }, &[&bytes]);
@@ -135,7 +132,7 @@ async fn answer_to(
             let answer = sender.subscribe();
             // A task of its own: a client that hangs up can't stop a decision half way. It keeps the place: what waits to be
             // judged is megabytes too.
-            let judged = judge(provider.clone(), challenge, bytes, digest, wanted, sender);
+            let judged = judge(provider.clone(), lane, challenge, bytes, digest, wanted, sender);
             tokio::spawn(async move {
                 judged.await;
                 drop(place);
@@ -155,6 +152,7 @@ async fn answer_to(
 
 async fn judge(
     provider: Arc<Provider>,
+    lane: Lane,
     challenge: Box<Challenge>,
     bytes: Vec<u8>,
     digest: Digest,
@@ -169,10 +167,9 @@ async fn judge(
         .detail("address", challenge.address);
     let restricted = challenge.operation.operation.class() == OperationClass::Restricted;
     let (id, customer, vm) = (challenge.id, challenge.customer.clone(), challenge.vm.clone());
-    let room = u32::try_from(bytes.len() >> 20).unwrap_or(u32::MAX).max(LEAST);
-    let answer = match JUDGED.acquire_many(room).await {
-        Ok(_place) => decide(&provider, *challenge, bytes, digest, wanted).await,
-        Err(_) => Err(unavailable()),
+    let answer = match provider.lanes.judge(lane).await {
+        Some(_turn) => decide(&provider, *challenge, bytes, digest, wanted).await,
+        None => Err(unavailable()),
     };
     let answer = match (wanted, answer) {
         (Wanted::Keys, Ok(body)) => Ok(body),

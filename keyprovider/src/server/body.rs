@@ -75,6 +75,17 @@ pub fn parse<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, Refusal> {
     serde_json::from_slice(bytes).map_err(|error| Refusal::unreadable("the body can't be read", &error))
 }
 
+/// The length in bytes, at most `limit`, of a body for which room has to be made before it is read: that must be announced.
+pub fn length(request: &Request, limit: usize) -> Result<usize, Refusal> {
+    let unknown = || Refusal::new(ProblemType::BadRequest, "this body's length must be announced: send content-length");
+    let length = announced(request).ok_or_else(unknown)?;
+    usize::try_from(length).ok().filter(|length| *length <= limit).ok_or_else(|| too_long(limit))
+}
+
+fn too_long(limit: usize) -> Refusal {
+    Refusal::new(ProblemType::TooMuch, format!("the body is longer than {limit} bytes"))
+}
+
 /// The length that a request says its body has, in bytes.
 fn announced(request: &Request) -> Option<u64> {
     let announced = request.headers().get(axum::http::header::CONTENT_LENGTH)?;
@@ -83,13 +94,12 @@ fn announced(request: &Request) -> Option<u64> {
 
 /// Reads a body of at most `limit` bytes within [`BODY_TIME`].
 pub async fn read(request: Request, limit: usize) -> Result<Vec<u8>, Refusal> {
-    let too_long = || Refusal::new(ProblemType::TooMuch, format!("the body is longer than {limit} bytes"));
     if announced(&request).is_some_and(|length| length > limit as u64) {
-        return Err(too_long());
+        return Err(too_long(limit));
     }
     match tokio::time::timeout(BODY_TIME, axum::body::to_bytes(request.into_body(), limit)).await {
         Ok(Ok(bytes)) => Ok(bytes.into()),
-        Ok(Err(_)) => Err(too_long()),
+        Ok(Err(_)) => Err(too_long(limit)),
         Err(_) => Err(Refusal::new(ProblemType::TooMuch, format!("the body took longer than {BODY_TIME:?}"))),
     }
 }

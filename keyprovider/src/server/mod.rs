@@ -4,29 +4,24 @@ pub mod body;
 pub mod gate;
 pub mod problem;
 pub mod routes;
+mod seats;
 pub mod tls;
 
 use crate::provider::Provider;
+use crate::store::vms::instance_by_key;
 use axum::Router;
 use axum::body::Body;
 use axum::http::Request;
 use gate::Peer;
 use hyper::server::conn::http1;
 use hyper_util::rt::{TokioIo, TokioTimer};
-use std::collections::HashMap;
+use seats::{Seat, Seats};
 use std::net::{IpAddr, SocketAddr};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 use std::time::Duration;
 use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::Semaphore;
 use tokio_rustls::TlsAcceptor;
 use tower::ServiceExt;
-
-/// The most connections at once.
-const CONNECTIONS: usize = 4096;
-
-/// The most connections at once from one address.
-const CONNECTIONS_PER_PEER: usize = 1024;
 
 /// How long a handshake may take.
 const HANDSHAKE_TIME: Duration = Duration::from_secs(10);
@@ -84,14 +79,13 @@ impl Server {
     /// Serves until `stop` is done; requests in flight are finished then.
     pub async fn serve(self, stop: impl Future<Output = ()>) {
         let Self { listener, acceptor, identity, provider, router } = self;
-        let all = Arc::new(Semaphore::new(CONNECTIONS));
-        let peers = Peers::default();
+        let seats = Seats::default();
         let mut connections = tokio::task::JoinSet::new();
         let mut renewal = tokio::time::interval(RENEWAL);
         let (closing, closed) = tokio::sync::watch::channel(false);
         tokio::pin!(stop);
         loop {
-            let permit = tokio::select! {
+            let accepted = tokio::select! {
                 () = &mut stop => break,
                 _ = renewal.tick() => {
                     if let Err(error) = identity.renew(&provider.authority, &provider.names, provider.clock.now_us()) {
@@ -100,30 +94,30 @@ impl Server {
                     continue;
                 }
                 Some(_) = connections.join_next() => continue,
-                permit = all.clone().acquire_owned() => permit,
+                accepted = listener.accept() => accepted,
             };
-            let Ok(permit) = permit else { break };
-            let (stream, address) = tokio::select! {
-                () = &mut stop => break,
-                accepted = listener.accept() => match accepted {
-                    Ok(accepted) => accepted,
-                    Err(error) => {
-                        // Out of descriptors, most likely: others have to end first.
-                        tracing::warn!("a connection can't be accepted: {error}");
-                        tokio::time::sleep(Duration::from_millis(100)).await;
-                        continue;
-                    }
-                },
+            let (stream, address) = match accepted {
+                Ok(accepted) => accepted,
+                Err(error) => {
+                    // Out of descriptors, most likely: others have to end first.
+                    tracing::warn!("a connection can't be accepted: {error}");
+                    tokio::time::sleep(Duration::from_millis(100)).await;
+                    continue;
+                }
             };
-            let Some(seat) = peers.seat(address.ip()) else { continue };
-            let (acceptor, router, provider) = (acceptor.clone(), router.clone(), provider.clone());
+            let (acceptor, router, provider, seats) =
+                (acceptor.clone(), router.clone(), provider.clone(), seats.clone());
+            let standing = seats.stand(address.ip());
             let mut closed = closed.clone();
             connections.spawn(async move {
                 let gone = async move {
                     let _ = closed.wait_for(|closing| *closing).await;
                 };
-                connection(stream, address.ip(), &acceptor, router, &provider, gone).await;
-                drop((permit, seat));
+                let greeted = standing.unless_pushed(greet(stream, address.ip(), &acceptor, &provider)).await.flatten();
+                let Some((stream, peer)) = greeted else { return };
+                if let Some(_seat) = seat(&seats, &peer, &provider).await {
+                    connection(stream, peer, router, gone).await;
+                }
             });
         }
         let _ = closing.send(true);
@@ -131,19 +125,31 @@ impl Server {
     }
 }
 
-async fn connection(
-    stream: TcpStream,
-    address: IpAddr,
-    acceptor: &TlsAcceptor,
-    router: Router,
-    provider: &Provider,
-    gone: impl Future<Output = ()>,
-) {
+type Tls = tokio_rustls::server::TlsStream<TcpStream>;
+
+/// The handshake, which says who it is.
+async fn greet(stream: TcpStream, address: IpAddr, acceptor: &TlsAcceptor, provider: &Provider) -> Option<(Tls, Peer)> {
     let _ = stream.set_nodelay(true);
-    let Ok(Ok(stream)) = tokio::time::timeout(HANDSHAKE_TIME, acceptor.accept(stream)).await else { return };
+    let stream = tokio::time::timeout(HANDSHAKE_TIME, acceptor.accept(stream)).await.ok()?.ok()?;
     let chain = stream.get_ref().1.peer_certificates();
     let (key, admin_certificate) = tls::identify(chain, &provider.admin_authority, provider.clock.now_us());
-    let peer = Peer { address, key, admin_certificate };
+    Some((stream, Peer { address, key, admin_certificate }))
+}
+
+/// A seat for the connection: a stranger's while there are any, else one that is kept for who is none.
+async fn seat(seats: &Seats, peer: &Peer, provider: &Provider) -> Option<Seat> {
+    if let Some(seat) = seats.stranger(peer.address) {
+        return Some(seat);
+    }
+    let key = peer.key?;
+    let known = peer.admin_certificate || {
+        let instance = instance_by_key(&mut *provider.db.read().await.ok()?, &key).await.ok()?;
+        instance.is_some_and(|instance| !instance.ended && !instance.revoked)
+    };
+    if known { seats.kept(key) } else { None }
+}
+
+async fn connection(stream: Tls, peer: Peer, router: Router, gone: impl Future<Output = ()>) {
     let service = hyper::service::service_fn(move |mut request: Request<hyper::body::Incoming>| {
         request.extensions_mut().insert(peer);
         router.clone().oneshot(request.map(Body::new))
@@ -162,35 +168,4 @@ async fn connection(
     }
     served.as_mut().graceful_shutdown();
     let _ = tokio::time::timeout(CLOSING_TIME, served).await;
-}
-
-/// How many connections each address has.
-#[derive(Debug, Clone, Default)]
-struct Peers(Arc<Mutex<HashMap<IpAddr, usize>>>);
-
-/// One of them; dropped with its connection.
-struct Seat(Peers, IpAddr);
-
-impl Peers {
-    fn seat(&self, address: IpAddr) -> Option<Seat> {
-        let mut peers = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        let count = peers.entry(address).or_insert(0);
-        if *count >= CONNECTIONS_PER_PEER {
-            return None;
-        }
-        *count += 1;
-        Some(Seat(self.clone(), address))
-    }
-}
-
-impl Drop for Seat {
-    fn drop(&mut self) {
-        let mut peers = self.0.0.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(count) = peers.get_mut(&self.1) {
-            *count -= 1;
-            if *count == 0 {
-                peers.remove(&self.1);
-            }
-        }
-    }
 }

@@ -6,6 +6,7 @@ use attest::client::Method;
 use attest::protocol::{ProblemType, REQUEST_LIMIT};
 use policy::report::{Report, ReportEvent};
 use policy::{Digest, InstanceNumber, Operation};
+use rustix::process::{Resource, getrlimit, setrlimit};
 use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer, PrivatePkcs8KeyDer};
 use rustls::{ClientConfig, ClientConnection, RootCertStore, StreamOwned};
@@ -270,4 +271,43 @@ fn older_protocols_and_plain_text_are_refused() {
     let mut answer = Vec::new();
     let _ = old.read_to_end(&mut answer);
     assert!(answer.first().is_none_or(|kind| *kind == 0x15), "an alert or nothing: {answer:?}");
+}
+
+#[test]
+fn attack_39_idle_connections_of_strangers_leave_instances_their_seats() {
+    let lab = Lab::new();
+    let mut vm = SoftVm::new(&lab);
+    vm.start(&lab.host);
+    vm.reconnect(&lab);
+    let mut descriptors = getrlimit(Resource::Nofile);
+    descriptors.current = descriptors.maximum;
+    setrlimit(Resource::Nofile, descriptors).expect("as many descriptors as there may be");
+    // As many as an address may have.
+    let idle: Vec<Tls> = (0..1024)
+        .map(|_| {
+            let mut tls = connect(&lab, true);
+            while tls.conn.is_handshaking() {
+                tls.conn.complete_io(&mut tls.sock).expect("a handshake");
+            }
+            tls
+        })
+        .collect();
+    vm.asking(Operation::Renew).attest(&lab.host).expect("renewed");
+    drop(idle);
+}
+
+#[test]
+fn attack_39_evidence_of_unknown_length_is_refused() {
+    let lab = Lab::new();
+    let vm = SoftVm::new(&lab);
+    let request = serde_json::to_string(&vm.request(&lab.host)).expect("json");
+    let mut tls = connect(&lab, true);
+    let length = request.len();
+    let head = format!("POST /v1/vms/payroll/attestations HTTP/1.1\r\nhost: x\r\ncontent-length: {length}\r\n\r\n");
+    let answer = say(&mut tls, format!("{head}{request}").as_bytes());
+    let id = answer.split_once("\"id\":\"").and_then(|(_, rest)| rest.split_once('"')).expect("a challenge").0;
+    let path = format!("/v1/vms/payroll/attestations/{id}/evidence");
+    let head = format!("PUT {path} HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\n");
+    let answer = say(&mut tls, head.as_bytes());
+    assert!(answer.contains("content-length"), "{answer}");
 }

@@ -74,12 +74,18 @@ impl Filter {
     }
 }
 
+/// What stands in a program for the process's own id, as in `build.rs`; far above the highest that there is (2^22).
+const SELF: u32 = 0x5e1f_5e1f;
+
 /// Puts the calling thread, and every thread it makes from now on, under `filter` for good. Whatever the filter does not
 /// allow kills the whole process (SIGSYS). Sets no_new_privs as well.
 pub fn close_thread(filter: Filter) -> Result<(), SandboxError> {
     super::process::no_new_privs()?;
+    // No list allows a fork: the id is that of every thread which will be under this filter.
+    let own = std::process::id();
+    let with_id = |k| if k == SELF { own } else { k };
     let program: Vec<libc::sock_filter> =
-        filter.program().iter().map(|&(code, jt, jf, k)| libc::sock_filter { code, jt, jf, k }).collect();
+        filter.program().iter().map(|&(code, jt, jf, k)| libc::sock_filter { code, jt, jf, k: with_id(k) }).collect();
     let length = u16::try_from(program.len())
         .map_err(|_| SandboxError::Step { step: "a filter's length", source: io::ErrorKind::InvalidData.into() })?;
     let program = libc::sock_fprog { len: length, filter: program.as_ptr().cast_mut() };

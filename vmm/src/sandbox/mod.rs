@@ -3,7 +3,8 @@
 //!
 //! Each kind of thread has a list in `vmm/seccomp/`, readable, compiled at build time and embedded, so that every build has
 //! the same. Filters add up: a vCPU thread runs under its own and under that of the thread that made it. What no list
-//! allows kills the process. No list but the opener's can open a path, and none can make a process or executable memory.
+//! allows kills the process. No list but the opener's can open a path, and none can make a process or executable memory, or signal
+//! another process: the VM processes of a host may share a user with each other.
 
 pub mod descriptors;
 pub mod filter;
