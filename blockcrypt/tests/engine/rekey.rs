@@ -6,7 +6,7 @@ use policy::{AnchorMode, KeyId};
 use secretmem::Secret;
 use std::io;
 use std::ops::Range;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, mpsc};
 
 const BLOCKS: u64 = 200;
 
@@ -323,4 +323,64 @@ fn older_slots_that_cant_be_read_keep_no_superblock_from_being_erased() {
     let unreadable = Unreadable(store.clone(), 2 * 4096..length - 2 * 4096);
     assert!(erase(&unreadable).expect("erased") >= 4);
     assert!(matches!(inspect(&*store), Err(VolumeError::NotAVolume)));
+}
+
+/// A store that says when it is to give room back, and does so when it is told.
+struct SlowPunch {
+    store: Arc<SimStore>,
+    asked: Mutex<mpsc::Sender<()>>,
+    told: Mutex<mpsc::Receiver<()>>,
+}
+
+impl Store for SlowPunch {
+    fn len(&self) -> io::Result<u64> {
+        self.store.len()
+    }
+    fn read_at(&self, buffer: &mut [u8], offset: u64) -> io::Result<()> {
+        self.store.read_at(buffer, offset)
+    }
+    fn write_at(&self, bytes: &[u8], offset: u64) -> io::Result<()> {
+        self.store.write_at(bytes, offset)
+    }
+    fn sync_data(&self) -> io::Result<()> {
+        self.store.sync_data()
+    }
+    fn set_len(&self, bytes: u64) -> io::Result<()> {
+        self.store.set_len(bytes)
+    }
+    fn reserve(&self, offset: u64, bytes: u64) -> io::Result<()> {
+        self.store.reserve(offset, bytes)
+    }
+    fn punch(&self, offset: u64, bytes: u64) -> io::Result<()> {
+        let _ = lock(&self.asked).send(());
+        let _ = lock(&self.told).recv();
+        self.store.punch(offset, bytes)
+    }
+}
+
+#[test]
+fn a_rewrap_leaves_alone_what_is_being_given_back() {
+    let (provider, store) = made();
+    let ((asked, hear), (tell, told)) = (mpsc::channel(), mpsc::channel());
+    let slow = SlowPunch { store, asked: Mutex::new(asked), told: Mutex::new(told) };
+    let volume = provider.open(slow).expect("opens");
+    volume.discard(0, 100 * 4096).expect("discarded");
+    std::thread::scope(|scope| {
+        let flush = scope.spawn(|| volume.flush());
+        hear.recv().expect("it gives room back");
+        let old = provider.kek();
+        provider.set_kek(78, 10);
+        volume.rewrap(&old, &provider.kek()).expect("rewrapped");
+        // This would go where it was before.
+        for lba in 0..50 {
+            volume.write(lba * 4096, &content(lba)).expect("written");
+        }
+        volume.checkpoint().expect("durable");
+        drop(tell);
+        flush.join().expect("joined").expect("flushed");
+    });
+    for lba in 50..100 {
+        volume.write(lba * 4096, &content(lba)).expect("written");
+    }
+    check(&volume);
 }
