@@ -181,6 +181,76 @@ fn a_rotation_keeps_what_snapshots_need() {
     assert_eq!(holds(&store.bytes(), &before), 0, "no older key is left in any form");
 }
 
+/// Where the store has a block: nothing but what a failed read reports says so.
+fn place_of(lba: u64, volume: &Volume, provider: &Provider, store: &SimStore) -> usize {
+    let good = store.bytes();
+    volume.read(lba * 4096, &mut [0; 4096]).expect("read");
+    store.set(good.iter().map(|byte| !byte).collect());
+    volume.read(lba * 4096, &mut [0; 4096]).expect_err("all of it is something else");
+    store.set(good);
+    let heard = provider.heard().pop().expect("an event");
+    let place = heard.strip_prefix(&format!("integrity Some({lba}) Some(")).and_then(|rest| rest.split(')').next());
+    place.and_then(|place| place.parse::<usize>().ok()).expect("a block of the store") * 4096
+}
+
+/// Spoils blocks of the store that begin there, or makes them good again.
+fn flip(store: &SimStore, places: &[usize]) {
+    let mut bytes = store.bytes();
+    places.iter().for_each(|at| bytes[*at] ^= 1);
+    store.set(bytes);
+}
+
+#[test]
+fn requests_go_on_while_a_rotation_looks_for_the_last_use_of_older_keys() {
+    let (provider, store) = made();
+    *lock(&provider.key_id) = 9;
+    let volume = provider.open(store).expect("opens");
+    let mut looked = 0;
+    let ended = volume.rotate(&mut |done, all| {
+        if done == all {
+            volume.write(0, &content(0)).expect("written");
+            volume.flush().expect("flushed");
+            looked += 1;
+        }
+        looked < 2
+    });
+    assert!(!ended.expect("no error") && looked == 2, "it is told to stop in the midst of its search");
+    assert_eq!(volume.info().older_keys, 3);
+    assert!(volume.rotate(&mut |_, _| true).expect("rotated"));
+    assert_eq!(volume.info().older_keys, 0);
+    check(&volume);
+}
+
+/// What was looked at already may be what it was again.
+#[test]
+fn a_rotation_keeps_what_a_revert_during_its_search_needs() {
+    let (provider, store) = made();
+    *lock(&provider.key_id) = 9;
+    let volume = provider.open(store.clone()).expect("opens");
+    let places = [place_of(0, &volume, &provider, &store)];
+    flip(&store, &places);
+    let (mut looked, mut snapshot) = (0, 0);
+    let rotated = volume.rotate(&mut |done, all| {
+        looked += u32::from(done == all);
+        match (done == all, looked) {
+            (true, 1) => {
+                snapshot = volume.take_snapshot("with a bad block").expect("taken");
+                volume.write(0, &[5; 4096]).expect("written");
+            }
+            (true, 2) => {
+                volume.revert(snapshot).expect("reverted");
+                volume.delete_snapshot(snapshot, &mut |_, _| {}).expect("deleted");
+            }
+            _ => {}
+        }
+        true
+    });
+    assert!(rotated.expect("no error") && looked > 2);
+    flip(&store, &places);
+    assert_eq!(volume.info().older_keys, 3);
+    check(&volume);
+}
+
 #[test]
 fn an_erased_volume_is_noise() {
     let (provider, store) = made();
