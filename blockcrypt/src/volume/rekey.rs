@@ -100,13 +100,16 @@ impl Shared {
             let run = entries[skip..].iter().take_while(|entry| stale(entry)).take(CHUNK as usize).count();
             at += skip as u64;
             blocks.resize(run, [0; BLOCK]);
-            match self.read_blocks(at, &mut blocks) {
-                Ok(()) => self.write_blocks(at, &mut blocks)?,
-                // A bad block stays what it is, under the key that it had: that one is kept.
-                Err(VolumeError::Integrity { .. }) => {}
+            let (good, bad) = match self.read_blocks(at, &mut blocks) {
+                Ok(()) => (run, 0),
+                // A bad block stays what it is, under the key that it had: that one is kept. What lies behind it comes next.
+                Err(VolumeError::Integrity { lba }) => ((lba - at) as usize, 1),
                 Err(other) => return Err(other),
+            };
+            if good > 0 {
+                self.write_blocks(at, &mut blocks[..good])?;
             }
-            at += run as u64;
+            at += good as u64 + bad;
         }
         self.with_core(|core| core.touch(leaf(first).0))
     }

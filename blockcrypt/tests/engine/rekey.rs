@@ -200,6 +200,30 @@ fn flip(store: &SimStore, places: &[usize]) {
     store.set(bytes);
 }
 
+/// Blocks that can't be read keep their keys; their neighbours don't.
+#[test]
+fn a_rotation_seals_what_lies_around_bad_blocks() {
+    let (provider, store) = made();
+    *lock(&provider.key_id) = 9;
+    let volume = provider.open(store.clone()).expect("opens");
+    let bad = [0, 20, 21, BLOCKS - 1];
+    let places = bad.map(|lba| place_of(lba, &volume, &provider, &store));
+    flip(&store, &places);
+    assert!(volume.rotate(&mut |_, _| true).expect("rotated"));
+    let heard = provider.heard();
+    assert_eq!((volume.info().blocks_written, volume.info().older_keys), (BLOCKS - bad.len() as u64, 3));
+    assert_eq!(heard.iter().filter(|event| event.starts_with("integrity")).count(), bad.len(), "{heard:?}");
+    for lba in bad {
+        let found = volume.read(lba * 4096, &mut [0; 4096]);
+        assert!(matches!(found, Err(VolumeError::Integrity { lba: of }) if of == lba), "{lba} {found:?}");
+    }
+    flip(&store, &places);
+    check(&volume);
+    assert!(volume.rotate(&mut |_, _| true).expect("rotated"));
+    assert_eq!((volume.info().blocks_written, volume.info().older_keys), (BLOCKS, 0));
+    check(&volume);
+}
+
 #[test]
 fn requests_go_on_while_a_rotation_looks_for_the_last_use_of_older_keys() {
     let (provider, store) = made();
