@@ -72,7 +72,7 @@ impl Shared {
             let end = blocks.end.min(at + CHUNK);
             self.make_room()?;
             let _among_others = self.among_others()?;
-            let _locked = self.lock_blocks(vec![at..end]);
+            let _locked = self.lock_blocks(std::iter::once(at..end));
             self.unmap_chunk(at..end, punch)?;
             self.relieve()?;
             at = end;

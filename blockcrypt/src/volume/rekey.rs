@@ -88,7 +88,7 @@ impl Shared {
         while at < end {
             self.make_room()?;
             let _among_others = self.among_others()?;
-            let _locked = self.lock_blocks(vec![at..end]);
+            let _locked = self.lock_blocks(std::iter::once(at..end));
             let mut entries = [Entry::UNMAPPED; ENTRIES];
             let entries = &mut entries[..(end - at) as usize];
             let current = self.with_core(|core| {

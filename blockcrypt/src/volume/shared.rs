@@ -104,8 +104,8 @@ impl Shared {
     }
 
     /// Nobody else changes these blocks as long as this lives.
-    pub(super) fn lock_blocks(&self, blocks: Vec<Range<u64>>) -> Locked<'_> {
-        self.ranges.lock(blocks)
+    pub(super) fn lock_blocks(&self, blocks: impl IntoIterator<Item = Range<u64>>) -> Locked<'_> {
+        self.ranges.lock(blocks.into_iter().collect())
     }
 
     /// An error once it is closed.

@@ -129,7 +129,7 @@ impl Shared {
     fn write_pieces(&self, pieces: &[Piece<&[u8]>]) -> Done {
         self.make_room()?;
         let _among_others = self.among_others()?;
-        let _locked = self.lock_blocks(pieces.iter().map(Piece::blocks).collect());
+        let _locked = self.lock_blocks(pieces.iter().map(Piece::blocks));
         let bytes = pieces.iter().map(Piece::count).sum::<usize>() * BLOCK;
         let mut scratch = CIPHERTEXT.take();
         if scratch.len() < bytes + ALIGN {

@@ -281,11 +281,11 @@ async fn challenge_for(
     check_ak(&ak).map_err(unfit)?;
     let found = vms::find(&mut reader, &request.customer, vm).await?;
     found.ok_or_else(|| Refusal::missing(format!("VM {vm} of {}", request.customer)))?;
-    confirmed(&mut reader, &request.customer).await?;
     if operation != Operation::PowerOn {
         let instance = asks_for_itself(&mut reader, &caller.key, &request.customer, vm).await?;
         still_leased(operation, &instance, now_us)?;
     }
+    confirmed(&mut reader, &request.customer).await?;
     let reference = documents::reference(&mut reader, &request.customer).await?;
     let (reference_version, reference) = reference
         .ok_or_else(|| Refusal::new(ProblemType::UntrustedPlatform, "the customer has set no reference values"))?;

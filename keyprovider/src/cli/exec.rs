@@ -57,7 +57,8 @@ pub(super) fn exec(
     let (ours, theirs) = sockets()?;
     let mut child = start(program, arguments, theirs.as_raw_fd())?;
     signals.forward_to(&child);
-    held.overtime = Some(Overtime::watch(&child, asked_ms + length_ms)?);
+    let line = ours.try_clone().map_err(|e| CliError::Start("watching the command".into(), e))?;
+    held.overtime = Some(Overtime::watch(&child, line, asked_ms + length_ms)?);
     drop(theirs);
     let mut renewal = Instant::now() + Duration::from_millis(length_ms) / RENEWALS;
     let served = serve(&mut held, &ours, &DiskSession { grant: view.grant, size: view.size }, &kek, &mut renewal);

@@ -4,7 +4,9 @@
 use super::CliError;
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 use rustix::time::{ClockId, clock_gettime};
+use std::net::Shutdown;
 use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixStream;
 use std::process::Child;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Weak};
@@ -27,18 +29,20 @@ pub(super) struct Overtime(Arc<Shared>);
 
 struct Shared {
     command: OwnedFd,
+    /// The conversation with the command, or with one that the command started.
+    line: UnixStream,
     end_ms: AtomicU64,
     /// Whether the command was ended.
     ended: AtomicBool,
 }
 
 impl Overtime {
-    /// Watches `child` until `end_ms` of the boot-time clock.
-    pub(super) fn watch(child: &Child, end_ms: u64) -> Result<Self, CliError> {
+    /// Watches `child`, with which `line` is the conversation, until `end_ms` of the boot-time clock.
+    pub(super) fn watch(child: &Child, line: UnixStream, end_ms: u64) -> Result<Self, CliError> {
         let failed = |e: rustix::io::Errno| CliError::Start("watching the command".into(), e.into());
         let id = i32::try_from(child.id()).ok().and_then(Pid::from_raw).ok_or(failed(rustix::io::Errno::SRCH))?;
         let command = pidfd_open(id, PidfdFlags::empty()).map_err(failed)?;
-        let shared = Arc::new(Shared { command, end_ms: end_ms.into(), ended: false.into() });
+        let shared = Arc::new(Shared { command, line, end_ms: end_ms.into(), ended: false.into() });
         let watched = Arc::downgrade(&shared);
         let thread = std::thread::Builder::new().name("overtime".into()).spawn(move || look(&watched));
         thread.map_err(|e| CliError::Start("watching the command".into(), e))?;
@@ -63,6 +67,8 @@ impl Overtime {
 
 impl Shared {
     fn end(&self) {
+        // A command may be a script around `fealty-disk`, which lives on and has the socket: it ends when this hangs up.
+        let _ = self.line.shutdown(Shutdown::Both);
         // One that has ended by itself was not in the way.
         if pidfd_send_signal(&self.command, Signal::KILL).is_ok() {
             self.ended.store(true, Ordering::SeqCst);
@@ -105,6 +111,10 @@ mod tests {
         child
     }
 
+    fn line() -> UnixStream {
+        UnixStream::pair().expect("a pair").0
+    }
+
     fn killed(status: ExitStatus) -> bool {
         status.signal() == Some(9)
     }
@@ -112,15 +122,18 @@ mod tests {
     #[test]
     fn a_command_ends_with_its_session_also_one_that_does_not_stop_by_itself() {
         let mut child = stubborn();
-        let overtime = Overtime::watch(&child, boottime_ms() + 500).expect("watched");
+        let (ours, mut theirs) = UnixStream::pair().expect("a pair");
+        let overtime = Overtime::watch(&child, ours, boottime_ms() + 500).expect("watched");
         assert!(killed(child.wait().expect("ended")));
         assert!(overtime.was_ended());
+        // Whoever has the other end knows.
+        assert_eq!(std::io::Read::read(&mut theirs, &mut [0]).expect("hung up"), 0);
     }
 
     #[test]
     fn a_renewed_session_goes_on_and_a_lost_one_is_over_at_once() {
         let mut child = stubborn();
-        let overtime = Overtime::watch(&child, boottime_ms() + 100_000).expect("watched");
+        let overtime = Overtime::watch(&child, line(), boottime_ms() + 100_000).expect("watched");
         overtime.until(boottime_ms() + 200_000);
         std::thread::sleep(4 * LOOK);
         assert!(child.try_wait().expect("asked").is_none() && !overtime.was_ended());
@@ -132,7 +145,7 @@ mod tests {
     #[test]
     fn a_command_that_ended_by_itself_was_not_ended() {
         let mut child = Command::new("true").spawn().expect("runs");
-        let overtime = Overtime::watch(&child, boottime_ms() + 100_000).expect("watched");
+        let overtime = Overtime::watch(&child, line(), boottime_ms() + 100_000).expect("watched");
         assert!(child.wait().expect("ended").success());
         overtime.over();
         assert!(!overtime.was_ended());

@@ -3,7 +3,7 @@
 
 use super::cli::{Erase, Rekey, Resize, Rewrap};
 use super::error::ToolError;
-use super::holder::{Handover, Holder, Leave};
+use super::holder::{Handover, Holder, HolderError, Leave};
 use super::progress::Progress;
 use super::report::{self, Reporter};
 use super::size::Bytes;
@@ -159,7 +159,7 @@ impl Change<'_> {
             };
             let volume = Volume::open(store, &grant, &kek, OpenOptions::default(), holder.clone(), holder.clone());
             let volume = volume.map_err(failed)?;
-            let done = work(&volume, Keys { kek: &kek, next: next.as_ref() });
+            let done = holder.while_there(|| work(&volume, Keys { kek: &kek, next: next.as_ref() }), cut_off);
             // Also after a refusal: the volume was opened, and is anchored as it is now.
             let closed = volume.close();
             let (id, found) = (volume.id(), volume.size());
@@ -179,6 +179,12 @@ impl Change<'_> {
         self.context.interrupts.done();
         Ok(done)
     }
+}
+
+/// What is cut off is whole.
+fn cut_off(gone: &HolderError) {
+    report::line(&gone.to_string());
+    std::process::exit(1);
 }
 
 /// Asks for leave, does `work` with it, and says how it ended.

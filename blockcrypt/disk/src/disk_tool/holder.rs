@@ -11,8 +11,13 @@ use secretmem::{Secret, SecretError};
 use std::io::{self, ErrorKind, Read, Write};
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
+
+/// How often it is looked whether the holder is still there, and how long after it has left work may still end by itself.
+const LOOK: Duration = Duration::from_millis(200);
+const GRACE: Duration = Duration::from_millis(500);
 
 /// How long the holder may take to hand over the volume.
 const HANDOVER: Duration = Duration::from_secs(60);
@@ -169,6 +174,30 @@ impl Holder {
             Ok(0) | Err(rustix::io::Errno::INTR) => Ok(()),
             _ => Err(HolderError::Gone),
         }
+    }
+
+    /// Does `work`, which may be long and tell the holder nothing, and has it `cut_off` if the holder leaves meanwhile: the volume
+    /// may be another's then, and what he writes would be written over.
+    pub(crate) fn while_there<R>(&self, work: impl FnOnce() -> R, cut_off: impl FnOnce(&HolderError) + Send) -> R {
+        let over = AtomicBool::new(false);
+        std::thread::scope(|scope| {
+            let watch = scope.spawn(|| {
+                while !over.load(Ordering::Acquire) {
+                    std::thread::park_timeout(LOOK);
+                    let Err(gone) = self.still_there() else { continue };
+                    // Work that ends by itself says how.
+                    std::thread::park_timeout(GRACE);
+                    if !over.load(Ordering::Acquire) {
+                        cut_off(&gone);
+                    }
+                    return;
+                }
+            });
+            let done = work();
+            over.store(true, Ordering::Release);
+            watch.thread().unpark();
+            done
+        })
     }
 
     /// Asks for `anchor` to be kept.
@@ -354,6 +383,7 @@ mod tests {
     use super::*;
     use policy::disk::CipherSuite;
     use policy::{AnchorMode, KeyId, OpenNumber, VolumeId};
+    use std::sync::mpsc::RecvTimeoutError;
 
     fn session() -> DiskSession {
         let grant = VolumeGrant {
@@ -523,5 +553,18 @@ mod tests {
         holder.still_there().expect("there");
         drop(theirs);
         assert!(matches!(holder.still_there(), Err(HolderError::Gone)));
+    }
+
+    #[test]
+    fn work_is_cut_off_when_the_holder_leaves_and_not_before() {
+        let (ours, theirs) = UnixStream::pair().expect("a pair");
+        let holder = Holder::new(ours).expect("a holder");
+        let (told, heard) = std::sync::mpsc::channel();
+        let cut_off = |gone: &HolderError| told.send(gone.to_string()).expect("somebody hears");
+        let pause = 2 * (LOOK + GRACE);
+        assert_eq!(holder.while_there(|| heard.recv_timeout(pause), cut_off), Err(RecvTimeoutError::Timeout));
+        drop(theirs);
+        let said = holder.while_there(|| heard.recv(), cut_off).expect("cut off");
+        assert!(said.contains("the key holder is gone"), "{said}");
     }
 }
