@@ -145,7 +145,7 @@ impl Shared {
                 Search::Nothing => {}
             }
             let held = (self.alone()?, self.flushing());
-            // A revert brings older entries back where it was looked already; it takes a snapshot before, and counts as one.
+            // A revert, which counts as a snapshot too, brings older entries back where it was looked already.
             if self.core()?.snapshots_taken == taken {
                 break held;
             }
