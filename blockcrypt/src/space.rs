@@ -35,6 +35,8 @@ pub(crate) struct Space {
     waiting: VecDeque<Waiting>,
     /// Held blocks that are to be given back to the store before they are free.
     to_punch: Vec<u64>,
+    /// Held blocks that are being given back right now.
+    punching: BlockSet,
     /// Where the last run ended.
     cursor: u64,
     /// Blocks of the pool that the bitmap calls used.
@@ -62,6 +64,7 @@ impl Space {
             spare: Vec::new(),
             waiting: VecDeque::new(),
             to_punch: Vec::new(),
+            punching: BlockSet::new(pages),
             cursor: geometry.zone().end,
             used,
         }
@@ -242,6 +245,7 @@ impl Space {
         self.clear.resize(pages, UNKNOWN);
         self.held.lengthen(pages);
         self.reserved.lengthen(pages);
+        self.punching.lengthen(pages);
     }
 
     /// Blocks that lay behind the end are free, others are not any more: neither counts as used.
@@ -304,21 +308,23 @@ impl Space {
         }
     }
 
-    /// Everything held may be reused, except what is to be given back first.
+    /// Everything held may be reused, except what is to be given back first, or is being given back.
     pub(crate) fn release_all(&mut self) {
         self.durable(u64::MAX);
-        self.held.clear();
+        self.held = self.punching.clone();
         self.to_punch.iter().for_each(|block| self.held.insert(*block));
     }
 
     /// Blocks whose room may be given back now. They stay held until [`punched`](Self::punched).
     pub(crate) fn take_to_punch(&mut self) -> Vec<u64> {
+        self.to_punch.iter().for_each(|block| self.punching.insert(*block));
         std::mem::take(&mut self.to_punch)
     }
 
     /// The room of these blocks was given back, or can't be.
     pub(crate) fn punched(&mut self, blocks: &[u64]) {
         for block in blocks {
+            self.punching.remove(*block);
             self.held.remove(*block);
         }
     }

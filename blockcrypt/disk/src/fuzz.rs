@@ -2,7 +2,7 @@
 //! bytes.
 
 use crate::nbd::{Export, parsing};
-use crate::vhost_user::request::{BATCH, Performer};
+use crate::vhost_user::request::{BATCH, LONGEST_CHAIN, Performer};
 use crate::{Disk, Fault};
 use std::sync::atomic::{AtomicU16, Ordering};
 use virtio_queue::{Queue, QueueOwnedT, QueueT};
@@ -38,8 +38,10 @@ pub fn fuzz_virtio_queue(data: &[u8]) {
         let Ok(available) = queue.iter(&memory) else { return };
         let chains: Vec<_> = available.take(1 + data.len() % BATCH).collect();
         let count = chains.len();
+        let long: Vec<bool> = chains.iter().map(|chain| chain.clone().nth(LONGEST_CHAIN).is_some()).collect();
         let used = performer.perform(&disk, data.len().is_multiple_of(2), chains, &memory);
         assert_eq!(used.len(), count);
+        assert!(used.iter().zip(long).all(|((_, written), long)| !long || *written == 0));
         if count == 0 || used.into_iter().any(|(head, written)| queue.add_used(&memory, head, written).is_err()) {
             return;
         }

@@ -81,7 +81,7 @@ impl Shared {
     }
 
     /// As [`Core::unmap`]; but where only the log is short of room, makes some.
-    fn unmap_chunk(&self, blocks: Range<u64>, punch: bool) -> Result<(), VolumeError> {
+    pub(super) fn unmap_chunk(&self, blocks: Range<u64>, punch: bool) -> Result<(), VolumeError> {
         for _ in 0..PATIENCE {
             match self.with_core(|core| core.unmap(blocks.clone(), punch)) {
                 Err(VolumeError::Full(None)) => self.checkpoint()?,

@@ -341,3 +341,66 @@ fn put_superblock(block: &crate::format::Block, place: usize, from: &Backing) ->
     }
     from.sync()
 }
+
+#[cfg(test)]
+mod tests {
+    use crate::format::BLOCK;
+    use crate::{AnchorRefused, Anchors, Kek, MemoryStore, Nobody, Volume, inspect};
+    use policy::disk::{CipherSuite, VolumeGrant};
+    use policy::{AnchorMode, KeyId, VolumeAnchor, VolumeId};
+    use secretmem::Secret;
+    use std::sync::{Arc, mpsc};
+
+    /// Keeps each anchor; its answers are lost.
+    struct Unheard(mpsc::Sender<VolumeAnchor>);
+
+    impl Anchors for Unheard {
+        fn keep(&self, anchor: &VolumeAnchor) -> Result<(), AnchorRefused> {
+            let _ = self.0.send(anchor.clone());
+            Err(AnchorRefused::Away("no answer".to_owned()))
+        }
+    }
+
+    /// An opener believes what a clean superblock says without making the log durable first.
+    #[test]
+    fn what_a_request_in_hand_writes_after_a_close_that_failed_does_not_follow_a_clean_superblock() {
+        let grant = VolumeGrant {
+            volume: VolumeId::random(),
+            customer: "acme".parse().expect("id"),
+            cipher: CipherSuite::Aes256XtsHmacSha256,
+            kek_id: KeyId(1),
+            key_id: KeyId(2),
+            open_number: 1.try_into().expect("number"),
+            anchor: None,
+            anchor_mode: AnchorMode::Close,
+        };
+        let kek = Kek::new(KeyId(1), Secret::random().expect("room"));
+        let (kept, anchors) = mpsc::channel();
+        let (store, provider) = (Arc::new(MemoryStore::default()), Arc::new(Unheard(kept)));
+        let volume = Volume::create(store.clone(), 1 << 20, &grant, &kek, provider, Arc::new(Nobody));
+        let volume = volume.expect("a volume");
+        let shared = &volume.shared;
+        for discards in [false, true] {
+            volume.write(0, &[1; BLOCK]).expect("written");
+            // A request comes this far before the close.
+            shared.make_room().expect("there is some");
+            std::thread::scope(|scope| {
+                let close = scope.spawn(|| volume.close());
+                anchors.recv().expect("an anchor");
+                // It asks no longer.
+                volume.wipe_keys();
+                close.join().expect("joined").expect_err("it heard no answer");
+            });
+            volume.put_back_keys(&kek).expect("the same key");
+            assert!(inspect(&*store).expect("readable").closed);
+            let _among_others = shared.among_others().expect("open again");
+            if discards {
+                shared.unmap_chunk(0..1, true).expect("discarded");
+            } else {
+                shared.write_blocks(0, &mut [[2; BLOCK]]).expect("written");
+            }
+            let core = shared.core().expect("sound");
+            assert!(!core.log.is_empty() && !core.superblock.clean);
+        }
+    }
+}

@@ -182,7 +182,7 @@ impl Shared {
         VolumeError::Integrity { lba }
     }
 
-    /// The plain text of at most [`CHUNK`] neighbouring blocks.
+    /// The plain text of at most [`CHUNK`] neighbouring blocks. After [`VolumeError::Integrity`] those before the bad one hold theirs.
     pub(super) fn read_blocks(&self, first: u64, blocks: &mut [Block]) -> Result<(), VolumeError> {
         let mut done = [Ok(())];
         self.read_spans(&mut [Span { request: 0, first, blocks }], &mut done);

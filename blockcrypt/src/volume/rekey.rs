@@ -74,7 +74,9 @@ impl Shared {
         }
         self.rotate_bitmaps()?;
         self.checkpoint()?;
-        self.drop_older_keys()?;
+        if !self.drop_older_keys(&mut || heard(all, all))? {
+            return Ok(false);
+        }
         heard(all, all);
         Ok(true)
     }
@@ -98,13 +100,16 @@ impl Shared {
             let run = entries[skip..].iter().take_while(|entry| stale(entry)).take(CHUNK as usize).count();
             at += skip as u64;
             blocks.resize(run, [0; BLOCK]);
-            match self.read_blocks(at, &mut blocks) {
-                Ok(()) => self.write_blocks(at, &mut blocks)?,
-                // A bad block stays what it is, under the key that it had: that one is kept.
-                Err(VolumeError::Integrity { .. }) => {}
+            let (good, bad) = match self.read_blocks(at, &mut blocks) {
+                Ok(()) => (run, 0),
+                // A bad block stays what it is, under the key that it had: that one is kept. What lies behind it comes next.
+                Err(VolumeError::Integrity { lba }) => ((lba - at) as usize, 1),
                 Err(other) => return Err(other),
+            };
+            if good > 0 {
+                self.write_blocks(at, &mut blocks[..good])?;
             }
-            at += run as u64;
+            at += good as u64 + bad;
         }
         self.with_core(|core| core.touch(leaf(first).0))
     }
@@ -122,14 +127,30 @@ impl Shared {
         Ok(())
     }
 
-    /// Forgets older keys, if nothing is left that needs them: no snapshot, and no block that could not be read.
-    fn drop_older_keys(&self) -> Result<(), VolumeError> {
-        let _alone = self.alone()?;
-        let group = self.flushing();
+    /// Forgets older keys, if nothing is left that needs them: no snapshot, and no block that could not be read. Returns false where
+    /// `heard` ended it.
+    fn drop_older_keys(&self, heard: &mut dyn FnMut() -> bool) -> Result<bool, VolumeError> {
+        let (_alone, group) = loop {
+            let taken = {
+                let core = self.core()?;
+                if core.older.is_empty() || !core.snapshots.is_empty() {
+                    return Ok(true);
+                }
+                core.snapshots_taken
+            };
+            // Nobody waits for a look at the whole map: what is written meanwhile is under the current key.
+            match self.find_older_entry(heard)? {
+                Search::Ended => return Ok(false),
+                Search::Found => return Ok(true),
+                Search::Nothing => {}
+            }
+            let held = (self.alone()?, self.flushing());
+            // A revert, which counts as a snapshot too, brings older entries back where it was looked already.
+            if self.core()?.snapshots_taken == taken {
+                break held;
+            }
+        };
         self.settle_all(&group)?;
-        if self.core()?.older.is_empty() || !self.core()?.snapshots.is_empty() || self.any_older_entry()? {
-            return Ok(());
-        }
         let (current, older) = {
             let core = self.core()?;
             (core.superblock.slot.clone(), core.older.clone())
@@ -143,20 +164,31 @@ impl Shared {
         self.wipe_stale_slots()?;
         self.backing.change_keys(|ring| ring.keep_current())?;
         self.backing.events.note("no older key is needed any more");
-        Ok(())
+        Ok(true)
     }
 
-    /// Whether a block or page is left under an older key. Requests that change something wait.
-    fn any_older_entry(&self) -> Result<bool, VolumeError> {
+    /// Looks for a block or page that is left under an older key.
+    fn find_older_entry(&self, heard: &mut dyn FnMut() -> bool) -> Result<Search, VolumeError> {
         let mut index = 0;
         while let Some(next) = self.with_core(|core| core.forest.next_leaf(Tree::Map, index))? {
+            if !heard() {
+                return Ok(Search::Ended);
+            }
             if self.with_core(|core| core.is_under_older_key(next * ENTRIES as u64))? {
-                return Ok(true);
+                return Ok(Search::Found);
             }
             index = next + 1;
         }
-        Ok(false)
+        Ok(Search::Nothing)
     }
+}
+
+/// How a search came out.
+enum Search {
+    Found,
+    Nothing,
+    /// It was told to end.
+    Ended,
 }
 
 impl Core {

@@ -242,8 +242,11 @@ impl Shared {
 }
 
 impl Core {
+    /// An error where a checkpoint must come first: the log is full, or the newest superblock says that no record follows it. A request
+    /// may meet that one even after it made room: a `close` overtook it, and heard no answer.
     pub(super) fn room_in_log(&self) -> Result<(), VolumeError> {
-        if self.log.free() < LOG_ROOM { Err(VolumeError::Full(None)) } else { Ok(()) }
+        let room = self.log.free() >= LOG_ROOM && !self.superblock.clean;
+        if room { Ok(()) } else { Err(VolumeError::Full(None)) }
     }
 
     /// Places and generations for `count` blocks that are about to be written, those of `parts`.

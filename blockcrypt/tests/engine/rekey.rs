@@ -6,7 +6,7 @@ use policy::{AnchorMode, KeyId};
 use secretmem::Secret;
 use std::io;
 use std::ops::Range;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, mpsc};
 
 const BLOCKS: u64 = 200;
 
@@ -181,6 +181,100 @@ fn a_rotation_keeps_what_snapshots_need() {
     assert_eq!(holds(&store.bytes(), &before), 0, "no older key is left in any form");
 }
 
+/// Where the store has a block: nothing but what a failed read reports says so.
+fn place_of(lba: u64, volume: &Volume, provider: &Provider, store: &SimStore) -> usize {
+    let good = store.bytes();
+    volume.read(lba * 4096, &mut [0; 4096]).expect("read");
+    store.set(good.iter().map(|byte| !byte).collect());
+    volume.read(lba * 4096, &mut [0; 4096]).expect_err("all of it is something else");
+    store.set(good);
+    let heard = provider.heard().pop().expect("an event");
+    let place = heard.strip_prefix(&format!("integrity Some({lba}) Some(")).and_then(|rest| rest.split(')').next());
+    place.and_then(|place| place.parse::<usize>().ok()).expect("a block of the store") * 4096
+}
+
+/// Spoils blocks of the store that begin there, or makes them good again.
+fn flip(store: &SimStore, places: &[usize]) {
+    let mut bytes = store.bytes();
+    places.iter().for_each(|at| bytes[*at] ^= 1);
+    store.set(bytes);
+}
+
+/// Blocks that can't be read keep their keys; their neighbours don't.
+#[test]
+fn a_rotation_seals_what_lies_around_bad_blocks() {
+    let (provider, store) = made();
+    *lock(&provider.key_id) = 9;
+    let volume = provider.open(store.clone()).expect("opens");
+    let bad = [0, 20, 21, BLOCKS - 1];
+    let places = bad.map(|lba| place_of(lba, &volume, &provider, &store));
+    flip(&store, &places);
+    assert!(volume.rotate(&mut |_, _| true).expect("rotated"));
+    let heard = provider.heard();
+    assert_eq!((volume.info().blocks_written, volume.info().older_keys), (BLOCKS - bad.len() as u64, 3));
+    assert_eq!(heard.iter().filter(|event| event.starts_with("integrity")).count(), bad.len(), "{heard:?}");
+    for lba in bad {
+        let found = volume.read(lba * 4096, &mut [0; 4096]);
+        assert!(matches!(found, Err(VolumeError::Integrity { lba: of }) if of == lba), "{lba} {found:?}");
+    }
+    flip(&store, &places);
+    check(&volume);
+    assert!(volume.rotate(&mut |_, _| true).expect("rotated"));
+    assert_eq!((volume.info().blocks_written, volume.info().older_keys), (BLOCKS, 0));
+    check(&volume);
+}
+
+#[test]
+fn requests_go_on_while_a_rotation_looks_for_the_last_use_of_older_keys() {
+    let (provider, store) = made();
+    *lock(&provider.key_id) = 9;
+    let volume = provider.open(store).expect("opens");
+    let mut looked = 0;
+    let ended = volume.rotate(&mut |done, all| {
+        if done == all {
+            volume.write(0, &content(0)).expect("written");
+            volume.flush().expect("flushed");
+            looked += 1;
+        }
+        looked < 2
+    });
+    assert!(!ended.expect("no error") && looked == 2, "it is told to stop in the midst of its search");
+    assert_eq!(volume.info().older_keys, 3);
+    assert!(volume.rotate(&mut |_, _| true).expect("rotated"));
+    assert_eq!(volume.info().older_keys, 0);
+    check(&volume);
+}
+
+/// What was looked at already may be what it was again.
+#[test]
+fn a_rotation_keeps_what_a_revert_during_its_search_needs() {
+    let (provider, store) = made();
+    *lock(&provider.key_id) = 9;
+    let volume = provider.open(store.clone()).expect("opens");
+    let places = [place_of(0, &volume, &provider, &store)];
+    flip(&store, &places);
+    let (mut looked, mut snapshot) = (0, 0);
+    let rotated = volume.rotate(&mut |done, all| {
+        looked += u32::from(done == all);
+        match (done == all, looked) {
+            (true, 1) => {
+                snapshot = volume.take_snapshot("with a bad block").expect("taken");
+                volume.write(0, &[5; 4096]).expect("written");
+            }
+            (true, 2) => {
+                volume.revert(snapshot).expect("reverted");
+                volume.delete_snapshot(snapshot, &mut |_, _| {}).expect("deleted");
+            }
+            _ => {}
+        }
+        true
+    });
+    assert!(rotated.expect("no error") && looked > 2);
+    flip(&store, &places);
+    assert_eq!(volume.info().older_keys, 3);
+    check(&volume);
+}
+
 #[test]
 fn an_erased_volume_is_noise() {
     let (provider, store) = made();
@@ -323,4 +417,64 @@ fn older_slots_that_cant_be_read_keep_no_superblock_from_being_erased() {
     let unreadable = Unreadable(store.clone(), 2 * 4096..length - 2 * 4096);
     assert!(erase(&unreadable).expect("erased") >= 4);
     assert!(matches!(inspect(&*store), Err(VolumeError::NotAVolume)));
+}
+
+/// A store that says when it is to give room back, and does so when it is told.
+struct SlowPunch {
+    store: Arc<SimStore>,
+    asked: Mutex<mpsc::Sender<()>>,
+    told: Mutex<mpsc::Receiver<()>>,
+}
+
+impl Store for SlowPunch {
+    fn len(&self) -> io::Result<u64> {
+        self.store.len()
+    }
+    fn read_at(&self, buffer: &mut [u8], offset: u64) -> io::Result<()> {
+        self.store.read_at(buffer, offset)
+    }
+    fn write_at(&self, bytes: &[u8], offset: u64) -> io::Result<()> {
+        self.store.write_at(bytes, offset)
+    }
+    fn sync_data(&self) -> io::Result<()> {
+        self.store.sync_data()
+    }
+    fn set_len(&self, bytes: u64) -> io::Result<()> {
+        self.store.set_len(bytes)
+    }
+    fn reserve(&self, offset: u64, bytes: u64) -> io::Result<()> {
+        self.store.reserve(offset, bytes)
+    }
+    fn punch(&self, offset: u64, bytes: u64) -> io::Result<()> {
+        let _ = lock(&self.asked).send(());
+        let _ = lock(&self.told).recv();
+        self.store.punch(offset, bytes)
+    }
+}
+
+#[test]
+fn a_rewrap_leaves_alone_what_is_being_given_back() {
+    let (provider, store) = made();
+    let ((asked, hear), (tell, told)) = (mpsc::channel(), mpsc::channel());
+    let slow = SlowPunch { store, asked: Mutex::new(asked), told: Mutex::new(told) };
+    let volume = provider.open(slow).expect("opens");
+    volume.discard(0, 100 * 4096).expect("discarded");
+    std::thread::scope(|scope| {
+        let flush = scope.spawn(|| volume.flush());
+        hear.recv().expect("it gives room back");
+        let old = provider.kek();
+        provider.set_kek(78, 10);
+        volume.rewrap(&old, &provider.kek()).expect("rewrapped");
+        // This would go where it was before.
+        for lba in 0..50 {
+            volume.write(lba * 4096, &content(lba)).expect("written");
+        }
+        volume.checkpoint().expect("durable");
+        drop(tell);
+        flush.join().expect("joined").expect("flushed");
+    });
+    for lba in 50..100 {
+        volume.write(lba * 4096, &content(lba)).expect("written");
+    }
+    check(&volume);
 }

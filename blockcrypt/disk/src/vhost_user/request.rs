@@ -5,6 +5,7 @@
 //! writable  data of a read │ status u8
 //! ```
 
+use super::config::QUEUE_SIZE;
 use crate::{Disk, Fault};
 use std::io::{Read, Write};
 use std::ops::Deref;
@@ -25,6 +26,8 @@ const SEGMENT: usize = 16;
 const SERIAL: usize = 20;
 /// Requests performed together, at most: twice as many as a volume hashes at once.
 pub(crate) const BATCH: usize = 32;
+/// Descriptors that a request may have: a driver makes no chain longer than the queue, by an indirect table neither (2.7.5.3.1).
+pub(crate) const LONGEST_CHAIN: usize = QUEUE_SIZE as usize;
 /// Bytes that are copied and encrypted at a time.
 const PIECE: usize = 1 << 20;
 /// Bytes that a request may move.
@@ -88,8 +91,8 @@ impl Performer {
     }
 
     /// Does what `chains` ask for, their writes together, then their reads, and then what else there is; and says how each went in
-    /// its last byte. Gives the head of each, in order, and how many bytes of it were written; a chain without room for a status is
-    /// given back as it is. With `write_through` what they change is durable before that (5.2.6.2).
+    /// its last byte. Gives the head of each, in order, and how many bytes of it were written; a chain without room for a status, or
+    /// of more than [`LONGEST_CHAIN`] descriptors, is given back as it is. With `write_through` what they change is durable before that (5.2.6.2).
     pub(crate) fn perform<M>(
         &mut self,
         disk: &dyn Disk,
@@ -213,12 +216,16 @@ impl Performer {
 }
 
 impl<'a> Job<'a> {
-    /// None where there is no room for a status.
+    /// None where there is no room for a status, or the chain is too long.
     fn new<M>(disk: &dyn Disk, chain: DescriptorChain<M>, memory: &'a GuestMemoryMmap) -> Option<Self>
     where
         M: Deref<Target = GuestMemoryMmap> + Clone,
     {
         let head = chain.head_index();
+        // Each descriptor takes memory below; an indirect table has room for 65,535 of them, and those may follow each other in circles.
+        if chain.clone().nth(LONGEST_CHAIN).is_some() {
+            return None;
+        }
         let (mut sent, mut room) = (chain.clone().reader(memory).ok()?, chain.writer(memory).ok()?);
         let length = room.available_bytes().checked_sub(1)?;
         let status = room.split_at(length).ok()?;
@@ -389,17 +396,50 @@ mod tests {
             put(at + 12, &flags.to_le_bytes());
             put(at + 14, &(i as u16 + 1).to_le_bytes());
         }
-        // One chain is available, which begins with descriptor 0.
-        put(0x202, &1_u16.to_le_bytes());
+        let used = used(disk, write_through, &memory);
+        assert!(matches!(used[..], [(0, 1..)]));
+        u32::from(memory.read_obj::<u8>(GuestAddress(0x3000)).expect("inside"))
+    }
+
+    /// Performs the one chain that `memory` is given, which begins with descriptor 0.
+    fn used(disk: &Noting, write_through: bool, memory: &GuestMemoryMmap) -> Vec<(u16, u32)> {
+        memory.write_slice(&1_u16.to_le_bytes(), GuestAddress(0x202)).expect("inside");
         let mut queue = Queue::new(16).expect("a queue");
         queue.try_set_desc_table_address(GuestAddress(0)).expect("aligned");
         queue.try_set_avail_ring_address(GuestAddress(0x200)).expect("aligned");
         queue.try_set_used_ring_address(GuestAddress(0x300)).expect("aligned");
         queue.set_ready(true);
-        let chains = queue.iter(&memory).expect("sound").collect();
-        let used = Performer::new("test").perform(disk, write_through, chains, &memory);
-        assert!(matches!(used[..], [(0, 1..)]));
-        u32::from(memory.read_obj::<u8>(GuestAddress(0x3000)).expect("inside"))
+        let chains = queue.iter(memory).expect("sound").collect();
+        Performer::new("test").perform(disk, write_through, chains, memory)
+    }
+
+    #[test]
+    fn a_chain_has_as_many_descriptors_as_a_queue_and_no_more() {
+        let memory = GuestMemoryMmap::<()>::from_ranges(&[(GuestAddress(0), 0x20000)]).expect("memory");
+        let put = |at: u64, (address, length, flags, next): (u64, u32, u16, u16)| {
+            let low = u128::from(address) | u128::from(length) << 64;
+            let descriptor = low | u128::from(flags) << 96 | u128::from(next) << 112;
+            memory.write_slice(&descriptor.to_le_bytes(), GuestAddress(at)).expect("inside");
+        };
+        let (next, writable, indirect, table) = (1, 2, 4, 0x8000);
+        for (count, expected) in [(LONGEST_CHAIN, true), (LONGEST_CHAIN + 1, false)] {
+            memory.write_slice(&[0xff], GuestAddress(0x3000)).expect("inside");
+            put(0, (table, 16 * count as u32, indirect, 0));
+            // A read: the header is zero.
+            put(table, (0x1000, HEADER as u32, next, 1));
+            for i in 1..count as u16 - 1 {
+                put(table + 16 * u64::from(i), (0x2000, SECTOR as u32, next | writable, i + 1));
+            }
+            put(table + 16 * (count as u64 - 1), (0x3000, 1, writable, 0));
+            let written = (count as u32 - 2) * SECTOR as u32 + 1;
+            assert_eq!(used(&Noting::default(), false, &memory), [(0, if expected { written } else { 0 })]);
+            let status: u8 = memory.read_obj(GuestAddress(0x3000)).expect("inside");
+            assert_eq!(u32::from(status), if expected { VIRTIO_BLK_S_OK } else { 0xff });
+        }
+        // In a circle.
+        put(0, (table, 16 * u32::from(u16::MAX), indirect, 0));
+        put(table + 16, (0x2000, 1, next | writable, 1));
+        assert_eq!(used(&Noting::default(), false, &memory), [(0, 0)]);
     }
 
     #[test]
