@@ -333,9 +333,9 @@ The VM must not run meanwhile. Snapshots keep their size. A volume does not beco
 Example: fealty-keys volume exec acme data -- fealty-disk resize /store/data.vol --size 40G";
 
 const CLONE_HELP: &str = "\
-The clone has a name and an id at the key provider, a key-encryption key, and a key for what is written to it, all of its own. What it
-inherits keeps the keys that it had, wrapped anew: after `rekey` of the clone, nothing of it needs a key of its origin. Data is
-copied as it lies, verified, never decrypted. Snapshots are not copied. The policy must permit volume.clone.
+The clone has a name and an id at the key provider, and keys, all of its own: every block is read, verified and written anew under them,
+which takes as long as reading and writing all data. Neither opens with a key of the other; each can be rekeyed, erased or retired
+alone. Snapshots are not copied. The policy must permit volume.clone.
 
 Cut off, it leaves .NAME.partial, which the next run replaces.
 

@@ -11,7 +11,7 @@ use super::progress::{Progress, rate};
 use super::qemu::Qcow2;
 use super::size::Bytes;
 use super::{Context, open_file, open_snapshot, open_writable};
-use blockcrypt::{AnchorRefused, Anchors, CloneOf, FileStore, Volume, VolumeError, inspect};
+use blockcrypt::{AnchorRefused, Anchors, FileStore, Volume, VolumeError, inspect};
 use policy::disk::{VolumeGrant, VolumeOperation, VolumeRequest};
 use policy::{AnchorMode, VolumeAnchor, VolumeId};
 use serde::Serialize;
@@ -184,8 +184,7 @@ pub(super) fn clone(context: &Context, words: &Clone) -> Result<(), ToolError> {
                 let told = progress.get_or_insert_with(|| Progress::of("clone", all * 4096, context.report.json));
                 told.at(data);
             };
-            let of = CloneOf { source: &source, kek: &handover.kek };
-            let made = Volume::create_clone(store, of, grant, &kek, first, holder.clone(), &mut heard);
+            let made = Volume::create_clone(store, &source, grant, &kek, first, holder.clone(), &mut heard);
             // What is not as it should be, was read.
             let of = |e: &VolumeError| if e.is_integrity() { &words.volume } else { &words.clone };
             made.map_err(|e| ToolError::Volume(of(&e).clone(), e))
