@@ -12,6 +12,7 @@
 use super::volumes::{SessionPath, check_text, find, holder_name, holds, make, new_kek, session, start, view};
 use super::{Answer, conflict, done, seal};
 use crate::api::{Done, KeyRequest, SealedKey, SessionOperation, SessionOutcome, SessionPermit, VolumeView};
+use crate::attestation::confirmed;
 use crate::keystore::KeyLabel;
 use crate::provider::Provider;
 use crate::server::body::{At, Json as Body};
@@ -115,6 +116,12 @@ pub async fn retire(
     if volume.retired {
         return Err(conflict(format!("the keys of volume {name} are retired already")));
     }
+    if volume.unconfirmed {
+        return Err(conflict(format!(
+            "the provider was restored, and nobody has confirmed volume {name}'s anchor yet"
+        ))
+        .hint(format!("run: fealty-keys volume confirm {id} {name}")));
+    }
     if let Some(holder) = volumes::holder(&mut tx, &volume.id).await?.filter(|h| holds(h, now_us)) {
         let what = format!("volume {name} is held by {}", holder_name(&holder));
         return Err(Refusal::new(ProblemType::VolumeHeld, what).hint("end that first, or wait until its lease is past"));
@@ -143,6 +150,7 @@ async fn allowed(
             Draft::new(&volume.customer, caller.actor(), kind).volume(volume.id).detail("operation", request.operation);
         request.parameters.iter().fold(draft, |draft, (name, value)| draft.detail(format!("parameter.{name}"), value))
     };
+    confirmed(&mut tx, &volume.customer).await?;
     match decide(provider, &mut tx, caller, volume, request, now_us).await? {
         Verdict::Permit { rules } => Ok((tx, draft(AuditKind::OperationPermitted).detail("rules", rules.join(", ")))),
         Verdict::Refuse { reason } => {

@@ -207,8 +207,30 @@ fn a_restored_provider_follows_a_rewrap_that_it_had_begun() {
     let refused = lab.refused(&["volume", "confirm", "acme", "root", "--anchor", &text_of(&foreign)]);
     assert!(refused.contains("which this provider does not have"), "{refused}");
     lab.keys(&["volume", "confirm", "acme", "root", "--anchor", &text_of(&shown)]);
+    lab.keys(&["customer", "confirm", "acme", "--policy", "1", "--reference", "1"]);
     let session = Session::open(&lab);
     assert!(session.view.grant.kek_id == new && new != old);
+}
+
+/// The backup's policy may be one that the customer has replaced, its administrators ones that he has removed.
+#[test]
+fn a_restored_provider_decides_and_releases_nothing_before_the_customer_has_confirmed() {
+    let mut lab = lab();
+    Session::open(&lab).end();
+    let sessions = lab.events("volume-session").len();
+    lab.keys(&["backup", "--out", "backup.db"]);
+    lab.restore("backup.db");
+    let retire = |lab: &Lab| lab.refused(&["volume", "retire", "acme", "root", "--force"]);
+    assert!(retire(&lab).contains("volume confirm acme root"), "{}", retire(&lab));
+    lab.keys(&["volume", "confirm", "acme", "root"]);
+    for said in [retire(&lab), lab.refused(&["volume", "exec", "acme", "root", "--", "true"])] {
+        assert!(said.contains("customer confirm acme"), "{said}");
+    }
+    assert!(lab.events("operation-permitted").is_empty());
+    assert_eq!(lab.events("volume-session").len(), sessions);
+    lab.keys(&["customer", "confirm", "acme", "--policy", "1", "--reference", "1"]);
+    Session::open(&lab).end();
+    lab.keys(&["volume", "retire", "acme", "root", "--force"]);
 }
 
 #[test]
