@@ -344,7 +344,7 @@ Example: fealty-keys volume exec acme root -- fealty-disk clone /store/root.vol 
 const REKEY_HELP: &str = "\
 For when a key may be known, or has sealed enough: the key provider issues a new key, and every block is read and written under it, which
 takes as long as reading and writing all data. The policy must permit volume.rekey. Where this is interrupted, the next run goes
-on under the same key. Older keys stay as long as snapshots need them.
+on under the same key, and says that it did: then run it once more for a key that is new. Older keys stay as long as snapshots need them.
 
 Example: fealty-keys volume exec acme data -- fealty-disk rekey /store/data.vol";
 
@@ -372,7 +372,7 @@ Example: fealty-keys volume exec acme root -- fealty-disk serve /store/root.vol 
          qemu-img info 'nbd+unix:///?socket=/run/root.sock'
 
 With --rekey the volume is also sealed under a new key, by a thread of the lowest priority, while it is in use. It says when that is done.
-Stopped before, even by a power cut, the next `serve --rekey` or `rekey` goes on. The policy must permit volume.rekey.
+Stopped before, even by a power cut, the next `serve --rekey` or `rekey` goes on, and says that it did. The policy must permit volume.rekey.
 
 Another virtual machine monitor must share the guest's memory with this process, which weakens what keeps root on its host out:
   qemu-system-x86_64 -object memory-backend-memfd,id=m,size=1G,share=on -machine q35,memory-backend=m \\
