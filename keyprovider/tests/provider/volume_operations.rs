@@ -158,6 +158,24 @@ fn a_rekey_goes_on_with_its_key_once_an_anchor_names_it() {
     assert!(third != second && third != first, "the next one is another");
 }
 
+/// With the volume's key and a tool of his own anybody can make a master; the provider takes no anchor that names it.
+#[test]
+fn an_anchor_names_no_key_that_the_provider_did_not_issue() {
+    let lab = lab();
+    let mut session = Session::open(&lab);
+    let (kek, id) = (session.view.grant.kek_id, session.view.grant.key_id);
+    assert_eq!(session.anchor(1, KeyId(7), kek), Err(Some(ProblemType::AnchorBackward)));
+    // The first to say which key-encryption key it is, says it for all that come.
+    session.anchor(1, id, KeyId(0)).expect("as older programs do");
+    session.anchor(2, id, kek).expect("the same");
+    assert_eq!(session.anchor(3, id, KeyId(0)), Err(Some(ProblemType::AnchorBackward)));
+    let next = key(&session.begin(VolumeOperation::Rekey).expect("permitted"));
+    session.anchor(3, id, kek).expect("still under the key so far");
+    session.anchor(4, next, kek).expect("issued");
+    assert_eq!(session.anchor(5, id, kek), Err(Some(ProblemType::AnchorBackward)), "it was replaced");
+    session.end();
+}
+
 #[test]
 fn both_key_encryption_keys_are_kept_until_an_anchor_names_the_new_one() {
     let lab = lab();
