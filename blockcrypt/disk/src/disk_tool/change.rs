@@ -97,8 +97,10 @@ pub(super) fn rewrap(context: &Context, words: &Rewrap) -> Result<(), ToolError>
         let next = keys.next.ok_or(VolumeError::Grant("it names no next key-encryption key"))?;
         volume.rewrap(keys.kek, next).map(|()| next.id())
     })?;
-    let text =
-        format!("the keys of volume {volume} are wrapped under {kek_id}; the key provider has no other any more");
+    let text = format!(
+        "the keys of volume {volume} are wrapped under {kek_id}; the key provider has no other any more, and no backup of it from \
+         before opens the volume: take a backup of the provider now (fealty-keys backup)"
+    );
     context.report.result(&Rewrapped { volume, kek_id }, &text)
 }
 

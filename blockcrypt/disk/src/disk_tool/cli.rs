@@ -351,7 +351,8 @@ Example: fealty-keys volume exec acme data -- fealty-disk rekey /store/data.vol"
 const REWRAP_HELP: &str = "\
 For when the key-encryption key may be known, the one that the key provider hands out: the volume's keys are wrapped under a new one,
 at once, whatever the volume's size. The key provider destroys the one so far when the volume's new anchor says that it is not
-needed any more. Who read the volume's keys with it can read on: then `rekey` too. The policy must permit volume.rewrap.
+needed any more: a backup of the key provider from before opens this volume no more, so take a new one (fealty-keys backup) when this
+is done. Who read the volume's keys with it can read on: then `rekey` too. The policy must permit volume.rewrap.
 Where this is interrupted, the volume opens as before, or with the new one; the next run goes on.
 
 Example: fealty-keys volume exec acme data -- fealty-disk rewrap /store/data.vol";
