@@ -147,6 +147,12 @@ fn what_is_not_permitted_is_not_done() {
         assert!(refused.anchors.is_empty(), "{words:?}");
     }
     assert_eq!(keeper.json(&["info", &volume])["key_id"], before);
+    // Nor is a volume recovered for a clone that nobody may make.
+    assert_ne!(keeper.run_with(&["resize", &volume, "--size", "64M"], Manner::KillsAtAnchor, "").code, 0);
+    let left = fs::read(&volume).expect("there");
+    let refused = keeper.run_with(&["clone", &volume, &copy, "--name", "copy"], Manner::Forbids, "");
+    assert!(refused.failed(4).contains("nothing was done") && refused.anchors.is_empty());
+    assert!(fs::read(&volume).expect("there") == left, "the volume was opened for writing");
     assert!(fs::metadata(copy).is_err() && keeper.good(&["export", &volume, "-"]) == content);
     good(&mut keeper, &volume);
 }
