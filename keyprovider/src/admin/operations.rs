@@ -20,13 +20,13 @@ use crate::server::gate::Caller;
 use crate::server::problem::Refusal;
 use crate::store::Write;
 use crate::store::audit::{Draft, append};
-use crate::store::volumes::{self, Volume};
+use crate::store::volumes::{self, HolderKind, Volume};
 use attest::protocol::ProblemType;
 use axum::Json;
 use axum::extract::State;
 use policy::audit::AuditKind;
 use policy::disk::{VolumeOperation, VolumeRequest};
-use policy::{CustomerId, KeyId, VolumeAnchor};
+use policy::{Base64Url, CustomerId, KeyId, VolumeAnchor};
 use policy_cedar::{Verdict, VolumeQuestion};
 use sqlx::SqliteConnection;
 use std::sync::Arc;
@@ -44,6 +44,7 @@ pub async fn begin(
     let mut tx = provider.db.write().await?;
     let (volume, mut holder) = session(&mut tx, &caller, &path).await?;
     // The same once more: its answer was lost.
+    let again = holder.operation == Some(request.operation);
     if let Some(open) = holder.operation.filter(|open| *open != request.operation) {
         return Err(conflict(format!("this session has begun {open} and not said how it ended")));
     }
@@ -63,6 +64,9 @@ pub async fn begin(
         }
         VolumeOperation::Clone => {
             let target = target(&provider, &mut tx, &caller, &volume, &request, now_us).await?;
+            if again {
+                end_lost(&mut tx, &caller, &target, now_us).await?;
+            }
             let session = Box::new(start(&provider, &mut tx, &caller, &target, &key, now_us).await?);
             (SessionPermit::Clone { name: target.name, session }, draft.detail("clone", target.id))
         }
@@ -234,6 +238,22 @@ async fn target(
         Some(found) => Ok(found),
         None => make(provider, c, caller, &source.customer, name, now_us).await,
     }
+}
+
+/// Ends the session of a clone that the caller was given in an answer that never came, for the next one to take its place.
+async fn end_lost(c: &mut SqliteConnection, caller: &Caller, target: &Volume, now_us: u64) -> Result<(), Refusal> {
+    let Some(holder) = volumes::holder(c, &target.id).await?.filter(|h| h.client_key == caller.key) else {
+        return Ok(());
+    };
+    let HolderKind::Session(session) = holder.kind else { return Ok(()) };
+    volumes::free(c, &target.id).await?;
+    let draft = Draft::new(&target.customer, caller.actor(), AuditKind::VolumeSessionEnded)
+        .volume(target.id)
+        .detail("session", Base64Url::from(&session[..]))
+        .detail("outcome", "the answer that gave it was lost")
+        .detail("anchor", "none");
+    append(c, now_us, draft).await?;
+    Ok(())
 }
 
 async fn destroy(c: &mut SqliteConnection, caller: &Caller, volume: &Volume, now_us: u64) -> Result<(), Refusal> {

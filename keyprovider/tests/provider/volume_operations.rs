@@ -177,6 +177,32 @@ fn an_anchor_names_no_key_that_the_provider_did_not_issue() {
 }
 
 #[test]
+fn a_clone_whose_permission_was_lost_is_asked_for_again() {
+    let lab = lab();
+    let mut session = Session::open(&lab);
+    let clone = |permit: Answer<SessionPermit>| match permit {
+        Ok(SessionPermit::Clone { session, .. }) => session,
+        other => panic!("{other:?}"),
+    };
+    let first = clone(session.begin(VolumeOperation::Clone));
+    let second = clone(session.begin(VolumeOperation::Clone));
+    assert_eq!(first.grant.volume, second.grant.volume);
+    assert!(first.session != second.session && first.grant.open_number < second.grant.open_number);
+    let mut renew = |view: &api::SessionView| {
+        let path = format!("/v1/customers/acme/volumes/copy/sessions/{}/renew", view.session);
+        problem(session.admin.post::<api::Done>(&path, &()))
+    };
+    assert_eq!((renew(&first), renew(&second).is_ok()), (Err(Some(ProblemType::VolumeHeld)), true));
+    session.end();
+    // Who asks for the first time takes nothing from whoever has the volume.
+    lab.sql("UPDATE holders SET session = randomblob(16)");
+    let mut session = Session::open(&lab);
+    for _ in 0..2 {
+        assert_eq!(session.begin(VolumeOperation::Clone), Err(Some(ProblemType::VolumeHeld)));
+    }
+}
+
+#[test]
 fn both_key_encryption_keys_are_kept_until_an_anchor_names_the_new_one() {
     let lab = lab();
     let mut session = Session::open(&lab);
