@@ -63,6 +63,4 @@ pub use error::{AnchorRefused, VolumeError};
 pub use hooks::{Anchors, Events, Nobody};
 pub use keys::Kek;
 pub use store::{FileStore, MemoryStore, Store};
-pub use volume::{
-    CheckReport, CheckStep, CloneOf, OpenOptions, PlainInfo, SnapshotInfo, Volume, VolumeInfo, erase, inspect,
-};
+pub use volume::{CheckReport, CheckStep, OpenOptions, PlainInfo, SnapshotInfo, Volume, VolumeInfo, erase, inspect};

@@ -120,6 +120,7 @@ pub async fn keep_anchor(
         return if volume.anchor.as_ref() == Some(anchor) { Ok(()) } else { Err(held()) };
     };
     check_step(&volume.anchor, anchor, &holder)?;
+    check_key(&volume, anchor)?;
     let opened = volume.anchor.as_ref().is_none_or(|old| old.writer() != anchor.writer());
     move_anchor(c, &volume, anchor, &draft, now_us).await?;
     if closed {
@@ -152,6 +153,10 @@ pub async fn move_anchor(
             let why = format!("the anchor's key slots are wrapped under key {kek}, which this provider does not have");
             return Err(Refusal::new(ProblemType::AnchorBackward, why).hint("restore a newer backup of the provider"));
         }
+        None if volume.anchor.as_ref().is_some_and(|old| old.kek_id().is_some()) => {
+            let why = "the anchor does not say which key wraps its key slots, and the one before did";
+            return Err(Refusal::new(ProblemType::AnchorBackward, why.to_owned()));
+        }
         _ => None,
     };
     volumes::set_anchor(c, &volume.id, anchor).await?;
@@ -173,6 +178,16 @@ fn check_step(old: &Option<VolumeAnchor>, new: &VolumeAnchor, holder: &Holder) -
         Some(AnchorStep::Backward) => Err(backward("the anchor is older than the one that is kept")),
         Some(AnchorStep::Foreign) => Err(backward("the anchor is another volume's")),
     }
+}
+
+/// New writes are sealed under the key whose id this provider issued for them, or under the one so far: nobody rekeys unasked.
+fn check_key(volume: &Volume, new: &VolumeAnchor) -> Result<(), Refusal> {
+    let id = new.key_id();
+    if volume.key_id == Some(id) || volume.anchor.as_ref().map(VolumeAnchor::key_id) == Some(id) {
+        return Ok(());
+    }
+    let why = format!("the anchor names key {id} for new writes, which this provider did not issue for them");
+    Err(Refusal::new(ProblemType::AnchorBackward, why))
 }
 
 /// Counts what an instance writes, before it takes the one place where something is written. Strangers are turned away

@@ -199,6 +199,8 @@ pub enum HolderAnswer {
     Permitted(Permit),
     /// It is refused, and why.
     Refused(String),
+    /// There was no answer that can be read: whether it was done or not is not known, nor why not.
+    Unknown(String),
 }
 
 #[cfg(test)]

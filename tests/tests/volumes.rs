@@ -86,6 +86,8 @@ fn a_rewrapped_volume_opens_with_its_new_key_and_the_old_one_is_gone() {
     keys.serve();
     keys.holds("root", &image);
     assert_ne!(keys.json("root", &["rewrap", &volume])["kek_id"], rewrapped["kek_id"]);
+    let said = keys.exec("root", &["rewrap", &volume]).good().out;
+    assert!(said.contains("take a backup of the provider now"), "{said}");
 }
 
 #[test]

@@ -78,6 +78,28 @@ fn rekey_leaves_no_older_key() {
     assert_eq!(keeper.run(&["rekey", &volume]).code, 4);
 }
 
+/// The provider answers with the key of the rekey before as long as it has not heard of its end.
+#[test]
+fn a_rekey_never_passes_for_one_that_was_begun_before() {
+    let (_folder, mut keeper, volume, content) = made();
+    keeper.key = 3;
+    assert_eq!(keeper.json(&["rekey", &volume])["key_id"], "0000000000000003");
+    // It came to its end: another one is begun.
+    let again = keeper.json(&["rekey", &volume]);
+    assert_eq!(again["key_id"], "0000000000000004");
+    assert_eq!((&again["older_keys"], &again["begun_before"]), (&0.into(), &false.into()));
+    keeper.key = 4;
+    good(&mut keeper, &volume);
+    assert!(keeper.good(&["export", &volume, "-"]) == content);
+    // Older keys are left, so that it may not have: it goes on, and says so.
+    keeper.good(&["snapshot", "take", &volume, "--name", "s"]);
+    keeper.key = 5;
+    keeper.good(&["rekey", &volume]);
+    let said = String::from_utf8(keeper.good(&["rekey", &volume])).expect("text");
+    assert!(said.contains("under key 0000000000000005") && said.contains("rekey once more"), "{said}");
+    assert_eq!(keeper.json(&["rekey", &volume])["begun_before"], true);
+}
+
 #[test]
 fn an_erased_volume_is_gone_and_only_with_force() {
     let (_folder, mut keeper, volume, _) = made();
@@ -125,6 +147,12 @@ fn what_is_not_permitted_is_not_done() {
         assert!(refused.anchors.is_empty(), "{words:?}");
     }
     assert_eq!(keeper.json(&["info", &volume])["key_id"], before);
+    // Nor is a volume recovered for a clone that nobody may make.
+    assert_ne!(keeper.run_with(&["resize", &volume, "--size", "64M"], Manner::KillsAtAnchor, "").code, 0);
+    let left = fs::read(&volume).expect("there");
+    let refused = keeper.run_with(&["clone", &volume, &copy, "--name", "copy"], Manner::Forbids, "");
+    assert!(refused.failed(4).contains("nothing was done") && refused.anchors.is_empty());
+    assert!(fs::read(&volume).expect("there") == left, "the volume was opened for writing");
     assert!(fs::metadata(copy).is_err() && keeper.good(&["export", &volume, "-"]) == content);
     good(&mut keeper, &volume);
 }

@@ -218,7 +218,7 @@ fn a_volume_without_its_anchor_is_not_made() {
 
 #[test]
 fn an_anchor_whose_fate_is_unknown_keeps_the_volume() {
-    for manner in [Manner::LeavesAtAnchor, Manner::BabblesAtAnchor] {
+    for manner in [Manner::LeavesAtAnchor, Manner::BabblesAtAnchor, Manner::UnsureOfAnchors] {
         let folder = Folder::new();
         let volume = folder.name("a.vol");
         let mut keeper = Keeper::new();

@@ -13,8 +13,8 @@ use policy::{KeyId, VolumeId};
 /// ```
 ///
 /// The master is 32 random bytes, wrapped with AES-256-GCM under the key-encryption key; [`Slot::aad`] is the additional data. A
-/// key id names {origin UUID, master}: a clone keeps the slots of what it inherits, with their origin. "Blocks written" counts
-/// 4096-byte blocks sealed under this key, rounded up after a crash; at 2^28 (2^36 AES blocks) it takes no more.
+/// key id names {origin UUID, master}; the origin is the volume itself. "Blocks written" counts 4096-byte blocks sealed under this key,
+/// rounded up after a crash; at 2^28 (2^36 AES blocks) it takes no more.
 #[derive(Clone, PartialEq, Eq)]
 pub(crate) struct Slot {
     pub(crate) key: KeyId,

@@ -14,8 +14,8 @@ use super::{BLOCK, Block, FormatError, array_at, put, u16_at, u32_at, u64_at, ze
 ///      1            1       1               5      8          64            16
 /// ```
 ///
-/// It reaches what was born before it: data whose generation is below `generation`, or whose key has another origin than this
-/// volume, and pages whose epoch is not above `epoch`. Ids rise and are not used again; time is in Unix seconds. State 0: kept.
+/// It reaches what was born before it: data whose generation is below `generation`, and pages whose epoch is not above
+/// `epoch`. Ids rise and are not used again; time is in Unix seconds. State 0: kept.
 /// State 1: it is being deleted, and what only it reaches among the blocks below `position` is free already.
 #[derive(Clone, PartialEq, Eq)]
 pub(crate) struct Snapshot {

@@ -90,15 +90,9 @@ impl Kek {
         Ok(master)
     }
 
-    /// A customer's slot with its master wrapped under `new` instead, for the same customer or another.
-    pub(crate) fn rewrap(
-        &self,
-        slot: &Slot,
-        customer: &CustomerId,
-        new: &Kek,
-        new_customer: &CustomerId,
-    ) -> Result<Slot, VolumeError> {
-        let wrapped = new.wrap(&self.unwrap(slot, customer)?, slot.key, slot.origin, new_customer)?;
+    /// A customer's slot with its master wrapped under `new` instead.
+    pub(crate) fn rewrap(&self, slot: &Slot, customer: &CustomerId, new: &Kek) -> Result<Slot, VolumeError> {
+        let wrapped = new.wrap(&self.unwrap(slot, customer)?, slot.key, slot.origin, customer)?;
         Ok(Slot { written: slot.written, ..wrapped })
     }
 

@@ -60,7 +60,6 @@ use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
 
 pub use check::{CheckReport, CheckStep};
-pub use clone::CloneOf;
 pub use open::{OpenOptions, PlainInfo, inspect};
 pub use rekey::erase;
 pub use snapshots::SnapshotInfo;
@@ -379,7 +378,7 @@ impl Core {
 
     /// Whether a snapshot reaches the block of data that `entry` names for `lba`.
     fn data_is_retained(&self, lba: u64, entry: &Entry) -> bool {
-        self.snapshots.iter().any(|s| self.is_older(entry, s) && s.dying.is_none_or(|position| lba >= position))
+        self.snapshots.iter().any(|s| entry.generation < s.generation && s.dying.is_none_or(|position| lba >= position))
     }
 
     /// Whether a snapshot reaches a page of the map that was born at epoch `birth`.
@@ -387,12 +386,6 @@ impl Core {
         // One that is being taken by this very checkpoint reaches what the checkpoint writes, not what that replaces.
         let taken = self.snapshots.iter().filter(|s| s.epoch <= self.epoch);
         taken.into_iter().any(|s| birth <= s.epoch && s.dying.is_none_or(|position| end_of(id) > position))
-    }
-
-    /// Whether data was written before the snapshot was taken. What another volume wrote is older than any.
-    fn is_older(&self, entry: &Entry, snapshot: &Snapshot) -> bool {
-        let foreign = |slot: &Slot| slot.key == entry.key && slot.origin != self.superblock.uuid;
-        entry.generation < snapshot.generation || self.older.iter().any(foreign)
     }
 }
 

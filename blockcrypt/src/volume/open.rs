@@ -239,7 +239,7 @@ impl Shared {
     }
 
     /// A new volume's first superblock.
-    pub(super) fn finish_creation(&self) -> Result<(), VolumeError> {
+    fn finish_creation(&self) -> Result<(), VolumeError> {
         self.first_checkpoint()?;
         self.core()?.space.release_all();
         let group = self.flushing();
@@ -335,13 +335,6 @@ pub(super) struct Lists {
     snapshot_pages: Vec<u64>,
 }
 
-impl Lists {
-    /// No snapshots, and these older keys, which no page holds yet.
-    pub(super) fn of(slots: Vec<Slot>) -> Self {
-        Self { slots, ..Self::default() }
-    }
-}
-
 /// Reads both lists; the older keys join the ring before anything needs them.
 fn read_lists(superblock: &Superblock, kek: &Kek, grant: &VolumeGrant, from: &Backing) -> Result<Lists, VolumeError> {
     let mut lists = Lists::default();
@@ -386,7 +379,7 @@ fn read_chain(
 }
 
 /// Sizes the store, and makes sure that nothing in it looks like a superblock.
-pub(super) fn prepare_store(backing: &Backing) -> Result<(), VolumeError> {
+fn prepare_store(backing: &Backing) -> Result<(), VolumeError> {
     let (store, geometry) = (&backing.store, backing.geometry());
     store.set_len(geometry.total * BLOCK as u64).map_err(VolumeError::store("be made as long as the volume"))?;
     let front = geometry.zone().end * BLOCK as u64;

@@ -32,7 +32,7 @@ impl Shared {
             core.writable()?;
             (core.superblock.slot.clone(), core.older.clone())
         };
-        let rewrapped = |slot: &Slot| old.rewrap(slot, &self.customer, new, &self.customer);
+        let rewrapped = |slot: &Slot| old.rewrap(slot, &self.customer, new);
         let new_current = rewrapped(&current)?;
         let new_older = older.iter().map(rewrapped).collect::<Result<Vec<_>, _>>()?;
         // One that never had an anchor has none to tell the provider with.

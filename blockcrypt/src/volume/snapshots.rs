@@ -245,11 +245,10 @@ impl Shared {
             None if in_snapshot => {}
             None => self.with_core(|core| core.lookup(first, &mut theirs))?,
         }
-        let core = self.core()?;
         for (i, theirs) in theirs.iter().enumerate() {
             let mine = entry(page, i);
             let Some(block) = mine.data().filter(|block| self.backing.in_pool(*block)) else { continue };
-            let is_old = walk.older.as_ref().is_some_and(|older| core.is_older(&mine, older));
+            let is_old = walk.older.as_ref().is_some_and(|older| mine.generation < older.generation);
             if !is_old && theirs.data() != Some(block) {
                 walk.free.push(block);
             }

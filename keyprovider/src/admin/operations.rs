@@ -12,6 +12,7 @@
 use super::volumes::{SessionPath, check_text, find, holder_name, holds, make, new_kek, session, start, view};
 use super::{Answer, conflict, done, seal};
 use crate::api::{Done, KeyRequest, SealedKey, SessionOperation, SessionOutcome, SessionPermit, VolumeView};
+use crate::attestation::confirmed;
 use crate::keystore::KeyLabel;
 use crate::provider::Provider;
 use crate::server::body::{At, Json as Body};
@@ -19,13 +20,13 @@ use crate::server::gate::Caller;
 use crate::server::problem::Refusal;
 use crate::store::Write;
 use crate::store::audit::{Draft, append};
-use crate::store::volumes::{self, Volume};
+use crate::store::volumes::{self, HolderKind, Volume};
 use attest::protocol::ProblemType;
 use axum::Json;
 use axum::extract::State;
 use policy::audit::AuditKind;
 use policy::disk::{VolumeOperation, VolumeRequest};
-use policy::{CustomerId, KeyId, VolumeAnchor};
+use policy::{Base64Url, CustomerId, KeyId, VolumeAnchor};
 use policy_cedar::{Verdict, VolumeQuestion};
 use sqlx::SqliteConnection;
 use std::sync::Arc;
@@ -43,6 +44,7 @@ pub async fn begin(
     let mut tx = provider.db.write().await?;
     let (volume, mut holder) = session(&mut tx, &caller, &path).await?;
     // The same once more: its answer was lost.
+    let again = holder.operation == Some(request.operation);
     if let Some(open) = holder.operation.filter(|open| *open != request.operation) {
         return Err(conflict(format!("this session has begun {open} and not said how it ended")));
     }
@@ -62,6 +64,9 @@ pub async fn begin(
         }
         VolumeOperation::Clone => {
             let target = target(&provider, &mut tx, &caller, &volume, &request, now_us).await?;
+            if again {
+                end_lost(&mut tx, &caller, &target, now_us).await?;
+            }
             let session = Box::new(start(&provider, &mut tx, &caller, &target, &key, now_us).await?);
             (SessionPermit::Clone { name: target.name, session }, draft.detail("clone", target.id))
         }
@@ -115,6 +120,12 @@ pub async fn retire(
     if volume.retired {
         return Err(conflict(format!("the keys of volume {name} are retired already")));
     }
+    if volume.unconfirmed {
+        return Err(conflict(format!(
+            "the provider was restored, and nobody has confirmed volume {name}'s anchor yet"
+        ))
+        .hint(format!("run: fealty-keys volume confirm {id} {name}")));
+    }
     if let Some(holder) = volumes::holder(&mut tx, &volume.id).await?.filter(|h| holds(h, now_us)) {
         let what = format!("volume {name} is held by {}", holder_name(&holder));
         return Err(Refusal::new(ProblemType::VolumeHeld, what).hint("end that first, or wait until its lease is past"));
@@ -143,6 +154,7 @@ async fn allowed(
             Draft::new(&volume.customer, caller.actor(), kind).volume(volume.id).detail("operation", request.operation);
         request.parameters.iter().fold(draft, |draft, (name, value)| draft.detail(format!("parameter.{name}"), value))
     };
+    confirmed(&mut tx, &volume.customer).await?;
     match decide(provider, &mut tx, caller, volume, request, now_us).await? {
         Verdict::Permit { rules } => Ok((tx, draft(AuditKind::OperationPermitted).detail("rules", rules.join(", ")))),
         Verdict::Refuse { reason } => {
@@ -226,6 +238,22 @@ async fn target(
         Some(found) => Ok(found),
         None => make(provider, c, caller, &source.customer, name, now_us).await,
     }
+}
+
+/// Ends the session of a clone that the caller was given in an answer that never came, for the next one to take its place.
+async fn end_lost(c: &mut SqliteConnection, caller: &Caller, target: &Volume, now_us: u64) -> Result<(), Refusal> {
+    let Some(holder) = volumes::holder(c, &target.id).await?.filter(|h| h.client_key == caller.key) else {
+        return Ok(());
+    };
+    let HolderKind::Session(session) = holder.kind else { return Ok(()) };
+    volumes::free(c, &target.id).await?;
+    let draft = Draft::new(&target.customer, caller.actor(), AuditKind::VolumeSessionEnded)
+        .volume(target.id)
+        .detail("session", Base64Url::from(&session[..]))
+        .detail("outcome", "the answer that gave it was lost")
+        .detail("anchor", "none");
+    append(c, now_us, draft).await?;
+    Ok(())
 }
 
 async fn destroy(c: &mut SqliteConnection, caller: &Caller, volume: &Volume, now_us: u64) -> Result<(), Refusal> {

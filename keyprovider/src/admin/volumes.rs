@@ -5,7 +5,7 @@ use crate::api::{
     ConfirmVolume, Done, KeyRequest, NewVolume, SessionAnchor, SessionEnd, SessionEvent, SessionSize, SessionView,
     VolumeView,
 };
-use crate::attestation::LEASE_MARGIN_US;
+use crate::attestation::{LEASE_MARGIN_US, confirmed};
 use crate::instance::{keep_anchor, move_anchor};
 use crate::keystore::KeyLabel;
 use crate::provider::Provider;
@@ -174,6 +174,7 @@ pub(super) async fn start(
     request: &KeyRequest,
     now_us: u64,
 ) -> Result<SessionView, Refusal> {
+    confirmed(c, &volume.customer).await?;
     let mut session = [0; 16];
     getrandom::fill(&mut session).map_err(|_| StoreError::Random)?;
     let (id, until_us) = (&volume.customer, now_us + u64::from(SESSION_SECONDS) * 1_000_000);

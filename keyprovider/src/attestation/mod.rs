@@ -366,7 +366,7 @@ async fn asks_for_itself(
 }
 
 /// After a restore, what the customer took away may be back: nothing is released until somebody has looked.
-async fn confirmed(c: &mut SqliteConnection, customer: &CustomerId) -> Result<(), Refusal> {
+pub async fn confirmed(c: &mut SqliteConnection, customer: &CustomerId) -> Result<(), Refusal> {
     if !people::unconfirmed(c, customer).await? {
         return Ok(());
     }

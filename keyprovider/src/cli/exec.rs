@@ -128,18 +128,19 @@ impl Held {
         Instant::now() + if good { Duration::from_millis(self.length_ms) / RENEWALS } else { RETRY }
     }
 
-    /// Passes a message on. A provider that can't be reached is waited for: a volume that is open loses nothing by it.
+    /// Passes a message on. A provider that can't be reached, or whose answer something on the way replaced, is asked again for a
+    /// while: a volume that is open loses nothing by it. Only what the provider itself says is a refusal: after anything else it may
+    /// have done what it was asked.
     fn answer(&mut self, message: &ToolMessage) -> Said {
         let started = Instant::now();
         loop {
             match self.tell(message) {
                 Ok(said) => return said,
-                Err(CliError::Client(AdminClientError::Client(ClientError::Unreachable { .. })))
-                    if started.elapsed() < PATIENCE =>
-                {
-                    std::thread::sleep(RETRY);
-                }
-                Err(error) => return (HolderAnswer::Refused(chain(&error)), None),
+                Err(error) if is_refusal(&error) => return (HolderAnswer::Refused(chain(&error)), None),
+                Err(CliError::Client(AdminClientError::Client(
+                    ClientError::Unreachable { .. } | ClientError::BadAnswer { .. },
+                ))) if started.elapsed() < PATIENCE => std::thread::sleep(RETRY),
+                Err(error) => return (HolderAnswer::Unknown(chain(&error)), None),
             }
         }
     }
@@ -201,6 +202,16 @@ impl Held {
         for part in &self.parts {
             end_session(&mut self.s, &part.path, &outcome);
         }
+    }
+}
+
+/// Whether nothing was done: the provider says so, or it was not asked.
+fn is_refusal(error: &CliError) -> bool {
+    match error {
+        // What it could not do it may have done, as far as it knows.
+        CliError::Client(AdminClientError::Client(ClientError::Refused(problem))) => problem.status < 500,
+        CliError::Input(_) => true,
+        _ => false,
     }
 }
 
@@ -368,5 +379,30 @@ impl Signals {
 fn pass(id: i32) {
     if let Some(pid) = Pid::from_raw(id) {
         let _ = kill_process(pid, Signal::TERM);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use attest::protocol::Problem;
+
+    #[test]
+    fn only_what_the_provider_says_is_a_refusal() {
+        let problem = |status| {
+            let problem =
+                Problem { kind: "urn:fealty:problem:conflict".into(), title: "no".into(), status, detail: None };
+            ClientError::Refused(Box::new(problem))
+        };
+        let (url, reason) = ("https://keys.example:8443".to_owned(), "502".to_owned());
+        let lost = [
+            problem(500),
+            ClientError::Unreachable { url: url.clone(), reason: reason.clone() },
+            ClientError::BadAnswer { url: url.clone(), reason: reason.clone() },
+            ClientError::WrongProvider { url, reason },
+        ];
+        let refuses = |error| is_refusal(&CliError::Client(AdminClientError::Client(error)));
+        assert!(refuses(problem(403)) && !lost.into_iter().any(refuses));
+        assert!(!is_refusal(&CliError::Client(AdminClientError::Sealed)), "it was permitted");
     }
 }

@@ -1,7 +1,7 @@
 //! SIGKILL, full disks, backups: no number is given out twice, and the log stays whole.
 
 use crate::support::vm::SoftVm;
-use crate::support::{Lab, Provider, anchor, keys_command};
+use crate::support::{Lab, Provider, anchor, anchor_of, keys_command};
 use attest::protocol::{AnchorUpdate, ProblemType};
 use std::collections::HashSet;
 use std::process::Command;
@@ -108,7 +108,8 @@ fn a_restored_provider_voids_what_it_can_not_know() {
     // After the backup the VM goes on, and a second instance starts.
     let mut lost = SoftVm::new(&lab);
     let lost_instance = lost.start(&lab.host).release;
-    let newer = anchor(lab.volume, lost_instance.volumes[0].open_number.get(), 4);
+    let lost_volume = &lost_instance.volumes[0];
+    let newer = anchor_of(lab.volume, lost_volume.open_number.get(), 4, lost_volume.key_id);
     lost.anchor(lost_instance.instance, &AnchorUpdate { anchor: newer.clone(), closed: false }).expect("kept");
     lab.provider.kill();
     std::fs::create_dir(lab.path("again")).expect("a folder");

@@ -1,7 +1,7 @@
 //! The way of a key: what a host gets that has proved itself, and what is written down of it.
 
 use crate::support::vm::{SoftVm, check_receipt};
-use crate::support::{GO, Lab, anchor};
+use crate::support::{GO, Lab, anchor_of};
 use attest::bundle::BundleKey;
 use attest::protocol::{AnchorUpdate, KeyName, ProblemType};
 use fealty_keyprovider::api::TrustView;
@@ -45,7 +45,8 @@ fn a_renewal_keeps_instance_and_open_numbers() {
     let lab = Lab::new();
     let mut vm = SoftVm::new(&lab);
     let first = vm.start(&lab.host);
-    let newer = anchor(lab.volume, first.release.volumes[0].open_number.get(), 9);
+    let own = &first.release.volumes[0];
+    let newer = anchor_of(lab.volume, own.open_number.get(), 9, own.key_id);
     vm.anchor(first.release.instance, &AnchorUpdate { anchor: newer.clone(), closed: false }).expect("kept");
     // A newer VM file does not end a running instance.
     lab.seal("payroll", &[lab.volume]);

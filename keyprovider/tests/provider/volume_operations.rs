@@ -158,6 +158,50 @@ fn a_rekey_goes_on_with_its_key_once_an_anchor_names_it() {
     assert!(third != second && third != first, "the next one is another");
 }
 
+/// With the volume's key and a tool of his own anybody can make a master; the provider takes no anchor that names it.
+#[test]
+fn an_anchor_names_no_key_that_the_provider_did_not_issue() {
+    let lab = lab();
+    let mut session = Session::open(&lab);
+    let (kek, id) = (session.view.grant.kek_id, session.view.grant.key_id);
+    assert_eq!(session.anchor(1, KeyId(7), kek), Err(Some(ProblemType::AnchorBackward)));
+    // The first to say which key-encryption key it is, says it for all that come.
+    session.anchor(1, id, KeyId(0)).expect("as older programs do");
+    session.anchor(2, id, kek).expect("the same");
+    assert_eq!(session.anchor(3, id, KeyId(0)), Err(Some(ProblemType::AnchorBackward)));
+    let next = key(&session.begin(VolumeOperation::Rekey).expect("permitted"));
+    session.anchor(3, id, kek).expect("still under the key so far");
+    session.anchor(4, next, kek).expect("issued");
+    assert_eq!(session.anchor(5, id, kek), Err(Some(ProblemType::AnchorBackward)), "it was replaced");
+    session.end();
+}
+
+#[test]
+fn a_clone_whose_permission_was_lost_is_asked_for_again() {
+    let lab = lab();
+    let mut session = Session::open(&lab);
+    let clone = |permit: Answer<SessionPermit>| match permit {
+        Ok(SessionPermit::Clone { session, .. }) => session,
+        other => panic!("{other:?}"),
+    };
+    let first = clone(session.begin(VolumeOperation::Clone));
+    let second = clone(session.begin(VolumeOperation::Clone));
+    assert_eq!(first.grant.volume, second.grant.volume);
+    assert!(first.session != second.session && first.grant.open_number < second.grant.open_number);
+    let mut renew = |view: &api::SessionView| {
+        let path = format!("/v1/customers/acme/volumes/copy/sessions/{}/renew", view.session);
+        problem(session.admin.post::<api::Done>(&path, &()))
+    };
+    assert_eq!((renew(&first), renew(&second).is_ok()), (Err(Some(ProblemType::VolumeHeld)), true));
+    session.end();
+    // Who asks for the first time takes nothing from whoever has the volume.
+    lab.sql("UPDATE holders SET session = randomblob(16)");
+    let mut session = Session::open(&lab);
+    for _ in 0..2 {
+        assert_eq!(session.begin(VolumeOperation::Clone), Err(Some(ProblemType::VolumeHeld)));
+    }
+}
+
 #[test]
 fn both_key_encryption_keys_are_kept_until_an_anchor_names_the_new_one() {
     let lab = lab();
@@ -207,8 +251,30 @@ fn a_restored_provider_follows_a_rewrap_that_it_had_begun() {
     let refused = lab.refused(&["volume", "confirm", "acme", "root", "--anchor", &text_of(&foreign)]);
     assert!(refused.contains("which this provider does not have"), "{refused}");
     lab.keys(&["volume", "confirm", "acme", "root", "--anchor", &text_of(&shown)]);
+    lab.keys(&["customer", "confirm", "acme", "--policy", "1", "--reference", "1"]);
     let session = Session::open(&lab);
     assert!(session.view.grant.kek_id == new && new != old);
+}
+
+/// The backup's policy may be one that the customer has replaced, its administrators ones that he has removed.
+#[test]
+fn a_restored_provider_decides_and_releases_nothing_before_the_customer_has_confirmed() {
+    let mut lab = lab();
+    Session::open(&lab).end();
+    let sessions = lab.events("volume-session").len();
+    lab.keys(&["backup", "--out", "backup.db"]);
+    lab.restore("backup.db");
+    let retire = |lab: &Lab| lab.refused(&["volume", "retire", "acme", "root", "--force"]);
+    assert!(retire(&lab).contains("volume confirm acme root"), "{}", retire(&lab));
+    lab.keys(&["volume", "confirm", "acme", "root"]);
+    for said in [retire(&lab), lab.refused(&["volume", "exec", "acme", "root", "--", "true"])] {
+        assert!(said.contains("customer confirm acme"), "{said}");
+    }
+    assert!(lab.events("operation-permitted").is_empty());
+    assert_eq!(lab.events("volume-session").len(), sessions);
+    lab.keys(&["customer", "confirm", "acme", "--policy", "1", "--reference", "1"]);
+    Session::open(&lab).end();
+    lab.keys(&["volume", "retire", "acme", "root", "--force"]);
 }
 
 #[test]

@@ -1,7 +1,7 @@
 //! Volumes: held by one at a time, opened under numbers that never repeat, anchored forward only.
 
 use crate::support::vm::SoftVm;
-use crate::support::{Lab, anchor, keys_command};
+use crate::support::{Lab, anchor, anchor_of, keys_command};
 use attest::protocol::{AnchorUpdate, ProblemType};
 use fealty_keyprovider::api;
 use fealty_keyprovider::client::OneTimeKey;
@@ -15,7 +15,8 @@ fn anchors_go_forward_only_and_only_by_the_holder() {
     let keys = vm.start(&lab.host);
     let (instance, grant) = (keys.release.instance, &keys.release.volumes[0]);
     let open = grant.open_number.get();
-    let update = |writer, epoch, closed| AnchorUpdate { anchor: anchor(lab.volume, writer, epoch), closed };
+    let update =
+        |writer, epoch, closed| AnchorUpdate { anchor: anchor_of(lab.volume, writer, epoch, grant.key_id), closed };
     let put = |vm: &mut SoftVm, update: AnchorUpdate| vm.anchor(instance, &update).map_err(|e| e.problem());
     assert_eq!(put(&mut vm, update(open, 5, false)), Ok(()));
     assert_eq!(put(&mut vm, update(open, 5, false)), Ok(()), "the same again");
@@ -120,16 +121,13 @@ fn each_try_to_create_a_volume_has_a_key_id_and_number_of_its_own() {
         let _: api::Done = admin.post(&format!("{path}/{}/end", session.session), &end).expect("ended");
     }
     assert_eq!(ids.len(), 1);
-    // An opening whose anchor names another key leaves that id to nobody: the next opening gets a fresh one.
+    // Nobody brings a key of his own.
     let one_time = OneTimeKey::generate().expect("memory");
     let session: api::SessionView = admin.post(path, &one_time.request()).expect("a session");
     let grant = &session.grant;
     let update = api::SessionAnchor { anchor: anchor(grant.volume, grant.open_number.get(), 2) };
-    let _: api::Done = admin.put(&format!("{path}/{}/anchor", session.session), &update).expect("anchored");
-    let end = api::SessionEnd { outcome: "done".into() };
-    let _: api::Done = admin.post(&format!("{path}/{}/end", session.session), &end).expect("ended");
-    let session: api::SessionView = admin.post(path, &one_time.request()).expect("a session");
-    assert!(!ids.contains(&session.grant.key_id));
+    let answer: Result<api::Done, _> = admin.put(&format!("{path}/{}/anchor", session.session), &update);
+    assert!(answer.expect_err("refused").to_string().contains("which this provider did not issue"));
 }
 
 #[test]
@@ -211,12 +209,12 @@ fn plays_fealty_disk() {
     };
     match mode.as_str() {
         "anchor" => {
-            let anchor = anchor(session.grant.volume, open, 3);
+            let anchor = anchor_of(session.grant.volume, open, 3, session.grant.key_id);
             assert_eq!(tell(&ToolMessage::Anchor(anchor)), HolderAnswer::Kept);
             assert_eq!(tell(&ToolMessage::Event("2 records dropped".into())), HolderAnswer::Kept);
         }
         "backward" => {
-            let answer = tell(&ToolMessage::Anchor(anchor(session.grant.volume, open - 1, 3)));
+            let answer = tell(&ToolMessage::Anchor(anchor_of(session.grant.volume, open - 1, 3, session.grant.key_id)));
             assert!(matches!(answer, HolderAnswer::Refused(_)));
             panic!("the anchor was refused: {answer:?}");
         }

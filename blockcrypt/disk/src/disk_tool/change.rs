@@ -7,9 +7,9 @@ use super::holder::{Handover, Holder, HolderError, Leave};
 use super::progress::Progress;
 use super::report::{self, Reporter};
 use super::size::Bytes;
-use super::{Context, open_for_writing};
+use super::{Context, older_keys, open_for_writing, rotation};
 use blockcrypt::{FileStore, Kek, OpenOptions, Volume, VolumeError, VolumeInfo, erase as erase_store, inspect};
-use policy::disk::{VolumeOperation, VolumeRequest};
+use policy::disk::{VolumeGrant, VolumeOperation, VolumeRequest};
 use policy::{KeyId, VolumeId};
 use serde::Serialize;
 use std::path::Path;
@@ -25,6 +25,7 @@ struct Rekeyed {
     volume: VolumeId,
     key_id: KeyId,
     older_keys: usize,
+    begun_before: bool,
 }
 
 #[derive(Serialize)]
@@ -62,26 +63,30 @@ pub(super) fn resize(context: &Context, words: &Resize) -> Result<(), ToolError>
 pub(super) fn rekey(context: &Context, words: &Rekey) -> Result<(), ToolError> {
     let operation = Some(VolumeRequest::plain(VolumeOperation::Rekey));
     let change = Change { context, command: "rekey", path: &words.volume, operation };
-    let (_, info) = change.make(|volume, _| {
+    let (_, (info, goes_on)) = change.make(|volume, keys| {
         let mut progress = Progress::of("rekey", volume.size(), context.report.json);
         volume.rotate(&mut |done, _| {
             progress.at((done * 4096).min(volume.size()));
             true
         })?;
-        Ok(volume.info())
+        Ok((volume.info(), keys.goes_on))
     })?;
-    rekeyed(context.report, &info)
+    rekeyed(context.report, &info, goes_on)
 }
 
-/// Says that a rekey is done.
-pub(super) fn rekeyed(report: Reporter, info: &VolumeInfo) -> Result<(), ToolError> {
+/// Says that a rekey is done: one that was begun just now, or that `goes_on` since before.
+pub(super) fn rekeyed(report: Reporter, info: &VolumeInfo, goes_on: bool) -> Result<(), ToolError> {
     let VolumeInfo { volume, key_id, older_keys, .. } = *info;
     let rest = match older_keys {
         0 => "no older key is needed any more".to_owned(),
         n => format!("{n} older keys stay: snapshots, or blocks that can't be read, need them"),
     };
-    let text = format!("volume {volume} is sealed under key {key_id}; {rest}");
-    report.result(&Rekeyed { volume, key_id, older_keys }, &text)
+    let since = match goes_on {
+        true => "; this ended a rekey that was begun before, whose key is not new: rekey once more for one that is",
+        false => "",
+    };
+    let text = format!("volume {volume} is sealed under key {key_id}; {rest}{since}");
+    report.result(&Rekeyed { volume, key_id, older_keys, begun_before: goes_on }, &text)
 }
 
 /// Wraps the volume's masters under another key-encryption key.
@@ -92,8 +97,10 @@ pub(super) fn rewrap(context: &Context, words: &Rewrap) -> Result<(), ToolError>
         let next = keys.next.ok_or(VolumeError::Grant("it names no next key-encryption key"))?;
         volume.rewrap(keys.kek, next).map(|()| next.id())
     })?;
-    let text =
-        format!("the keys of volume {volume} are wrapped under {kek_id}; the key provider has no other any more");
+    let text = format!(
+        "the keys of volume {volume} are wrapped under {kek_id}; the key provider has no other any more, and no backup of it from \
+         before opens the volume: take a backup of the provider now (fealty-keys backup)"
+    );
     context.report.result(&Rewrapped { volume, kek_id }, &text)
 }
 
@@ -131,10 +138,11 @@ pub(super) fn erase(context: &Context, words: &Erase) -> Result<(), ToolError> {
     context.report.result(&Erased { path: &words.volume, blocks, retired }, &text)
 }
 
-/// Key-encryption keys that a change may need: the volume's, and the next one.
+/// What a change may need: the volume's key-encryption key, and the next one; whether its rekey was begun before.
 pub(super) struct Keys<'a> {
     pub(super) kek: &'a Kek,
     pub(super) next: Option<&'a Kek>,
+    pub(super) goes_on: bool,
 }
 
 impl Change<'_> {
@@ -146,20 +154,14 @@ impl Change<'_> {
         let file = open_for_writing(self.path)?;
         let Handover { mut grant, kek, holder, size } = self.context.handover(self.command)?;
         let failed = |e| ToolError::Volume(self.path.to_owned(), e);
+        let again = file.try_clone().map_err(|e| ToolError::Open(self.path.to_owned(), e))?;
         let store = FileStore::exclusive(file).map_err(failed)?;
         self.context.interrupts.changing("the volume is whole: run this again, and it goes on");
-        let change = |leave: Leave| {
-            let next = match leave {
-                Leave::Kek(next) => Some(next),
-                Leave::Key(id) => {
-                    grant.key_id = id;
-                    None
-                }
-                _ => None,
-            };
-            let volume = Volume::open(store, &grant, &kek, OpenOptions::default(), holder.clone(), holder.clone());
+        let change = |grant: &VolumeGrant, next: Option<Kek>, goes_on: bool| {
+            let volume = Volume::open(store, grant, &kek, OpenOptions::default(), holder.clone(), holder.clone());
             let volume = volume.map_err(failed)?;
-            let done = holder.while_there(|| work(&volume, Keys { kek: &kek, next: next.as_ref() }), cut_off);
+            let keys = Keys { kek: &kek, next: next.as_ref(), goes_on };
+            let done = holder.while_there(|| work(&volume, keys), cut_off);
             // Also after a refusal: the volume was opened, and is anchored as it is now.
             let closed = volume.close();
             let (id, found) = (volume.id(), volume.size());
@@ -172,8 +174,16 @@ impl Change<'_> {
             Ok((id, done))
         };
         let done = match self.operation {
-            Some(request) => permitted(&holder, request, change)?,
-            None => change(Leave::Plain)?,
+            Some(request) if request.operation == VolumeOperation::Rekey => {
+                let older = |grant: &VolumeGrant| older_keys(self.path, again, grant, &kek, &holder);
+                let goes_on = rotation::permitted(&holder, &mut grant, older)?;
+                told(&holder, change(&grant, None, goes_on))?
+            }
+            Some(request) => permitted(&holder, request, |leave| match leave {
+                Leave::Kek(next) => change(&grant, Some(next), false),
+                _ => change(&grant, None, false),
+            })?,
+            None => change(&grant, None, false)?,
         };
         holder.finish()?;
         self.context.interrupts.done();
@@ -193,7 +203,11 @@ pub(super) fn permitted<R>(
     request: VolumeRequest,
     work: impl FnOnce(Leave) -> Result<R, ToolError>,
 ) -> Result<R, ToolError> {
-    let done = work(holder.ask(request)?);
+    told(holder, work(holder.ask(request)?))
+}
+
+/// Says how what was permitted ended.
+fn told<R>(holder: &Holder, done: Result<R, ToolError>) -> Result<R, ToolError> {
     match &done {
         Ok(_) => holder.outcome(true, "done"),
         Err(error) => holder.outcome(false, &report::chain(error)),

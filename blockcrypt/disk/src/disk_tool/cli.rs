@@ -333,9 +333,9 @@ The VM must not run meanwhile. Snapshots keep their size. A volume does not beco
 Example: fealty-keys volume exec acme data -- fealty-disk resize /store/data.vol --size 40G";
 
 const CLONE_HELP: &str = "\
-The clone has a name and an id at the key provider, a key-encryption key, and a key for what is written to it, all of its own. What it
-inherits keeps the keys that it had, wrapped anew: after `rekey` of the clone, nothing of it needs a key of its origin. Data is
-copied as it lies, verified, never decrypted. Snapshots are not copied. The policy must permit volume.clone.
+The clone has a name and an id at the key provider, and keys, all of its own: every block is read, verified and written anew under them,
+which takes as long as reading and writing all data. Neither opens with a key of the other; each can be rekeyed, erased or retired
+alone. Snapshots are not copied. The policy must permit volume.clone.
 
 Cut off, it leaves .NAME.partial, which the next run replaces.
 
@@ -344,14 +344,15 @@ Example: fealty-keys volume exec acme root -- fealty-disk clone /store/root.vol 
 const REKEY_HELP: &str = "\
 For when a key may be known, or has sealed enough: the key provider issues a new key, and every block is read and written under it, which
 takes as long as reading and writing all data. The policy must permit volume.rekey. Where this is interrupted, the next run goes
-on under the same key. Older keys stay as long as snapshots need them.
+on under the same key, and says that it did: then run it once more for a key that is new. Older keys stay as long as snapshots need them.
 
 Example: fealty-keys volume exec acme data -- fealty-disk rekey /store/data.vol";
 
 const REWRAP_HELP: &str = "\
 For when the key-encryption key may be known, the one that the key provider hands out: the volume's keys are wrapped under a new one,
 at once, whatever the volume's size. The key provider destroys the one so far when the volume's new anchor says that it is not
-needed any more. Who read the volume's keys with it can read on: then `rekey` too. The policy must permit volume.rewrap.
+needed any more: a backup of the key provider from before opens this volume no more, so take a new one (fealty-keys backup) when this
+is done. Who read the volume's keys with it can read on: then `rekey` too. The policy must permit volume.rewrap.
 Where this is interrupted, the volume opens as before, or with the new one; the next run goes on.
 
 Example: fealty-keys volume exec acme data -- fealty-disk rewrap /store/data.vol";
@@ -372,7 +373,7 @@ Example: fealty-keys volume exec acme root -- fealty-disk serve /store/root.vol 
          qemu-img info 'nbd+unix:///?socket=/run/root.sock'
 
 With --rekey the volume is also sealed under a new key, by a thread of the lowest priority, while it is in use. It says when that is done.
-Stopped before, even by a power cut, the next `serve --rekey` or `rekey` goes on. The policy must permit volume.rekey.
+Stopped before, even by a power cut, the next `serve --rekey` or `rekey` goes on, and says that it did. The policy must permit volume.rekey.
 
 Another virtual machine monitor must share the guest's memory with this process, which weakens what keeps root on its host out:
   qemu-system-x86_64 -object memory-backend-memfd,id=m,size=1G,share=on -machine q35,memory-backend=m \\

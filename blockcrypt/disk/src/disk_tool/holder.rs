@@ -51,7 +51,9 @@ pub(crate) enum HolderError {
     Unheard(String),
     #[error("{0} is not permitted, and nothing was done: {1}")]
     Forbidden(VolumeOperation, String),
-    #[error("whether {0} is permitted is not known: {1}; nothing was done here, start again")]
+    #[error(
+        "whether {0} is permitted is not known: {1}; nothing was done here, but the key provider may have done its part: start again"
+    )]
     NoPermit(VolumeOperation, String),
 }
 
@@ -156,7 +158,7 @@ pub(crate) enum Answer {
     Kept,
     /// It refused, and why.
     Refused(String),
-    /// There was no answer: whether it did it is not known.
+    /// There was no answer, or only that nobody knows: whether it did it is not known.
     Unknown(String),
 }
 
@@ -215,6 +217,7 @@ impl Holder {
             HolderAnswer::Permitted(permit) => {
                 talk.leave(permit).inspect_err(|error| _ = talk.end(&report::chain(error)))
             }
+            HolderAnswer::Unknown(why) => Err(unknown(report::one_line(&why, TEXT))),
             HolderAnswer::Kept => Err(unknown("the key holder's answer makes no sense".to_owned())),
         }
     }
@@ -259,8 +262,10 @@ impl AsFd for Holder {
 
 impl Anchors for Holder {
     fn keep(&self, anchor: &VolumeAnchor) -> Result<(), AnchorRefused> {
-        match self.anchor(anchor) {
+        let mut talk = self.talk();
+        match talk.ask(&ToolMessage::Anchor(anchor.clone())) {
             Answer::Kept => Ok(()),
+            Answer::Unknown(why) if talk.over.is_none() => Err(AnchorRefused::Away(why)),
             // No conversation, no later answer either.
             Answer::Refused(why) | Answer::Unknown(why) => Err(AnchorRefused::Refused(why)),
         }
@@ -308,6 +313,7 @@ impl Talk {
         match self.exchange_once(message) {
             Ok(HolderAnswer::Kept) => Answer::Kept,
             Ok(HolderAnswer::Refused(why)) => Answer::Refused(report::one_line(&why, TEXT)),
+            Ok(HolderAnswer::Unknown(why)) => Answer::Unknown(report::one_line(&why, TEXT)),
             Ok(HolderAnswer::Permitted(_)) => Answer::Unknown(self.end("the key holder's answer makes no sense")),
             Err(why) => Answer::Unknown(why),
         }
@@ -503,6 +509,16 @@ mod tests {
         }
     }
 
+    /// The provider may have kept it: it is asked again.
+    #[test]
+    fn an_anchor_of_which_nothing_is_known_is_not_refused() {
+        let answers = [framed(br#"{"unknown":"a proxy\nanswered"}"#), framed(br#""kept""#)].concat();
+        answered(&answers, |h| {
+            assert!(matches!(h.keep(&anchor()), Err(AnchorRefused::Away(why)) if why == "a proxy answered"));
+            assert!(h.keep(&anchor()).is_ok());
+        });
+    }
+
     #[test]
     fn findings_are_told_up_to_a_limit_and_then_counted() {
         let kept = framed(br#""kept""#).repeat(FINDINGS as usize + 1);
@@ -537,6 +553,9 @@ mod tests {
         }
         answered(&framed(br#"{"refused":"no"}"#), |h| {
             assert!(matches!(ask(h), Err(HolderError::Forbidden(_, why)) if why == "no"))
+        });
+        answered(&framed(br#"{"unknown":"no answer"}"#), |h| {
+            assert!(matches!(ask(h), Err(HolderError::NoPermit(_, why)) if why == "no answer"))
         });
         for nonsense in [&b""[..], &framed(br#""kept""#), &framed(br#"{"permitted":"all"}"#)] {
             answered(nonsense, |h| assert!(matches!(ask(h), Err(HolderError::NoPermit(..)))));

@@ -11,7 +11,7 @@ use super::progress::{Progress, rate};
 use super::qemu::Qcow2;
 use super::size::Bytes;
 use super::{Context, open_file, open_snapshot, open_writable};
-use blockcrypt::{AnchorRefused, Anchors, CloneOf, FileStore, Volume, VolumeError, inspect};
+use blockcrypt::{AnchorRefused, Anchors, FileStore, Volume, VolumeError, inspect};
 use policy::disk::{VolumeGrant, VolumeOperation, VolumeRequest};
 use policy::{AnchorMode, VolumeAnchor, VolumeId};
 use serde::Serialize;
@@ -157,24 +157,24 @@ pub(super) fn clone(context: &Context, words: &Clone) -> Result<(), ToolError> {
     let handover = context.handover("clone")?;
     let store = FileStore::shared(file.try_clone().map_err(|e| ToolError::Open(words.volume.clone(), e))?);
     let closed = store.and_then(|store| inspect(&store)).map_err(failed)?.closed;
-    // One that was not closed in order is recovered first, as whoever opens it does.
-    let source = match closed || words.snapshot.is_some() {
-        true => open_snapshot(&words.volume, file, &handover, words.snapshot)?,
-        false => {
-            // And with it its lock.
-            drop(file);
-            open_writable(&words.volume, &handover)?
-        }
-    };
-    let (of, size, holder) = (source.id(), source.size(), &handover.holder);
+    let holder = &handover.holder;
     let mut request = VolumeRequest::plain(VolumeOperation::Clone).with("name", &words.name);
     if let Some(snapshot) = words.snapshot {
         request = request.with("snapshot", snapshot);
     }
     let mut data = 0;
-    let id = permitted(holder, request, |leave| {
+    let (source, id) = permitted(holder, request, |leave| {
         let Leave::Clone(grant, kek) = leave else {
             return Err(HolderError::NoPermit(VolumeOperation::Clone, "it brought no volume to clone to".into()).into());
+        };
+        // One that was not closed in order is recovered first, as whoever opens it does.
+        let source = match closed || words.snapshot.is_some() {
+            true => open_snapshot(&words.volume, file, &handover, words.snapshot)?,
+            false => {
+                // And with it its lock.
+                drop(file);
+                open_writable(&words.volume, &handover)?
+            }
         };
         let making = Making { path: &words.clone, place, grant: *grant, holder: holder.clone() };
         let id = making.make(|store, grant, first| {
@@ -184,15 +184,20 @@ pub(super) fn clone(context: &Context, words: &Clone) -> Result<(), ToolError> {
                 let told = progress.get_or_insert_with(|| Progress::of("clone", all * 4096, context.report.json));
                 told.at(data);
             };
-            let of = CloneOf { source: &source, kek: &handover.kek };
-            let made = Volume::create_clone(store, of, grant, &kek, first, holder.clone(), &mut heard);
+            let made = Volume::create_clone(store, &source, grant, &kek, first, holder.clone(), &mut heard);
             // What is not as it should be, was read.
             let of = |e: &VolumeError| if e.is_integrity() { &words.volume } else { &words.clone };
             made.map_err(|e| ToolError::Volume(of(&e).clone(), e))
-        })?;
-        source.close().map_err(failed)?;
-        Ok(id)
+        });
+        if id.is_err() {
+            // It was opened, and is anchored as it is now.
+            let _ = source.close();
+        }
+        Ok((source, id?))
     })?;
+    let (of, size) = (source.id(), source.size());
+    // Whatever comes of this, the clone is made, and its outcome told.
+    source.close().map_err(failed)?;
     let made = Cloned { volume: id, of, name: &words.name, path: &words.clone, size, data };
     let text = format!(
         "cloned volume {of} as {} ({id}) in {}: {}, of it {} data",

@@ -37,16 +37,18 @@ mod signals;
 mod size;
 mod snapshot;
 
-use blockcrypt::{FileStore, OpenOptions, Volume};
+use blockcrypt::{FileStore, Kek, OpenOptions, Volume};
 use cli::{Cli, Command};
 use error::ToolError;
-use holder::Handover;
+use holder::{Handover, Holder};
+use policy::disk::VolumeGrant;
 use report::Reporter;
 use signals::Interrupts;
 use std::fs::File;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 use std::process::ExitCode;
+use std::sync::Arc;
 
 /// What every command works with.
 struct Context {
@@ -116,6 +118,22 @@ fn open_snapshot(path: &Path, file: File, handover: &Handover, snapshot: Option<
     let Handover { grant, kek, holder, .. } = handover;
     let options = OpenOptions { read_only: true, snapshot, ..Default::default() };
     Volume::open(store, grant, kek, options, holder.clone(), holder.clone()).map_err(failed)
+}
+
+/// How many older keys the volume in `file` at `path` has, which this process has locked.
+fn older_keys(
+    path: &Path,
+    file: File,
+    grant: &VolumeGrant,
+    kek: &Kek,
+    holder: &Arc<Holder>,
+) -> Result<usize, ToolError> {
+    let failed = |e| ToolError::Volume(path.to_owned(), e);
+    // Of the same opened file, whose lock stays when this is dropped.
+    let store = FileStore::exclusive(file).map_err(failed)?;
+    let options = OpenOptions { read_only: true, ..Default::default() };
+    let volume = Volume::open(store, grant, kek, options, holder.clone(), holder.clone()).map_err(failed)?;
+    Ok(volume.info().older_keys)
 }
 
 /// The volume at `path`, for writing.

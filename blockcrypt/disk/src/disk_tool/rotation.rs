@@ -7,6 +7,7 @@ use super::progress::Progress;
 use super::report::{self, Reporter};
 use blockcrypt::{Volume, VolumeError};
 use policy::disk::{VolumeGrant, VolumeOperation, VolumeRequest};
+use policy::{KeyId, VolumeAnchor};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
@@ -20,19 +21,50 @@ pub(super) struct Rotation {
     thread: JoinHandle<()>,
 }
 
-/// Asks whether the volume may be rekeyed; what is written under `grant` is sealed under the new key then.
-pub(super) fn permitted(holder: &Holder, grant: &mut VolumeGrant) -> Result<(), ToolError> {
-    let Leave::Key(id) = holder.ask(VolumeRequest::plain(VolumeOperation::Rekey))? else {
-        return Err(HolderError::NoPermit(VolumeOperation::Rekey, "it brought no key id".into()).into());
-    };
+/// Asks whether the volume may be rekeyed; what is written under `grant` is sealed under the new key then. Says whether that is the key of
+/// a rekey that was begun before and goes on. Where that one came to its end, and only its outcome was never heard of, `older_keys`
+/// of the volume are none: then it is told of now, and another is begun.
+pub(super) fn permitted(
+    holder: &Holder,
+    grant: &mut VolumeGrant,
+    older_keys: impl FnOnce(&VolumeGrant) -> Result<usize, ToolError>,
+) -> Result<bool, ToolError> {
+    let anchored = grant.anchor.as_ref().map(VolumeAnchor::key_id);
+    let mut id = ask(holder)?;
+    let goes_on = Some(id) == anchored;
+    if goes_on {
+        let older = older_keys(grant).inspect_err(|error| holder.outcome(false, &report::chain(error)))?;
+        if older == 0 {
+            holder.outcome(true, "it was done before, and its end was not told");
+            id = ask(holder)?;
+            if Some(id) == anchored {
+                holder.outcome(false, "no new key");
+                return Err(no_key("it brought the key that seals everything already"));
+            }
+            grant.key_id = id;
+            return Ok(false);
+        }
+    }
     grant.key_id = id;
-    Ok(())
+    Ok(goes_on)
+}
+
+fn ask(holder: &Holder) -> Result<KeyId, ToolError> {
+    match holder.ask(VolumeRequest::plain(VolumeOperation::Rekey))? {
+        Leave::Key(id) => Ok(id),
+        _ => Err(no_key("it brought no key id")),
+    }
+}
+
+fn no_key(why: &str) -> ToolError {
+    HolderError::NoPermit(VolumeOperation::Rekey, why.to_owned()).into()
 }
 
 impl Rotation {
-    /// Begins; tells the holder how it ended, whether it came to its end or was stopped.
+    /// Begins, or goes on; tells the holder how it ended, whether it came to its end or was stopped.
     pub(super) fn start(
         volume: impl AsRef<Volume> + Send + 'static,
+        goes_on: bool,
         holder: Arc<Holder>,
         report: Reporter,
     ) -> Result<Self, ToolError> {
@@ -46,7 +78,7 @@ impl Rotation {
                 Ok(true) => {
                     holder.outcome(true, "done");
                     // Nobody who reads this: no reason to end the server.
-                    let _ = rekeyed(report, &volume.info());
+                    let _ = rekeyed(report, &volume.info(), goes_on);
                 }
                 Ok(false) => holder.outcome(false, "stopped; the next rekey goes on"),
                 Err(error) => {

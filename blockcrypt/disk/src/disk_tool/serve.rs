@@ -42,12 +42,17 @@ pub(super) fn serve(context: &Context, words: &Serve) -> Result<(), ToolError> {
     let file = options.open(path).map_err(|e| ToolError::Open(path.clone(), e))?;
     let Handover { mut grant, kek, holder, .. } = context.handover("serve")?;
     let socket = Socket::listen(words.socket())?;
+    let again = file.try_clone().map_err(|e| ToolError::Open(path.clone(), e))?;
     let store = if words.read_only { FileStore::shared(file) } else { FileStore::exclusive(file) }.map_err(failed)?;
-    let store = if words.direct { store.direct().map_err(failed)? } else { store };
     let options = OpenOptions { read_only: words.read_only, ..Default::default() };
-    if words.rekey {
-        rotation::permitted(&holder, &mut grant)?;
-    }
+    let goes_on = match words.rekey {
+        true => rotation::permitted(&holder, &mut grant, |grant| super::older_keys(path, again, grant, &kek, &holder))?,
+        false => {
+            drop(again);
+            false
+        }
+    };
+    let store = if words.direct { store.direct().map_err(failed)? } else { store };
     // From here on an interruption closes the volume.
     let asked = context.interrupts.serving().map_err(ToolError::Signals)?;
     let volume = Volume::open(store, &grant, &kek, options, holder.clone(), holder.clone()).map_err(failed)?;
@@ -56,7 +61,7 @@ pub(super) fn serve(context: &Context, words: &Serve) -> Result<(), ToolError> {
     let id = grant.volume;
     let ready = Ready { volume: id, size: lent.size(), read_only: words.read_only, socket: words.socket() };
     context.report.result(&ready, &format!("ready: volume {id} on {}", words.socket().display()))?;
-    let rotation = words.rekey.then(|| Rotation::start(Rotated(lent.clone()), holder.clone(), context.report));
+    let rotation = words.rekey.then(|| Rotation::start(Rotated(lent.clone()), goes_on, holder.clone(), context.report));
     let rotation = rotation.transpose()?;
     let served = lend(&lent, words, socket, &[asked.as_fd(), holder.as_fd()]);
     if let Some(rotation) = rotation {

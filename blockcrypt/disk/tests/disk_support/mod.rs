@@ -43,6 +43,8 @@ pub(crate) enum Manner {
     LeavesAtAnchor,
     /// Answers an anchor with nonsense.
     BabblesAtAnchor,
+    /// Says that nobody knows whether it kept an anchor.
+    UnsureOfAnchors,
     /// Kills the tool (SIGKILL) when the anchor comes, and does not keep it.
     KillsAtAnchor,
     /// Refuses every event.
@@ -210,7 +212,7 @@ impl Ended {
 }
 
 fn hold(stream: &mut UnixStream, handover: &[u8], manner: &Manner, pid: u32) -> (Vec<VolumeAnchor>, Vec<String>) {
-    let (mut anchors, mut events) = (Vec::new(), Vec::new());
+    let (mut anchors, mut events, mut ended) = (Vec::new(), Vec::new(), 0);
     if stream.write_all(handover).is_err() {
         return (anchors, events);
     }
@@ -221,6 +223,7 @@ fn hold(stream: &mut UnixStream, handover: &[u8], manner: &Manner, pid: u32) -> 
                 anchors.push(anchor);
                 match manner {
                     Manner::RefusesAnchors => refusal,
+                    Manner::UnsureOfAnchors => HolderAnswer::Unknown("no answer".to_owned()),
                     Manner::LeavesAtAnchor => break,
                     Manner::BabblesAtAnchor => {
                         stream.write_all(&framed(b"\"perhaps\"")).expect("sent");
@@ -238,8 +241,12 @@ fn hold(stream: &mut UnixStream, handover: &[u8], manner: &Manner, pid: u32) -> 
                 events.push(text);
                 if matches!(manner, Manner::Deaf) { refusal } else { HolderAnswer::Kept }
             }
-            ToolMessage::Operation(request) => permit(&request, handover, manner).unwrap_or(refusal),
-            ToolMessage::Outcome { .. } | ToolMessage::Size { .. } => HolderAnswer::Kept,
+            ToolMessage::Operation(request) => permit(&request, handover, manner, ended).unwrap_or(refusal),
+            ToolMessage::Outcome { done, .. } => {
+                ended += u64::from(done);
+                HolderAnswer::Kept
+            }
+            ToolMessage::Size { .. } => HolderAnswer::Kept,
         };
         let answer = framed(&serde_json::to_vec(&answer).expect("JSON"));
         if stream.write_all(&answer).is_err() {
@@ -249,14 +256,15 @@ fn hold(stream: &mut UnixStream, handover: &[u8], manner: &Manner, pid: u32) -> 
     (anchors, events)
 }
 
-/// What the provider does with one volume alone: a rekey goes on with the key of the grant. The rest is tested with the provider itself.
-fn permit(request: &VolumeRequest, handover: &[u8], manner: &Manner) -> Option<HolderAnswer> {
+/// What the provider does with one volume alone: a rekey goes on with the key of the grant until one `ended`, the next gets the next key.
+/// The rest is tested with the provider itself.
+fn permit(request: &VolumeRequest, handover: &[u8], manner: &Manner, ended: u64) -> Option<HolderAnswer> {
     let length = u32::from_be_bytes(handover[..4].try_into().expect("four")) as usize;
     let session: DiskSession = serde_json::from_slice(&handover[4..4 + length]).expect("a session");
     let permit = match request.operation {
         _ if matches!(manner, Manner::Forbids) => return None,
         VolumeOperation::Revert | VolumeOperation::Erase => Permit::Plain,
-        VolumeOperation::Rekey => Permit::Key(session.grant.key_id),
+        VolumeOperation::Rekey => Permit::Key(KeyId(session.grant.key_id.0 + ended)),
         VolumeOperation::Rewrap | VolumeOperation::Clone => return None,
     };
     Some(HolderAnswer::Permitted(permit))
