@@ -95,13 +95,17 @@ pub async fn anchor(
     let instance = running(&mut tx, &caller, &vm, number).await?;
     let kind = HolderKind::Instance(vm, number);
     let draft = of_instance(&instance, AuditKind::VolumeAnchored);
-    keep_anchor(&mut tx, &instance.customer, &kind, &update.anchor, update.closed, draft, now_us).await?;
+    let rewrapped =
+        keep_anchor(&mut tx, &instance.customer, &kind, &update.anchor, update.closed, draft, now_us).await?;
     tx.commit().await?;
+    if rewrapped {
+        provider.db.truncate_log().await;
+    }
     Ok(StatusCode::NO_CONTENT)
 }
 
 /// Keeps an anchor for the volume's holder: only forward, only by the open number that the holder was given. What happens
-/// at open and close is logged with `draft`.
+/// at open and close is logged with `draft`. Says whether a key-encryption key is gone with it: then the log is to be emptied.
 pub async fn keep_anchor(
     c: &mut SqliteConnection,
     customer: &policy::CustomerId,
@@ -110,19 +114,19 @@ pub async fn keep_anchor(
     closed: bool,
     draft: Draft,
     now_us: u64,
-) -> Result<(), Refusal> {
+) -> Result<bool, Refusal> {
     let id = anchor.volume();
     let held = || Refusal::new(ProblemType::VolumeHeld, format!("volume {id} is not held by this client"));
     let volume = volumes::by_id(c, customer, &id).await?.filter(|v| !v.retired).ok_or_else(held)?;
     let holder = volumes::holder(c, &id).await?;
     let Some(holder) = holder.filter(|h| h.kind == *kind) else {
         // An answer to a closing anchor can get lost: the same anchor again is no harm.
-        return if volume.anchor.as_ref() == Some(anchor) { Ok(()) } else { Err(held()) };
+        return if volume.anchor.as_ref() == Some(anchor) { Ok(false) } else { Err(held()) };
     };
     check_step(&volume.anchor, anchor, &holder)?;
     check_key(&volume, anchor)?;
     let opened = volume.anchor.as_ref().is_none_or(|old| old.writer() != anchor.writer());
-    move_anchor(c, &volume, anchor, &draft, now_us).await?;
+    let rewrapped = move_anchor(c, &volume, anchor, &draft, now_us).await?;
     if closed {
         volumes::free(c, &id).await?;
     }
@@ -134,18 +138,18 @@ pub async fn keep_anchor(
             .detail("anchor", policy::Base64Url::from(&anchor.as_bytes()[..]));
         append(c, now_us, draft).await?;
     }
-    Ok(())
+    Ok(rewrapped)
 }
 
 /// Keeps an anchor that was found to be a later one. The first that names the key-encryption key of a rewrap puts that in the
-/// place of the one before.
+/// place of the one before; says whether this is that one.
 pub async fn move_anchor(
     c: &mut SqliteConnection,
     volume: &Volume,
     anchor: &VolumeAnchor,
     draft: &Draft,
     now_us: u64,
-) -> Result<(), Refusal> {
+) -> Result<bool, Refusal> {
     let next = volume.next_kek.as_ref().map(|(id, _)| *id);
     let rewrapped = match anchor.kek_id() {
         Some(kek) if kek != volume.kek_id && Some(kek) == next => Some(kek),
@@ -165,7 +169,7 @@ pub async fn move_anchor(
         let draft = draft.clone().kind(AuditKind::VolumeRewrapped).volume(volume.id);
         append(c, now_us, draft.detail("old_kek", volume.kek_id).detail("kek", kek)).await?;
     }
-    Ok(())
+    Ok(rewrapped.is_some())
 }
 
 fn check_step(old: &Option<VolumeAnchor>, new: &VolumeAnchor, holder: &Holder) -> Result<(), Refusal> {

@@ -58,6 +58,11 @@ fn a_killed_rekey_goes_on_under_the_same_key() {
         assert!(round < 50, "{:?}", keys.story());
         keys.killed("root", &words, random.moment(whole));
     }
+    // Whoever asks for a new key gets one, or hears that he did not.
+    let before = keys.plain("root")["key_id"].clone();
+    let rekeyed = keys.json("root", &words);
+    assert!(rekeyed["begun_before"] == true || rekeyed["key_id"] != before, "{rekeyed}");
+    assert_ne!(keys.json("root", &words)["key_id"], rekeyed["key_id"]);
 }
 
 const SNAPSHOT: &[&str] = &["snapshot", "take", "VOLUME", "--name", "s"];

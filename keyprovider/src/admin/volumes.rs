@@ -124,6 +124,7 @@ pub async fn confirm(
     if !volume.unconfirmed {
         return Err(conflict(format!("volume {name} waits for no confirmation")));
     }
+    let mut rewrapped = false;
     if let Some(anchor) = &request.anchor {
         let forward = volume.anchor.as_ref().map_or(anchor.volume() == volume.id, |old| {
             matches!(old.step(anchor), AnchorStep::Same | AnchorStep::Forward)
@@ -135,7 +136,7 @@ pub async fn confirm(
             ));
         }
         let draft = Draft::new(&id, caller.actor(), AuditKind::AnchorConfirmed);
-        move_anchor(&mut tx, &volume, anchor, &draft, now_us).await?;
+        rewrapped = move_anchor(&mut tx, &volume, anchor, &draft, now_us).await?;
         volumes::raise_open(&mut tx, &volume, u64::from(anchor.writer()) + 1).await?;
     }
     volumes::confirm(&mut tx, &volume).await?;
@@ -147,6 +148,9 @@ pub async fn confirm(
     append(&mut tx, now_us, draft).await?;
     let volume = find(&mut tx, &id, &name).await?;
     tx.commit().await?;
+    if rewrapped {
+        provider.db.truncate_log().await;
+    }
     Ok(Json(view(volume, None)))
 }
 
@@ -281,8 +285,11 @@ pub async fn anchor(
         return Err(Refusal::new(ProblemType::AnchorBackward, "the anchor is another volume's"));
     }
     let draft = Draft::new(&volume.customer, caller.actor(), AuditKind::VolumeAnchored);
-    keep_anchor(&mut tx, &volume.customer, &holder.kind, &update.anchor, false, draft, now_us).await?;
+    let rewrapped = keep_anchor(&mut tx, &volume.customer, &holder.kind, &update.anchor, false, draft, now_us).await?;
     tx.commit().await?;
+    if rewrapped {
+        provider.db.truncate_log().await;
+    }
     done()
 }
 

@@ -60,6 +60,9 @@ pub struct Database {
 /// A transaction that holds the write lock.
 pub type Write = Transaction<'static, Sqlite>;
 
+/// How often the log is asked to be emptied: each time SQLite waits for whoever is in the way, for as long as `busy_timeout`.
+const TRIES: u32 = 3;
+
 impl Database {
     /// Opens the database in `path`, made where `create` says so, and brings its schema up to date.
     pub async fn open(path: &Path, create: bool) -> Result<Self, StoreError> {
@@ -95,6 +98,8 @@ impl Database {
             database.close().await;
             return Err(StoreError::Backup(path.to_owned()));
         }
+        // A killed provider may have destroyed a key that its log still has.
+        database.truncate_log().await;
         Ok(database)
     }
 
@@ -125,12 +130,27 @@ impl Database {
         Ok(())
     }
 
-    /// Empties the write-ahead log into the database, so that a key that was just destroyed is not there either. Where a reader keeps
-    /// that from happening, a later commit does it.
+    /// Empties the write-ahead log into the database, so that a key that was just destroyed is not there either. Waits for readers; where
+    /// one stays all the while, the next key that is destroyed takes this one along, or the next start.
     pub async fn truncate_log(&self) {
-        if let Err(error) = sqlx::query("PRAGMA wal_checkpoint(TRUNCATE)").execute(&self.writer).await {
-            tracing::warn!("the write-ahead log could not be emptied: {error}");
+        for _ in 0..TRIES {
+            // SQLite, "PRAGMA wal_checkpoint": a row of whether a reader or writer was in the way, and two numbers of pages. SQLite itself
+            // waits for them as long as it waits for locks.
+            let row: Result<(i64, i64, i64), _> =
+                sqlx::query_as("PRAGMA wal_checkpoint(TRUNCATE)").fetch_one(&self.writer).await;
+            match row {
+                Ok((0, _, _)) => return,
+                Ok(_) => {}
+                Err(error) => {
+                    tracing::warn!("the write-ahead log could not be emptied: {error}");
+                    return;
+                }
+            }
         }
+        tracing::warn!(
+            "the write-ahead log could not be emptied: a reader, perhaps a backup, is in the way. It may hold a key that was destroyed: \
+             restart the provider when that is done"
+        );
     }
 
     /// Closes every connection.
@@ -232,4 +252,50 @@ pub(crate) fn digest(bytes: &[u8], what: &'static str) -> Result<Digest, StoreEr
 
 pub(crate) fn label<T: std::str::FromStr>(text: &str, what: &'static str) -> Result<T, StoreError> {
     text.parse().map_err(|_| StoreError::Damaged(what))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    async fn set(database: &Database, value: &str) {
+        let mut tx = database.write().await.expect("begins");
+        set_meta(&mut tx, "something", value).await.expect("set");
+        tx.commit().await.expect("committed");
+    }
+
+    #[tokio::test]
+    async fn a_killed_provider_s_log_is_emptied_at_the_next_start() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let (path, log) = (folder.path().join("a.db"), folder.path().join("a.db-wal"));
+        let database = Database::open(&path, true).await.expect("made");
+        set(&database, "before").await;
+        // What a killed process leaves.
+        std::fs::copy(&path, folder.path().join("b.db")).expect("copied");
+        std::fs::copy(&log, folder.path().join("b.db-wal")).expect("copied");
+        let left = folder.path().join("b.db-wal");
+        assert!(std::fs::metadata(&left).expect("there").len() > 0);
+        let opened = Database::open(&folder.path().join("b.db"), false).await.expect("opens");
+        assert_eq!(std::fs::metadata(&left).expect("there").len(), 0);
+        let mut reader = opened.read().await.expect("reads");
+        assert_eq!(meta(&mut reader, "something").await.expect("read").as_deref(), Some("before"));
+    }
+
+    #[tokio::test]
+    async fn a_log_is_emptied_when_its_reader_is_done() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let (path, log) = (folder.path().join("a.db"), folder.path().join("a.db-wal"));
+        let database = Database::open(&path, true).await.expect("made");
+        // Less patience than the reader has.
+        sqlx::query("PRAGMA busy_timeout = 1").execute(&database.writer).await.expect("set");
+        let mut reader = database.read().await.expect("reads");
+        sqlx::query("BEGIN").execute(&mut *reader).await.expect("begins");
+        assert!(meta(&mut reader, "something").await.expect("read").is_none());
+        set(&database, "after").await;
+        database.truncate_log().await;
+        assert!(std::fs::metadata(&log).expect("there").len() > 0, "the reader needs what was before");
+        sqlx::query("COMMIT").execute(&mut *reader).await.expect("ends");
+        database.truncate_log().await;
+        assert_eq!(std::fs::metadata(&log).expect("there").len(), 0);
+    }
 }

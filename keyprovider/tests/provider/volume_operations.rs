@@ -216,7 +216,10 @@ fn both_key_encryption_keys_are_kept_until_an_anchor_names_the_new_one() {
     assert_eq!(kek(&session.begin(VolumeOperation::Rewrap).expect("permitted")), new, "the same key again");
     assert_eq!(session.anchor(1, id, KeyId(7)), Err(Some(ProblemType::AnchorBackward)), "a key of nobody");
     assert!(lab.events("volume-rewrapped").is_empty());
+    let log = lab.path("keys/keys.db-wal");
+    assert!(std::fs::metadata(&log).expect("there").len() > 0);
     session.anchor(2, id, new).expect("rewrapped");
+    assert_eq!(std::fs::metadata(&log).expect("there").len(), 0, "what was destroyed is not there either");
     session.anchor(2, id, new).expect("the same again");
     assert_eq!(session.anchor(3, id, old), Err(Some(ProblemType::AnchorBackward)), "that one is gone");
     session.end();
