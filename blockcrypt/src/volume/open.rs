@@ -434,13 +434,13 @@ pub(super) fn older_slot_blocks(store: &dyn Store) -> Result<Vec<u64>, VolumeErr
 /// Every superblock that can be parsed, at both ends.
 fn find_superblocks(store: &dyn Store) -> Result<Vec<Found>, VolumeError> {
     let blocks = store.len().map_err(VolumeError::store("say its length"))? / BLOCK as u64;
-    let mut places = vec![(0, 0), (1, 1)];
+    let mut places = vec![0, 1];
     let mut ends = vec![blocks];
     let mut found = Vec::new();
     let mut problem = VolumeError::NotAVolume;
     let mut next = 0;
     while next < places.len() {
-        let (at, place) = places[next];
+        let at = places[next];
         next += 1;
         if at >= blocks {
             continue;
@@ -450,7 +450,15 @@ fn find_superblocks(store: &dyn Store) -> Result<Vec<Found>, VolumeError> {
         if has_magic(&block) {
             ends.push(claimed_total(&block));
             match Superblock::parse(&block) {
-                Ok(superblock) => found.push(Found { place, superblock, block }),
+                // Only it says where its end is: a store may be longer, and what is guessed from that belongs to the other slot.
+                Ok(superblock) => {
+                    match [0, 1].into_iter().find(|s| superblock.geometry.superblocks(*s).contains(&at)) {
+                        Some(place) => found.push(Found { place, superblock, block }),
+                        None => {
+                            problem = VolumeError::Damaged(format!("a superblock in block {at}, where none belongs"))
+                        }
+                    }
+                }
                 Err(e) => problem = VolumeError::Damaged(format!("superblock in block {at}: {e}")),
             }
         }
@@ -458,7 +466,7 @@ fn find_superblocks(store: &dyn Store) -> Result<Vec<Found>, VolumeError> {
             // Both at the front are known: the others lie at the end, wherever that may be.
             ends.sort_unstable();
             ends.dedup();
-            places.extend(ends.iter().filter(|e| (4..=blocks).contains(*e)).flat_map(|e| [(e - 2, 0), (e - 1, 1)]));
+            places.extend(ends.iter().filter(|e| (4..=blocks).contains(*e)).flat_map(|e| [e - 2, e - 1]));
         }
     }
     if found.is_empty() { Err(problem) } else { Ok(found) }
