@@ -2,9 +2,14 @@
 
 use super::problem::Refusal;
 use attest::protocol::ProblemType;
+use axum::body::{Body, Bytes};
 use axum::extract::{FromRequest, FromRequestParts, Path, Query, Request};
 use axum::http::request::Parts;
+use hyper::body::{Body as HttpBody, Frame, Incoming, SizeHint};
 use serde::de::DeserializeOwned;
+use std::pin::Pin;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::task::{Context, Poll};
 use std::time::Duration;
 
 /// How long a client may take to send a body.
@@ -15,6 +20,72 @@ pub const SMALL: usize = 64 * 1024;
 
 /// The limit of documents: policies, reference values, certificates.
 pub const DOCUMENT: usize = 4 * 1024 * 1024;
+
+/// How long the rest of a small body is waited for after its request was answered without it.
+const REST_TIME: Duration = Duration::from_secs(2);
+
+/// Lends a body to the handlers of a request. The other half says afterwards what they left of it.
+pub fn lend(body: Incoming) -> (Body, Rest) {
+    let back = Arc::new(Mutex::new(None));
+    (Body::new(Lent { body: Some(body), back: back.clone() }), Rest(back))
+}
+
+/// What was not read of a body: a request may be refused before its body has come.
+#[derive(Debug)]
+pub struct Rest(Arc<Mutex<Option<Incoming>>>);
+
+impl Rest {
+    /// Reads a small rest and throws it away. Gives whether the connection stands at the next request's head then; if not, it
+    /// must be closed, and the client be told: it would send its next request on a connection that is gone.
+    pub async fn clear(self) -> bool {
+        let rest = self.0.lock().unwrap_or_else(PoisonError::into_inner).take();
+        match rest {
+            None => true,
+            Some(rest) if rest.size_hint().upper().is_none_or(|most| most > SMALL as u64) => false,
+            Some(rest) => {
+                let read = tokio::time::timeout(REST_TIME, axum::body::to_bytes(Body::new(rest), SMALL)).await;
+                matches!(read, Ok(Ok(_)))
+            }
+        }
+    }
+}
+
+/// A body that goes back where it came from when it is dropped before its end.
+struct Lent {
+    body: Option<Incoming>,
+    back: Arc<Mutex<Option<Incoming>>>,
+}
+
+impl HttpBody for Lent {
+    type Data = Bytes;
+    type Error = hyper::Error;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, hyper::Error>>> {
+        match &mut self.body {
+            Some(body) => Pin::new(body).poll_frame(context),
+            None => Poll::Ready(None),
+        }
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.body.as_ref().is_none_or(HttpBody::is_end_stream)
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        self.body.as_ref().map(HttpBody::size_hint).unwrap_or_default()
+    }
+}
+
+impl Drop for Lent {
+    fn drop(&mut self) {
+        if !self.is_end_stream() {
+            *self.back.lock().unwrap_or_else(PoisonError::into_inner) = self.body.take();
+        }
+    }
+}
 
 /// The parts of the path, each checked by its type.
 #[derive(Debug)]

@@ -10,12 +10,12 @@ pub mod tls;
 use crate::provider::Provider;
 use crate::store::vms::instance_by_key;
 use axum::Router;
-use axum::body::Body;
-use axum::http::Request;
+use axum::http::{HeaderValue, Request, header};
 use gate::Peer;
 use hyper::server::conn::http1;
 use hyper_util::rt::{TokioIo, TokioTimer};
 use seats::{Seat, Seats};
+use std::convert::Infallible;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::time::Duration;
@@ -150,9 +150,19 @@ async fn seat(seats: &Seats, peer: &Peer, provider: &Provider) -> Option<Seat> {
 }
 
 async fn connection(stream: Tls, peer: Peer, router: Router, gone: impl Future<Output = ()>) {
-    let service = hyper::service::service_fn(move |mut request: Request<hyper::body::Incoming>| {
-        request.extensions_mut().insert(peer);
-        router.clone().oneshot(request.map(Body::new))
+    let service = hyper::service::service_fn(move |request: Request<hyper::body::Incoming>| {
+        let router = router.clone();
+        async move {
+            let (head, body) = request.into_parts();
+            let (body, rest) = body::lend(body);
+            let mut request = Request::from_parts(head, body);
+            request.extensions_mut().insert(peer);
+            let mut response = router.oneshot(request).await?;
+            if !rest.clear().await {
+                response.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));
+            }
+            Ok::<_, Infallible>(response)
+        }
     });
     let served = http1::Builder::new()
         .timer(TokioTimer::new())

@@ -93,6 +93,24 @@ fn attack_39_a_body_that_is_too_long_is_refused() {
 }
 
 #[test]
+fn a_refusal_before_the_body_has_come_leaves_the_connection_as_it_says() {
+    let lab = Lab::new();
+    let mut tls = connect(&lab, true);
+    let forbidden = |length| format!("POST /v1/customers HTTP/1.1\r\nhost: x\r\ncontent-length: {length}\r\n\r\n");
+    // A small body that comes late: the connection serves the next request.
+    for _ in 0..3 {
+        tls.write_all(forbidden(2).as_bytes()).and_then(|()| tls.flush()).expect("sent");
+        std::thread::sleep(Duration::from_millis(200));
+        let answer = say(&mut tls, b"{}");
+        assert!(answer.contains("forbidden") && !answer.contains("connection: close"), "{answer}");
+    }
+    // One that is large: the client is told that nobody listens any more.
+    let answer = say(&mut tls, forbidden(1 << 20).as_bytes());
+    assert!(answer.contains("forbidden") && answer.contains("connection: close"), "{answer}");
+    assert_eq!(tls.read(&mut [0]).expect("an orderly end"), 0);
+}
+
+#[test]
 fn attack_39_nonsense_gets_one_problem_document() {
     let lab = Lab::new();
     let mut vm = SoftVm::new(&lab);
