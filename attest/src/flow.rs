@@ -1,6 +1,7 @@
 //! The VM process's side of an attestation, from the question for a nonce to keys in locked memory. What comes back of a
 //! provider is held against what this process itself knows: nothing is taken from the answer's word.
 
+mod clocks;
 mod opened;
 
 pub use opened::{Established, OpenedRelease};
@@ -13,7 +14,8 @@ use crate::protocol::{
 };
 use crate::qualify::Qualified;
 use crate::service::{Client, Identity, Quoted, ServiceError, VmRequest};
-use crate::tpm::{Public, TpmError};
+use crate::tpm::{Attest, Public, TpmError};
+use clocks::Reading;
 use policy::audit::{AuditEvent, AuditKind};
 use policy::document::Claims;
 use policy::lease::{LeaseError, LeasePhase};
@@ -55,6 +57,9 @@ pub enum FlowError {
     /// Parameters that no operation has.
     #[error(transparent)]
     Parameters(#[from] ParameterError),
+    /// A host that would keep keys for longer than their lease.
+    #[error("this host's clock goes more slowly than its TPM's: it can't keep a lease's time")]
+    SlowClock,
     /// No locked memory.
     #[error(transparent)]
     Memory(#[from] SecretError),
@@ -106,6 +111,7 @@ pub struct Attester {
     claims: Vec<u8>,
     identity: Option<Identity>,
     established: Option<Established>,
+    clocks: Option<Reading>,
 }
 
 /// A question and everything that its answer must fit.
@@ -132,7 +138,7 @@ impl Attester {
         claims: &Claims,
     ) -> Result<Self, FlowError> {
         let claims = serde_json::to_vec(claims).map_err(|_| FlowError::Host("claims can't be written"))?;
-        Ok(Self { service, provider, header, vm_file, claims, identity: None, established: None })
+        Ok(Self { service, provider, header, vm_file, claims, identity: None, established: None, clocks: None })
     }
 
     /// The client, for reports and anchors.
@@ -219,7 +225,9 @@ impl Attester {
 
         let start = Instant::now();
         let bundle_key = BundleKey::generate()?;
+        let before_ms = boottime_ms()?;
         let quoted = self.quote(&challenge, request, &bundle_key)?;
+        self.compare_clocks(before_ms, &quoted)?;
         tell(step("quote", start, format!("earlier peer: {:?}", quoted.earlier_peer)));
         let wrap_public = Public::parse(&quoted.wrap_key.public)?;
         let qualified = self.qualified(&identity, &challenge, request, &bundle_key, &quoted, &wrap_public);
@@ -272,6 +280,16 @@ impl Attester {
             claims: self.claims.clone().into(),
         };
         Ok(patiently(|| self.service.quote(&request))?)
+    }
+
+    fn compare_clocks(&mut self, before_ms: u64, quoted: &Quoted) -> Result<(), FlowError> {
+        let reading = Reading { before_ms, after_ms: boottime_ms()?, tpm: Attest::parse(&quoted.quote)?.clock };
+        // A reading that was found wanting is not kept: measured from it, the next try would look well.
+        if self.clocks.is_some_and(|earlier| !reading.kept_up_since(&earlier)) {
+            return Err(FlowError::SlowClock);
+        }
+        self.clocks = Some(reading);
+        Ok(())
     }
 
     fn qualified(

@@ -37,6 +37,8 @@ struct Twist {
     refusal: Option<&'static str>,
     /// The receipt's place in the log; 0 is the next one.
     sequence: u64,
+    /// How much further the TPM's clock is, in milliseconds.
+    tpm_ms: u64,
 }
 
 const HONEST: Twist = Twist {
@@ -47,6 +49,7 @@ const HONEST: Twist = Twist {
     delay: Duration::ZERO,
     refusal: None,
     sequence: 0,
+    tpm_ms: 0,
 };
 
 struct Scene {
@@ -158,11 +161,14 @@ impl Scene {
                 let host = self.ek.public.host_id();
                 let (customer, vm) = (self.header.customer.clone(), self.header.vm.clone());
                 let asked = Asked { nonce, attestation, host, customer, vm, operation, client_key, pin, pcrs };
-                let evidence = self.host.evidence_with(&asked, |e| {
+                let mut evidence = self.host.evidence_with(&asked, |e| {
                     e.vm_file = self.vm_file;
                     e.bundle_key = bundle_key;
                     e.claims = claims;
                 });
+                let mut quote = Attest::parse(&evidence.quote).expect("a quote");
+                quote.clock.clock += self.twist().tpm_ms;
+                self.host.set_quote(&mut evidence, &quote);
                 Answer::Quoted(Box::new(Quoted {
                     quote: evidence.quote,
                     signature: evidence.quote_signature,
@@ -464,6 +470,25 @@ fn attack_29_keys_after_the_end_of_their_lease_are_discarded() {
     assert!(matches!(attest(late, 0).1, Err(FlowError::Late)));
     let never = Twist { release: |r| r.lease.quiesce_seconds = r.lease.seconds, ..HONEST };
     assert!(matches!(attest(never, 0).1, Err(FlowError::Lease(_))));
+}
+
+#[test]
+fn attack_29_a_host_whose_clock_goes_slowly_gets_no_renewal_however_often_it_asks() {
+    let (scene, mut attester) = Scene::start(HONEST, 0);
+    let opened = attester.attest(&OperationRequest::plain(Operation::PowerOn), &mut |_| {}).expect("a start");
+    attester.establish(opened.establish(&scene.trust()).expect("the customer's"));
+    let mut renew = |tpm_ms| {
+        *scene.twist.lock().expect("lock") = Twist { tpm_ms, ..HONEST };
+        attester.attest(&OperationRequest::plain(Operation::Renew), &mut |_| {})
+    };
+    assert!(renew(0).is_ok());
+    for _ in 0..3 {
+        assert!(
+            matches!(renew(600_000), Err(FlowError::SlowClock)),
+            "ten minutes of the TPM's in a moment of the host's"
+        );
+    }
+    assert!(renew(0).is_ok());
 }
 
 #[test]

@@ -11,7 +11,7 @@ pub fn failure(error: &FlowError) -> Failure {
         FlowError::Provider(error) => client_exit(error),
         FlowError::Service(_) | FlowError::Tpm(_) => Exit::Tpm,
         FlowError::Bundle(_) | FlowError::Mismatch(_) | FlowError::Receipt(_) => Exit::WrongProvider,
-        FlowError::Lease(_) | FlowError::Late => Exit::Lease,
+        FlowError::Lease(_) | FlowError::Late | FlowError::SlowClock => Exit::Lease,
         FlowError::Memory(_) | FlowError::Host(_) => Exit::Host,
         FlowError::Parameters(_) => Exit::Internal,
     };
