@@ -174,7 +174,9 @@ pub enum ClaimsError {
     #[error("the host lets root trace processes (kernel.yama.ptrace_scope is not 3)")]
     Ptrace,
     /// Keys lie in ordinary locked memory.
-    #[error("the host's kernel has no memfd_secret")]
+    #[error(
+        "the host's kernel offers no memfd_secret (before Linux 6.5 it needs secretmem.enable=1 on its command line)"
+    )]
     KeyMemory,
 }
 

@@ -339,6 +339,25 @@ mod tests {
     }
 
     #[test]
+    fn attack_49_tables_that_nobody_knows_are_refused_wherever_firmware_measured_them() {
+        // Firmware measures the ACPI tables that it hands over as an event like any other: a configuration table in PCR 0.
+        let mut bad = state();
+        let tables = Measurement {
+            kind: "EV_EFI_HANDOFF_TABLES2".into(),
+            digest: Digest([8; 32]),
+            ..bad.measurements[0].clone()
+        };
+        bad.measurements.push(tables);
+        assert!(matches!(values().judge(&bad), Err(PlatformError::Unknown { pcr: 0, .. })));
+        // Known as a layer of another PCR they are still unknown in this one.
+        let mut elsewhere = values();
+        elsewhere.pcrs.get_mut(&14).expect("there").push(layer("tables", 8));
+        assert!(matches!(elsewhere.judge(&bad), Err(PlatformError::Unknown { pcr: 0, .. })));
+        elsewhere.pcrs.get_mut(&0).expect("there").push(layer("tables", 8));
+        assert_eq!(elsewhere.judge(&bad), Ok(()));
+    }
+
+    #[test]
     fn attack_13_another_selection_is_refused() {
         let mut bad = state();
         bad.pcrs.remove(&7);

@@ -27,7 +27,7 @@ pub fn protection() -> Result<Protection, SecretError> {
 
 /// Maps room for secrets of at least `bytes` in all, each at most [`SecretBuf::MAX`](crate::SecretBuf::MAX), so that making
 /// them later needs no system call that a sandbox would have to allow. Beyond it the arena grows with `memfd_secret`,
-/// `ftruncate`, `mmap`, `madvise` and `close` (`mmap`, `madvise`, `mlock` and `prctl` in the fallback), and a secret that is
+/// `ftruncate`, `mmap`, `madvise` and `close` (`mmap`, `madvise` and `mlock` in the fallback), and a secret that is
 /// larger than 256 KiB is given back with `munmap`.
 pub fn reserve(bytes: usize) -> Result<(), SecretError> {
     GLOBAL.reserve(bytes)

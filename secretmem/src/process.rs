@@ -4,6 +4,7 @@
 use crate::SecretError;
 use std::io;
 use std::mem::MaybeUninit;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 /// Keeps this process from being dumped: PR_SET_DUMPABLE 0 (which also keeps other users' debuggers out and makes its
 /// `/proc` files root's) and a core size limit of 0, hard and soft.
@@ -16,8 +17,17 @@ pub fn harden_process() -> Result<(), SecretError> {
     forbid_dumps()
 }
 
-/// PR_SET_DUMPABLE 0 alone.
-pub(crate) fn forbid_dumps() -> Result<(), SecretError> {
+/// PR_SET_DUMPABLE 0 alone, once: locked pages may have to grow under a sandbox that forbids the call by then.
+pub(crate) fn forbid_dumps_once() -> Result<(), SecretError> {
+    static FORBIDDEN: AtomicBool = AtomicBool::new(false);
+    if !FORBIDDEN.load(Ordering::Acquire) {
+        forbid_dumps()?;
+        FORBIDDEN.store(true, Ordering::Release);
+    }
+    Ok(())
+}
+
+fn forbid_dumps() -> Result<(), SecretError> {
     // SAFETY: this prctl takes numbers only and changes one flag of the process.
     if unsafe { libc::prctl(libc::PR_SET_DUMPABLE, 0, 0, 0, 0) } != 0 {
         return Err(SecretError::Harden { step: "prctl(PR_SET_DUMPABLE)", source: io::Error::last_os_error() });

@@ -113,7 +113,7 @@ impl Region {
     }
 
     fn fill_with_locked_pages(&self) -> Result<(), SecretError> {
-        crate::process::forbid_dumps()?;
+        crate::process::forbid_dumps_once()?;
         self.replace(libc::MAP_PRIVATE | libc::MAP_ANONYMOUS, -1, "mmap")?;
         self.advise(libc::MADV_DONTDUMP, "madvise(MADV_DONTDUMP)")?;
         // SAFETY: start and len name the mapping that this region owns; locking changes no content.

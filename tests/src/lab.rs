@@ -42,11 +42,17 @@ pub const POWER_ON_ONLY: &str = r#"
 permit (principal, action in [Action::"vm.power-on", Action::"vm.renew", Action::"vm.resume-keys"], resource);
 "#;
 
-/// Settings with a lease, strict but for the two things that a machine of tests has not got.
+/// Settings with a lease, strict but for what a machine of tests has not got.
 pub fn lease(seconds: u32, quiesce: u32) -> String {
+    let memfd_secret = has_memfd_secret();
     format!(
-        r#""lease": {{"seconds": {seconds}, "quiesce_seconds": {quiesce}}}, "require_ptrace_closed": false, "require_memfd_secret": true"#
+        r#""lease": {{"seconds": {seconds}, "quiesce_seconds": {quiesce}}}, "require_ptrace_closed": false, "require_memfd_secret": {memfd_secret}"#
     )
+}
+
+/// Whether this kernel offers memfd_secret: before Linux 6.5 it has to be asked to.
+pub fn has_memfd_secret() -> bool {
+    matches!(secretmem::protection(), Ok(secretmem::Protection::MemfdSecret))
 }
 
 /// The laboratory. Dropping it ends everything.

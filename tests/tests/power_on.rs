@@ -110,6 +110,12 @@ fn every_thread_runs_under_its_filter_and_no_key_can_be_read_by_root() {
         threads += 1;
     }
     assert!(threads >= 3, "main, vCPU and disk threads at least");
+    if !fealty_tests::lab::has_memfd_secret() {
+        eprintln!(
+            "NOT TESTED: this kernel offers no memfd_secret (secretmem.enable=1 on the command line of older ones)"
+        );
+        return;
+    }
     let maps = std::fs::read_to_string(format!("/proc/{}/maps", vm.pid())).expect("root may read the map");
     let secret: Vec<&str> = maps.lines().filter(|l| l.contains("secretmem")).collect();
     assert!(!secret.is_empty(), "keys lie in memfd_secret pages:\n{maps}");

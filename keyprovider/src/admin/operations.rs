@@ -9,7 +9,7 @@
 //! - a clone gets a volume of its own and a session with it; one of that name that was never filled is taken;
 //! - an erasure retires the keys at once: what is left of it, the slots, can be destroyed by anybody and without a key.
 
-use super::volumes::{SessionPath, check_text, find, holder_name, holds, make, new_kek, session, start, view};
+use super::volumes::{SessionPath, check_text, find, held_by, holds, make, new_kek, session, start, view};
 use super::{Answer, conflict, done, seal};
 use crate::api::{Done, KeyRequest, SealedKey, SessionOperation, SessionOutcome, SessionPermit, VolumeView};
 use crate::attestation::confirmed;
@@ -127,8 +127,7 @@ pub async fn retire(
         .hint(format!("run: fealty-keys volume confirm {id} {name}")));
     }
     if let Some(holder) = volumes::holder(&mut tx, &volume.id).await?.filter(|h| holds(h, now_us)) {
-        let what = format!("volume {name} is held by {}", holder_name(&holder));
-        return Err(Refusal::new(ProblemType::VolumeHeld, what).hint("end that first, or wait until its lease is past"));
+        return Err(held_by(&name, &holder));
     }
     let request = VolumeRequest::plain(VolumeOperation::Erase);
     let (mut tx, draft) = allowed(&provider, tx, &caller, &volume, &request, now_us).await?;

@@ -217,8 +217,7 @@ pub async fn grant(
     }
     if let Some(holder) = volumes::holder(c, &volume.id).await? {
         if holds(&holder, now_us) {
-            return Err(held(format!("volume {name} is held by {}", holder_name(&holder)))
-                .hint("end that first, or wait until its lease is past"));
+            return Err(held_by(name, &holder));
         }
         missing_outcome(c, volume, &holder, Actor::Provider, "its session was lost", now_us).await?;
     }
@@ -392,6 +391,12 @@ pub(super) async fn find(c: &mut SqliteConnection, id: &CustomerId, name: &str) 
 /// Whether a holder's lease, with the margin after it, still counts.
 pub fn holds(holder: &Holder, now_us: u64) -> bool {
     now_us < holder.until_us.saturating_add(LEASE_MARGIN_US)
+}
+
+/// The refusal of what needs a volume that somebody holds.
+pub fn held_by(name: &str, holder: &Holder) -> Refusal {
+    Refusal::new(ProblemType::VolumeHeld, format!("volume {name} is held by {}", holder_name(holder)))
+        .hint("stop that where it runs; if it is gone, its hold ends with its lease: try again then")
 }
 
 /// A holder in a message.

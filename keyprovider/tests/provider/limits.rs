@@ -272,7 +272,7 @@ fn keys_are_agreed_on_with_a_post_quantum_algorithm() {
 }
 
 #[test]
-fn older_protocols_and_plain_text_are_refused() {
+fn attack_35_older_protocols_and_plain_text_are_refused() {
     let lab = Lab::new();
     let mut plain = TcpStream::connect((lab.provider.url.host(), lab.provider.url.port())).expect("connects");
     plain.set_read_timeout(Some(Duration::from_secs(60))).expect("set");
