@@ -5,7 +5,8 @@ use crate::support::{Lab, Provider, anchor, anchor_of, keys_command};
 use attest::protocol::{AnchorUpdate, ProblemType};
 use std::collections::HashSet;
 use std::process::Command;
-use std::time::Duration;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::time::{Duration, Instant};
 
 #[test]
 fn killed_at_any_moment_the_provider_gives_out_no_number_twice() {
@@ -23,29 +24,35 @@ fn killed_at_any_moment_the_provider_gives_out_no_number_twice() {
     let mut seen = HashSet::new();
     let mut releases = 0;
     for round in 0..4u64 {
-        let stop = std::sync::atomic::AtomicBool::new(false);
+        let (stop, released) = (AtomicBool::new(false), AtomicUsize::new(0));
         let got: Vec<_> = std::thread::scope(|scope| {
             let tasks: Vec<_> = names
                 .iter()
                 .zip(&files)
                 .map(|(name, file)| {
                     let mut vm = SoftVm::of(&lab, "acme", name, *file);
-                    let (host, stop) = (&lab.host, &stop);
+                    let (host, stop, released) = (&lab.host, &stop, &released);
                     scope.spawn(move || {
                         let mut got = Vec::new();
-                        while !stop.load(std::sync::atomic::Ordering::SeqCst) {
+                        while !stop.load(Ordering::SeqCst) {
                             let Ok(keys) = vm.attest(host) else { break };
                             let volume = &keys.release.volumes[0];
                             got.push((name.clone(), keys.release.instance.get(), volume.open_number.get()));
+                            released.fetch_add(1, Ordering::SeqCst);
                         }
                         got
                     })
                 })
                 .collect();
-            std::thread::sleep(Duration::from_millis(150 + 70 * round));
+            // Amid releases, however slow this machine is, and each round a little later.
+            let until = Instant::now() + Duration::from_secs(60);
+            while released.load(Ordering::SeqCst) < 2 && Instant::now() < until {
+                std::thread::sleep(Duration::from_millis(1));
+            }
+            std::thread::sleep(Duration::from_millis(7 * round));
             let pid = lab.provider.pid();
             rustix::process::kill_process(pid, rustix::process::Signal::KILL).expect("killed");
-            stop.store(true, std::sync::atomic::Ordering::SeqCst);
+            stop.store(true, Ordering::SeqCst);
             tasks.into_iter().flat_map(|t| t.join().expect("joined")).collect()
         });
         releases += got.len();
