@@ -1,9 +1,11 @@
 //! The superblock: where everything begins.
 
+use super::anchor::AnchorFields;
 use super::geometry::Geometry;
 use super::page::{CHILDREN, Child, ENTRIES};
 use super::slot::Slot;
 use super::{BLOCK, Block, FormatError, MAC, VERSION, array_at, key_at, put, u16_at, u32_at, u64_at, zero, zero_block};
+use crate::keys::same;
 use policy::disk::{CipherSuite, VolumeGrant};
 use policy::{KeyId, OpenNumber, VolumeId};
 
@@ -179,6 +181,11 @@ impl Superblock {
     /// The key id under which it is authenticated and new blocks are sealed.
     pub(crate) fn key(&self) -> KeyId {
         self.slot.key
+    }
+
+    /// Whether the anchor names this very superblock.
+    pub(crate) fn is_named_by(&self, anchor: &AnchorFields) -> bool {
+        self.epoch == anchor.epoch && same(&self.mac, &anchor.root)
     }
 }
 
