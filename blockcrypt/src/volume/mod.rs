@@ -277,8 +277,8 @@ impl Volume {
     }
 
     /// Seals all data and pages under the current key that are under an older one, while requests are served, and then forgets the older
-    /// keys, unless snapshots need them. `heard` is told of how many blocks of how many were looked at, and ends it by
-    /// returning `false`; then, and after a crash, the next call goes on. Returns whether it came to its end.
+    /// keys, unless snapshots need them. `heard` is told of how many blocks of how many were looked at, those of the map included, and ends
+    /// it by returning `false`; then, and after a crash, the next call goes on. Returns whether it came to its end.
     ///
     /// A new key comes with a grant that names its id: open the volume with it, then call this.
     pub fn rotate(&self, heard: &mut dyn FnMut(u64, u64) -> bool) -> Result<bool, VolumeError> {

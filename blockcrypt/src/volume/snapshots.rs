@@ -178,7 +178,7 @@ impl Shared {
         }
         self.core()?.space.freed(&walk.free);
         self.punch_freed()?;
-        let all = end_of(top);
+        let all = walk.dying.size.div_ceil(BLOCK as u64);
         heard(if done { all } else { walk.position.min(all) }, all);
         if done {
             self.backing.events.note(&format!("snapshot {id} is deleted"));

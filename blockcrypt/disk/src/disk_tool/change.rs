@@ -13,6 +13,7 @@ use policy::disk::{VolumeGrant, VolumeOperation, VolumeRequest};
 use policy::{KeyId, VolumeId};
 use serde::Serialize;
 use std::path::Path;
+use std::sync::atomic::AtomicBool;
 
 #[derive(Serialize)]
 struct Resized {
@@ -64,11 +65,7 @@ pub(super) fn rekey(context: &Context, words: &Rekey) -> Result<(), ToolError> {
     let operation = Some(VolumeRequest::plain(VolumeOperation::Rekey));
     let change = Change { context, command: "rekey", path: &words.volume, operation };
     let (_, (info, goes_on)) = change.make(|volume, keys| {
-        let mut progress = Progress::of("rekey", volume.size(), context.report.json);
-        volume.rotate(&mut |done, _| {
-            progress.at((done * 4096).min(volume.size()));
-            true
-        })?;
+        rotation::rotate(volume, context.report, &AtomicBool::new(false))?;
         Ok((volume.info(), keys.goes_on))
     })?;
     rekeyed(context.report, &info, goes_on)
