@@ -184,6 +184,9 @@ impl Check<'_> {
                 continue;
             }
             self.report.data_blocks += 1;
+            if lba >= self.from.geometry().blocks() {
+                self.problem(format!("block {lba} lies behind the volume's end, and holds something"));
+            }
             let Some(physical) = entry.data() else {
                 self.bad(lba, None, "a recovery found its data gone");
                 continue;

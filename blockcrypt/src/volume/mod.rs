@@ -8,7 +8,7 @@
 //! | `batch`, `read`, `write` | reads and writes blocks, those of several requests together |
 //! | `discard` | TRIM and write-zeroes |
 //! | `rekey` | other keys: rewrap, rotation, erasure |
-//! | `resize` | a volume that grows |
+//! | `resize` | a volume that grows or shrinks |
 //! | `snapshots` | snapshots: taken, gone back to, deleted |
 //! | `durable`, `plan` | FLUSH and checkpoint |
 //! | `log` | the ring of records |
@@ -257,8 +257,8 @@ impl Volume {
         self.shared.delete_snapshot(id, heard)
     }
 
-    /// The volume holds what its newest snapshot held; what was written since is gone. Its size stays. The snapshot stays too. Moves
-    /// the anchor forward: the volume can't be brought back to before.
+    /// The volume holds what its newest snapshot held; what was written since is gone. Its size stays, and must not be smaller than the
+    /// snapshot's. The snapshot stays too. Moves the anchor forward: the volume can't be brought back to before.
     pub fn revert(&self, id: u64) -> Result<(), VolumeError> {
         self.shared.revert(id)
     }
@@ -267,6 +267,21 @@ impl Volume {
     /// wait meanwhile. Durable, and anchored as the mode asks. Snapshots keep their size.
     pub fn grow(&self, size: u64) -> Result<(), VolumeError> {
         self.shared.grow(size)
+    }
+
+    /// The volume has `size` bytes from now on, at most as many as now. Data behind that is lost where `discard_tail` says that it may be,
+    /// and keeps this from being done otherwise. Durable, and anchored as the mode asks, before the room of what is lost is given back to
+    /// the store; `heard` is told of how many blocks of how many are looked at for that. What a crash interrupts of it, the volume's
+    /// own thread takes up again. A crash before leaves the volume as large as it was, with all its data, but that with `discard_tail` the
+    /// rest of a block that the new end cuts may be zero. Snapshots keep their size and what they hold. The store stays as long as
+    /// it is: data may lie anywhere in it.
+    pub fn shrink(
+        &mut self,
+        size: u64,
+        discard_tail: bool,
+        heard: &mut dyn FnMut(u64, u64),
+    ) -> Result<(), VolumeError> {
+        self.shared.shrink(size, discard_tail, heard)
     }
 
     /// Wraps the volume's masters under `new` instead of `old`, its key-encryption key so far. The provider must keep both until it has
