@@ -160,7 +160,7 @@ impl Core {
             self.forest.truncate_map(new.blocks())?;
             let border = new.blocks() / ENTRIES as u64 * ENTRIES as u64;
             self.leave_behind(root, old.size, border, "shrunk from");
-            self.mapped -= beyond.data;
+            self.mapped = self.mapped.saturating_sub(beyond.data);
         }
         self.space.resize(new);
         Ok(())

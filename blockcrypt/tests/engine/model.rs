@@ -184,7 +184,9 @@ impl Run {
     /// Takes, deletes, or goes back to a snapshot.
     fn snapshot_step(&mut self, volume: &Volume) -> Result<(), VolumeError> {
         let newest = self.snapshots.keys().last().copied();
-        match self.random.below(10) {
+        let kind = self.random.below(10);
+        self.tell(&format_args!("snapshots {:?}, kind {kind}", self.snapshots.keys()));
+        match kind {
             0..6 => {
                 let content = self.model.now(0, self.model.size);
                 self.half_taken = Some(content.clone());
@@ -231,6 +233,7 @@ impl Run {
         let most = [1, 64, 4000][self.random.below(3) as usize];
         let size = self.model.size + 512 * (1 + self.random.below(most) as usize);
         self.half_resized = Some(size);
+        self.tell(&format_args!("grows to {size}"));
         volume.grow(size as u64)?;
         self.half_resized = None;
         self.model.resize(size);
@@ -240,9 +243,12 @@ impl Run {
 
     /// Shrinks by something between a sector and nearly all.
     fn shrink(&mut self, volume: &mut Volume) -> Result<(), VolumeError> {
-        let sectors = self.model.size as u64 / 512;
-        let most = [1, 64, sectors][self.random.below(3) as usize].min(sectors);
-        let size = self.model.size - 512 * self.random.below(most) as usize;
+        let left = self.model.size as u64 / 512 - 1;
+        let most = [1, 64, left][self.random.below(3) as usize].min(left);
+        if most == 0 {
+            return Ok(());
+        }
+        let size = self.model.size - 512 * (1 + self.random.below(most) as usize);
         let discard_tail = self.random.chance(60);
         let empty = self.model.now(size, self.model.size - size).iter().all(|b| *b == 0);
         let cut = size.next_multiple_of(BLOCK).min(self.model.size);
@@ -251,6 +257,7 @@ impl Run {
             self.model.write(size, &vec![0; cut - size]);
         }
         self.half_resized = Some(size);
+        self.tell(&format_args!("shrinks to {size}, discards: {discard_tail}"));
         match volume.shrink(size as u64, discard_tail, &mut |_, _| {}) {
             // Blocks may hold zeroes.
             Err(VolumeError::DataBeyond { .. }) if !discard_tail => {
@@ -296,10 +303,19 @@ impl Run {
         }
     }
 
+    /// What happens, where one history is replayed.
+    fn tell(&self, what: &dyn std::fmt::Display) {
+        if std::env::var_os("FEALTY_SEED").is_some() {
+            println!("{}: {what}", self.context);
+        }
+    }
+
     /// One step; an error ends the run until the next crash.
     fn step(&mut self, volume: &mut Volume) -> Result<(), VolumeError> {
         let (offset, length) = request(&mut self.random, self.model.size);
-        match self.random.below(100) {
+        let kind = self.random.below(100);
+        self.tell(&format_args!("kind {kind}, {length} bytes at {offset}"));
+        match kind {
             0..12 => {
                 let length = if self.random.chance(10) { self.model.size - offset } else { length };
                 self.model.discard(offset, length, true);
@@ -369,6 +385,7 @@ impl Run {
         let mut end = Ok(());
         for _ in 0..steps {
             end = self.step(&mut volume);
+            self.tell(&format_args!("{end:?}"));
             if end.is_err() {
                 break;
             }
@@ -427,6 +444,7 @@ fn run(mode: AnchorMode, size: usize, seed: u64, lives: u64, shrinks: bool) {
         let volume = run.provider.open(run.store.clone());
         let volume = volume.unwrap_or_else(|e| panic!("{}: {e}", run.context));
         let size = volume.size() as usize;
+        run.tell(&format_args!("{size} bytes, snapshots {:?}", run.snapshots.keys()));
         assert!(size == run.model.size || Some(size) == run.half_resized, "{}: {size} bytes", run.context);
         run.half_resized = None;
         run.model.resize(size);
