@@ -76,6 +76,16 @@ pub enum VolumeError {
         /// The largest.
         max: u64,
     },
+    /// Data would be lost by a smaller size.
+    #[error(
+        "{bytes} bytes of data lie behind the first {size} of the volume; discard them first, or allow that they are lost"
+    )]
+    DataBeyond {
+        /// The size asked for.
+        size: u64,
+        /// Bytes of data that it leaves out.
+        bytes: u64,
+    },
     /// A request outside the volume, or one that is not made of sectors.
     #[error("a request for {length} bytes at {offset} is not made of this volume's 512-byte sectors")]
     Request {
@@ -102,6 +112,14 @@ pub enum VolumeError {
     /// Something newer would be lost.
     #[error("snapshot {0} is newer; delete it first")]
     NewerSnapshot(u64),
+    /// One that the volume has no room for.
+    #[error("snapshot {id} has {size} bytes, more than the volume; resize the volume to as many first")]
+    LargerSnapshot {
+        /// The snapshot.
+        id: u64,
+        /// Its size.
+        size: u64,
+    },
     /// Opened for reading only, with a log.
     #[error("the volume was not closed in order; open it for writing once, and close it")]
     NotClosed,

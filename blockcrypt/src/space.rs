@@ -237,8 +237,8 @@ impl Space {
         Ok(())
     }
 
-    /// The volume is longer from now on.
-    pub(crate) fn lengthen(&mut self, geometry: &Geometry) {
+    /// The volume has another size from now on, in a store that is not shorter.
+    pub(crate) fn resize(&mut self, geometry: &Geometry) {
         self.pool = geometry.pool();
         self.zone = geometry.zone();
         let pages = usize::try_from(geometry.bitmaps()).unwrap_or(usize::MAX);

@@ -5,7 +5,7 @@
 //! must ask for all its pages before it changes the first. Nothing is let go within one try.
 
 use crate::VolumeError;
-use crate::format::page::{CHILDREN, Child, Header, Tree, child, set_child};
+use crate::format::page::{CHILDREN, Child, ENTRIES, Entry, Header, Tree, child, set_child};
 use crate::format::{Block, zero_block};
 use policy::KeyId;
 use std::collections::{BTreeSet, HashMap};
@@ -293,6 +293,29 @@ impl Forest {
         let wanted = self.map.levels;
         self.map = Root { child: root, levels };
         self.deepen(Tree::Map, wanted)
+    }
+
+    /// The map ends behind the first `blocks` blocks, one at least: what lies beyond is unmapped. All pages of the map must be clean.
+    pub(crate) fn truncate_map(&mut self, blocks: u64) -> Result<(), Halt> {
+        let (levels, last) = (self.map.levels, blocks - 1);
+        let leaves = |level| (CHILDREN as u64).saturating_pow(u32::from(level));
+        let border = |level| PageId { tree: Tree::Map, level, index: last / ENTRIES as u64 / leaves(level) };
+        for level in 0..levels {
+            self.peek(border(level))?;
+        }
+        self.pages.retain(|id, _| id.tree != Tree::Map || id.index <= border(id.level).index);
+        for level in 0..levels {
+            let kept = match level {
+                0 => (last % ENTRIES as u64 + 1) as usize * Entry::SIZE,
+                _ => (border(level - 1).place() + 1) * Child::SIZE,
+            };
+            let beyond = Header::SIZE + kept..;
+            let full = |page: &Page| page.bytes[beyond.clone()].iter().any(|b| *b != 0);
+            if self.pages.get(&border(level)).is_some_and(full) {
+                self.page_mut(border(level))?.bytes[beyond].fill(0);
+            }
+        }
+        Ok(())
     }
 
     /// A tree has so many levels from now on: nodes above its root, until then the leftmost.

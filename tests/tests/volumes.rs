@@ -129,6 +129,19 @@ fn the_provider_learns_a_volumes_size() {
     keys.exec("root", &["snapshot", "take", &volume, "--name", "s"]).good();
     assert_eq!(keys.story().len(), told, "nothing new");
     keys.holds("root", &image);
+    // A smaller one too, and where data would be lost, nothing.
+    keys.exec("root", &["resize", &volume, "--size", "5M"]).good();
+    assert_eq!(keys.listed("root")["size"], 5 * MIB);
+    let refused = keys.exec("root", &["resize", &volume, "--size", "1M"]).refused();
+    assert!(refused.err.contains("--discard-tail"), "{}", refused.err);
+    assert_eq!(keys.listed("root")["size"], 5 * MIB);
+    keys.holds("root", &image);
+    keys.exec("root", &["resize", &volume, "--size", "1M", "--discard-tail"]).good();
+    assert_eq!(keys.listed("root")["size"], MIB);
+    let event = keys.event("volume-resized");
+    let (before, size) = ((5 * MIB).to_string(), MIB.to_string());
+    assert_eq!((&event["details"]["before"], &event["details"]["size"]), (&before.into(), &size.into()));
+    keys.holds("root", &image[..MIB]);
 }
 
 #[test]

@@ -115,6 +115,30 @@ fn a_killed_resize_has_one_of_both_sizes() {
 }
 
 #[test]
+fn a_killed_shrink_has_one_of_both_sizes() {
+    let (keys, image) = Keys::with_volume(ALL);
+    let (volume, mut random) = (keys.volume("root"), random());
+    let words =
+        |size: usize| ["resize", &volume, "--size", &size.to_string(), "--discard-tail"].map(str::to_owned).to_vec();
+    let mut size = image.len() - 30 * 512;
+    let whole = keys.duration("root", &text(&words(size)));
+    until_killed(|_| {
+        let next = size - 30 * 512;
+        let ended = keys.killed("root", &text(&words(next)), random.moment(whole));
+        let found = keys.content("root");
+        assert!(found.len() == size || found.len() == next, "{}", found.len());
+        // The rest of the block that the new end cuts may be zero.
+        let cut = next.next_multiple_of(4096).min(found.len());
+        assert!(found[..next] == image[..next] && found[cut..] == image[cut..found.len()]);
+        size = next;
+        keys.exec("root", &text(&words(size))).good();
+        keys.holds("root", &image[..size]);
+        assert_eq!(keys.listed("root")["size"], size);
+        ended
+    });
+}
+
+#[test]
 fn a_killed_clone_is_begun_again_under_its_name() {
     let (keys, image) = Keys::with_volume(ALL);
     let volume = keys.volume("root");

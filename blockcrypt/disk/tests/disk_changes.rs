@@ -55,15 +55,32 @@ fn snapshots_are_taken_listed_exported_gone_back_to_and_deleted() {
 }
 
 #[test]
-fn a_volume_becomes_larger_and_not_smaller() {
+fn a_volume_becomes_larger_and_smaller() {
     let (_folder, mut keeper, volume, content) = made();
     let resized = keeper.json(&["resize", &volume, "--size", "64M"]);
     assert_eq!(resized["size"], 64 << 20);
     assert_eq!(keeper.json(&["info", &volume])["size"], 64 << 20);
-    let refused = keeper.run(&["resize", &volume, "--size", "1M"]);
-    assert_eq!(refused.code, 2, "{}", refused.error);
-    good(&mut keeper, &volume);
     assert!(keeper.good(&["export", &volume, "-"])[..content.len()] == content);
+    for wrong in ["0", "1000", "4096T"] {
+        let refused = keeper.run(&["resize", &volume, "--size", wrong, "--discard-tail"]);
+        assert_eq!(refused.code, 2, "{}", refused.error);
+    }
+    // Nothing lies behind that.
+    keeper.good(&["resize", &volume, "--size", "2M"]);
+    let refused = keeper.run(&["resize", &volume, "--size", "1M"]);
+    let says = refused.failed(1);
+    assert!(
+        says.contains("as large as it was") && says.contains("--discard-tail") && says.contains("4096 bytes"),
+        "{says}"
+    );
+    assert_eq!(keeper.good(&["export", &volume, "-"]).len(), 2 << 20);
+    keeper.good(&["resize", &volume, "--size", "1M", "--discard-tail"]);
+    assert!(keeper.good(&["export", &volume, "-"]) == content[..1 << 20]);
+    good(&mut keeper, &volume);
+    keeper.good(&["resize", &volume, "--size", "2M"]);
+    let back = keeper.good(&["export", &volume, "-"]);
+    assert!(back[..1 << 20] == content[..1 << 20] && back[1 << 20..].iter().all(|b| *b == 0));
+    good(&mut keeper, &volume);
 }
 
 #[test]

@@ -5,7 +5,9 @@ mod disk_support;
 use disk_support::server::system;
 use disk_support::{Folder, Keeper, Manner, alone, image, room};
 use std::fs;
+use std::io::{BufRead, BufReader, Write};
 use std::os::unix::fs::PermissionsExt;
+use std::process::{Command, Stdio};
 
 const FILLED: [usize; 7] = [0, 1, 2, 77, 300, 1023, 1279];
 
@@ -184,9 +186,14 @@ fn qcow2_goes_in_and_out_through_qemu_img() {
     // What is no such image, or a part of one, makes nothing.
     let (part, other) = (folder.name("part.qcow2"), folder.name("b.vol"));
     system("qemu-img", &["create", "-q", "-f", "qcow2", "-b", &raw, "-F", "raw", &part]);
+    let (head, data) = (folder.name("head.qcow2"), folder.name("head.data"));
+    system("qemu-img", &["create", "-q", "-f", "qcow2", "-o", &format!("data_file={data}"), &head, "1M"]);
     let mut another = Keeper::new();
-    assert!(another.run(&["import", "--format", "qcow2", &part, &other]).failed(1).contains("part of an image"));
-    assert!(another.run(&["import", "--format", "qcow2", &raw, &other]).failed(1).contains("qemu-img failed"));
+    for part in [&part, &head] {
+        assert!(another.run(&["import", "--format", "qcow2", part, &other]).failed(1).contains("part of an image"));
+    }
+    std::fs::remove_file(head).and_then(|()| std::fs::remove_file(data)).expect("removed");
+    assert!(another.run(&["import", "--format", "qcow2", &raw, &other]).failed(1).contains("is no qcow2 image"));
     another.run(&["import", "--format", "qcow2", "-", &other]).failed(2);
     assert!(
         another.run(&["import", "--format", "qcow2", &qcow2, &other, "--size", "1M"]).failed(1).contains("more than")
@@ -194,4 +201,62 @@ fn qcow2_goes_in_and_out_through_qemu_img() {
     let ended = another.run_with(&["import", "--format", "qcow2", &qcow2, &other], Manner::Good, "PATH=/nowhere");
     assert!(ended.failed(1).contains("qemu-utils"), "{ended:?}");
     assert_eq!(folder.names(), ["a.vol", "back.qcow2", "from.img", "from.qcow2", "part.qcow2"]);
+}
+
+/// Somebody writes to an image that was looked at, so that it names another file by the time `qemu-img` opens it.
+#[test]
+fn a_qcow2_image_that_changes_gives_nothing_but_itself() {
+    let folder = Folder::new();
+    let secret = vec![0x5e; 1 << 20];
+    let (good, image) = (folder.name("good.qcow2"), folder.name("image.qcow2"));
+    system("qemu-img", &["create", "-q", "-f", "qcow2", &good, "1M"]);
+    for option in ["data_file={},data_file_raw=on", "backing_file={},backing_fmt=raw"] {
+        let (bad, other) = (folder.name("bad.qcow2"), folder.name("other.img"));
+        std::fs::write(&other, &secret).expect("written");
+        system("qemu-img", &["create", "-q", "-f", "qcow2", "-o", &option.replace("{}", &other), &bad, "1M"]);
+        std::fs::write(&other, &secret).expect("written");
+        system("qemu-img", &["compare", "-q", "-f", "raw", "-F", "qcow2", &other, &bad]);
+        std::fs::copy(&good, &image).expect("copied");
+        // As long as what it becomes, so that nothing of that is out of reach.
+        let length = std::fs::metadata(&bad).expect("there").len();
+        fs::OpenOptions::new().write(true).open(&image).and_then(|file| file.set_len(length)).expect("lengthened");
+        let tools = folder.name("tools");
+        std::fs::create_dir_all(&tools).expect("made");
+        let script =
+            format!("#!/bin/sh\n[ $1 != convert ] || cat '{bad}' >'{image}'\nPATH=${{PATH#*:}} exec qemu-img \"$@\"\n");
+        let tool = format!("{tools}/qemu-img");
+        std::fs::write(&tool, script).expect("written");
+        std::fs::set_permissions(&tool, std::fs::Permissions::from_mode(0o755)).expect("executable");
+
+        let (mut keeper, volume) = (Keeper::new(), folder.name("a.vol"));
+        let words = ["import", "--format", "qcow2", &image, &volume, "--force"];
+        let ended = keeper.run_with(&words, Manner::Good, &format!("PATH={tools}:$PATH"));
+        assert!(std::fs::read(&image).expect("read") == std::fs::read(&bad).expect("read"), "it did not change");
+        if ended.code == 0 {
+            let held = keeper.good(&["export", &volume, "-"]);
+            assert!(!held.chunks(512).any(|sector| sector == &secret[..512]), "{option}: another file was read");
+        }
+    }
+}
+
+#[test]
+fn a_qcow2_image_that_a_machine_writes_to_is_left_alone() {
+    let folder = Folder::new();
+    let (image, volume) = (folder.name("image.qcow2"), folder.name("a.vol"));
+    system("qemu-img", &["create", "-q", "-f", "qcow2", &image, "1M"]);
+    let mut machine = Command::new("qemu-io");
+    let machine = machine.args(["-f", "qcow2", &image]).stdin(Stdio::piped()).stdout(Stdio::piped());
+    let mut machine = machine.spawn().expect("runs");
+    // It answers when it has opened the image.
+    machine.stdin.as_mut().expect("a pipe").write_all(b"length\n").expect("asked");
+    let mut answer = String::new();
+    let answers = machine.stdout.take().expect("a pipe");
+    BufReader::new(answers).read_line(&mut answer).expect("answered");
+    assert!(answer.contains("1 MiB"), "{answer}");
+    let words = ["import", "--format", "qcow2", &image, &volume];
+    let mut keeper = Keeper::new();
+    assert!(keeper.run(&words).failed(1).contains("another program writes to"));
+    drop(machine.stdin.take());
+    machine.wait().expect("ends");
+    keeper.good(&words);
 }

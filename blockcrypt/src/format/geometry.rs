@@ -52,7 +52,17 @@ impl Geometry {
         if size == self.size {
             return Ok(*self);
         }
-        Ok(Self::with_log(size, store.max(self.total * BLOCK as u64), self.log_blocks))
+        let grown = Self::with_log(size, store.max(self.total * BLOCK as u64), self.log_blocks);
+        Ok(Self { map_levels: grown.map_levels.max(self.map_levels), ..grown })
+    }
+
+    /// The plan of this volume when it has `size` bytes, not more than now: all else stays, for its data may lie anywhere in the store,
+    /// and its snapshots' maps may need each level.
+    pub(crate) fn shrunk(&self, size: u64) -> Result<Self, VolumeError> {
+        if !(MIN_SIZE..=self.size).contains(&size) || !size.is_multiple_of(512) {
+            return Err(VolumeError::Size { size, min: MIN_SIZE, max: self.size });
+        }
+        Ok(Self { size, ..*self })
     }
 
     fn with_log(size: u64, store: u64, log_blocks: u64) -> Self {
@@ -84,9 +94,10 @@ impl Geometry {
         if self.total < metadata + self.blocks() {
             return Err(FormatError("its pool is smaller than its size"));
         }
-        if self.map_levels != levels(self.blocks().div_ceil(ENTRIES as u64))
-            || self.free_levels != levels(self.total.div_ceil(BITS as u64))
-        {
+        // A map may have more levels than it needs: the volume was larger once.
+        let map_levels =
+            levels(self.blocks().div_ceil(ENTRIES as u64))..=levels(MAX_SIZE.div_ceil((BLOCK * ENTRIES) as u64));
+        if !map_levels.contains(&self.map_levels) || self.free_levels != levels(self.total.div_ceil(BITS as u64)) {
             return Err(FormatError("its trees don't fit its size"));
         }
         Ok(self)
@@ -135,7 +146,8 @@ impl Geometry {
     }
 
     fn map_pages(&self) -> u64 {
-        tree_pages(self.blocks().div_ceil(ENTRIES as u64))
+        let leaves = self.blocks().div_ceil(ENTRIES as u64);
+        tree_pages(leaves) + u64::from(self.map_levels.saturating_sub(levels(leaves)))
     }
 
     fn free_pages(&self) -> u64 {
@@ -186,6 +198,25 @@ mod tests {
         let device = Geometry::plan(1 << 20, 1 << 30).expect("a size");
         assert_eq!(device.total, 1 << 18);
         assert_eq!(device.check(), Ok(device));
+    }
+
+    #[test]
+    fn a_volume_that_shrinks_and_grows_keeps_its_store_and_its_levels() {
+        let large = Geometry::plan(1 << 40, 0).expect("a size");
+        let small = large.shrunk(512).expect("a size");
+        assert_eq!(small.check(), Ok(small));
+        assert_eq!((small.size, small.total, small.map_levels), (512, large.total, large.map_levels));
+        assert_eq!(small.superblocks(1), large.superblocks(1));
+        let again = small.grown(1 << 20, small.total * BLOCK as u64).expect("a size");
+        assert_eq!(again.check(), Ok(again));
+        assert_eq!((again.total, again.map_levels), (large.total, large.map_levels));
+        assert_eq!(small.grown(1 << 40, small.total * BLOCK as u64).expect("a size"), large);
+        for size in [0, 513, (1 << 40) + 512] {
+            assert!(matches!(large.shrunk(size), Err(VolumeError::Size { .. })), "{size}");
+        }
+        for levels in [large.map_levels - 1, 8] {
+            assert!(Geometry { map_levels: levels, ..large }.check().is_err(), "{levels}");
+        }
     }
 
     #[test]

@@ -1,9 +1,11 @@
 //! The superblock: where everything begins.
 
+use super::anchor::AnchorFields;
 use super::geometry::Geometry;
 use super::page::{CHILDREN, Child, ENTRIES};
 use super::slot::Slot;
 use super::{BLOCK, Block, FormatError, MAC, VERSION, array_at, key_at, put, u16_at, u32_at, u64_at, zero, zero_block};
+use crate::keys::same;
 use policy::disk::{CipherSuite, VolumeGrant};
 use policy::{KeyId, OpenNumber, VolumeId};
 
@@ -24,7 +26,7 @@ const SLOT_AT: usize = 384;
 /// 48    cipher, u16: 1 is AES-256-XTS     50   MAC, u16: 1 is HMAC-SHA256     52   tag length, u16: 32     54   zero
 /// 56    size in bytes, u64                64   blocks of the store, u64
 /// 72    log start, block, u64             80   log length, blocks, u64
-/// 88    map levels, u8                    89   free-space levels, u8
+/// 88    map levels, u8: enough, or more   89   free-space levels, u8
 /// 90    entries of a leaf, u16: 72        92   children of a node, u16: 84    94   zero
 /// 96    epoch, u64                        104  writer (open number), u32      108  flags, u32: 1 is "closed"
 /// 112   map root, child of 48 bytes       160  free-space root, child of 48 bytes
@@ -179,6 +181,11 @@ impl Superblock {
     /// The key id under which it is authenticated and new blocks are sealed.
     pub(crate) fn key(&self) -> KeyId {
         self.slot.key
+    }
+
+    /// Whether the anchor names this very superblock.
+    pub(crate) fn is_named_by(&self, anchor: &AnchorFields) -> bool {
+        self.epoch == anchor.epoch && same(&self.mac, &anchor.root)
     }
 }
 

@@ -4,6 +4,7 @@ use super::Core;
 use super::shared::Shared;
 use crate::VolumeError;
 use crate::backing::Backing;
+use crate::format::anchor::AnchorFields;
 use crate::format::page::{CHILDREN, Child, ENTRIES, Header, Tree, child, entry};
 use crate::format::snapshot::Snapshot;
 use crate::format::superblock::Superblock;
@@ -104,8 +105,11 @@ pub(super) fn check(shared: &Shared, heard: &mut dyn FnMut(CheckStep)) -> Result
     }
     check.walk_snapshots()?;
     check.compare_free_space()?;
-    // After a crash in the middle of writing one, the other copy is the older's: the next opener writes both.
-    if !shared.read_only || check.core.superblock.clean {
+    // After a crash in the middle of writing one, also a close's, the other copy is what was there before: the next opener writes
+    // both. Both were durable before the anchor that names it was sent.
+    let anchored =
+        shared.anchoring.kept().is_some_and(|anchor| check.core.superblock.is_named_by(&AnchorFields::read(&anchor)));
+    if !shared.read_only || anchored {
         check.compare_superblocks()?;
     }
     Ok(check.report)
@@ -180,6 +184,9 @@ impl Check<'_> {
                 continue;
             }
             self.report.data_blocks += 1;
+            if lba >= self.from.geometry().blocks() {
+                self.problem(format!("block {lba} lies behind the volume's end, and holds something"));
+            }
             let Some(physical) = entry.data() else {
                 self.bad(lba, None, "a recovery found its data gone");
                 continue;

@@ -8,7 +8,7 @@
 //! | `batch`, `read`, `write` | reads and writes blocks, those of several requests together |
 //! | `discard` | TRIM and write-zeroes |
 //! | `rekey` | other keys: rewrap, rotation, erasure |
-//! | `resize` | a volume that grows |
+//! | `resize` | a volume that grows or shrinks |
 //! | `snapshots` | snapshots: taken, gone back to, deleted |
 //! | `durable`, `plan` | FLUSH and checkpoint |
 //! | `log` | the ring of records |
@@ -257,8 +257,8 @@ impl Volume {
         self.shared.delete_snapshot(id, heard)
     }
 
-    /// The volume holds what its newest snapshot held; what was written since is gone. Its size stays. The snapshot stays too. Moves
-    /// the anchor forward: the volume can't be brought back to before.
+    /// The volume holds what its newest snapshot held; what was written since is gone. Its size stays, and must not be smaller than the
+    /// snapshot's. The snapshot stays too. Moves the anchor forward: the volume can't be brought back to before.
     pub fn revert(&self, id: u64) -> Result<(), VolumeError> {
         self.shared.revert(id)
     }
@@ -269,6 +269,21 @@ impl Volume {
         self.shared.grow(size)
     }
 
+    /// The volume has `size` bytes from now on, at most as many as now. Data behind that is lost where `discard_tail` says that it may be,
+    /// and keeps this from being done otherwise. Durable, and anchored as the mode asks, before the room of what is lost is given back to
+    /// the store; `heard` is told of how many blocks of how many are looked at for that. What a crash interrupts of it, the volume's
+    /// own thread takes up again. A crash before leaves the volume as large as it was, with all its data, but that with `discard_tail` the
+    /// rest of a block that the new end cuts may be zero. Snapshots keep their size and what they hold. The store stays as long as
+    /// it is: data may lie anywhere in it.
+    pub fn shrink(
+        &mut self,
+        size: u64,
+        discard_tail: bool,
+        heard: &mut dyn FnMut(u64, u64),
+    ) -> Result<(), VolumeError> {
+        self.shared.shrink(size, discard_tail, heard)
+    }
+
     /// Wraps the volume's masters under `new` instead of `old`, its key-encryption key so far. The provider must keep both until it has
     /// an anchor that names `new`, and may forget `old` then: wherever a crash interrupts this, the key that the newest anchor
     /// names opens the volume.
@@ -277,8 +292,8 @@ impl Volume {
     }
 
     /// Seals all data and pages under the current key that are under an older one, while requests are served, and then forgets the older
-    /// keys, unless snapshots need them. `heard` is told of how many blocks of how many were looked at, and ends it by
-    /// returning `false`; then, and after a crash, the next call goes on. Returns whether it came to its end.
+    /// keys, unless snapshots need them. `heard` is told of how many blocks of how many were looked at, those of the map included, and ends
+    /// it by returning `false`; then, and after a crash, the next call goes on. Returns whether it came to its end.
     ///
     /// A new key comes with a grant that names its id: open the volume with it, then call this.
     pub fn rotate(&self, heard: &mut dyn FnMut(u64, u64) -> bool) -> Result<bool, VolumeError> {

@@ -522,7 +522,7 @@ fn choose(
     let newest = verified.iter().map(|f| (f.superblock.writer.get(), f.superblock.epoch)).max();
     let allowed = |f: &Found| {
         let s = &f.superblock;
-        s.writer == anchor.writer && (s.epoch > anchor.epoch || (s.epoch == anchor.epoch && same(&s.mac, &anchor.root)))
+        s.writer == anchor.writer && (s.epoch > anchor.epoch || s.is_named_by(anchor))
     };
     let chosen = verified.into_iter().filter(allowed).max_by_key(|f| f.superblock.epoch);
     let missing = || {
@@ -540,7 +540,7 @@ fn choose(
 /// Whether this is the very state that the last holder closed with and the provider keeps. All of it was durable before its
 /// superblock was written, and that before the anchor was sent; and no record follows it.
 fn is_anchored_close(superblock: &Superblock, anchor: &AnchorFields) -> bool {
-    superblock.clean && superblock.epoch == anchor.epoch && same(&superblock.mac, &anchor.root)
+    superblock.clean && superblock.is_named_by(anchor)
 }
 
 /// The state before recovery.

@@ -59,14 +59,16 @@ impl Shared {
     /// whether it came to its end.
     pub(super) fn rotate(&self, heard: &mut dyn FnMut(u64, u64) -> bool) -> Result<bool, VolumeError> {
         self.check_writable(0, 0)?;
-        let all = self.backing.geometry().blocks();
+        let blocks = self.backing.geometry().blocks();
+        // Each block, then each leaf of the map once more.
+        let all = blocks + blocks.div_ceil(ENTRIES as u64);
         let mut index = 0;
         while let Some(next) = self.with_core(|core| core.forest.next_leaf(Tree::Map, index))? {
             let first = next * ENTRIES as u64;
             if first >= self.backing.geometry().blocks() {
                 break;
             }
-            if !heard(first.min(all), all) {
+            if !heard(first.min(blocks), all) {
                 return Ok(false);
             }
             self.rotate_leaf(first)?;
@@ -74,7 +76,7 @@ impl Shared {
         }
         self.rotate_bitmaps()?;
         self.checkpoint()?;
-        if !self.drop_older_keys(&mut || heard(all, all))? {
+        if !self.drop_older_keys(&mut |leaf| heard(blocks + leaf.min(all - blocks), all))? {
             return Ok(false);
         }
         heard(all, all);
@@ -128,8 +130,8 @@ impl Shared {
     }
 
     /// Forgets older keys, if nothing is left that needs them: no snapshot, and no block that could not be read. Returns false where
-    /// `heard` ended it.
-    fn drop_older_keys(&self, heard: &mut dyn FnMut() -> bool) -> Result<bool, VolumeError> {
+    /// `heard`, told of the leaves that are looked at, ended it.
+    fn drop_older_keys(&self, heard: &mut dyn FnMut(u64) -> bool) -> Result<bool, VolumeError> {
         let (_alone, group) = loop {
             let taken = {
                 let core = self.core()?;
@@ -167,11 +169,11 @@ impl Shared {
         Ok(true)
     }
 
-    /// Looks for a block or page that is left under an older key.
-    fn find_older_entry(&self, heard: &mut dyn FnMut() -> bool) -> Result<Search, VolumeError> {
+    /// Looks for a block or page that is left under an older key; says at which leaf it is.
+    fn find_older_entry(&self, heard: &mut dyn FnMut(u64) -> bool) -> Result<Search, VolumeError> {
         let mut index = 0;
         while let Some(next) = self.with_core(|core| core.forest.next_leaf(Tree::Map, index))? {
-            if !heard() {
+            if !heard(next) {
                 return Ok(Search::Ended);
             }
             if self.with_core(|core| core.is_under_older_key(next * ENTRIES as u64))? {

@@ -1,16 +1,20 @@
-//! A volume that grows while it is used.
+//! A volume that grows while it is used, or shrinks while nobody does.
 //!
-//! The pool gets longer, trees get levels above their roots, and the superblock's second copies move to the new end. All of that
+//! **Growth.** The pool gets longer, trees get levels above their roots, and the superblock's second copies move to the new end. All of that
 //! becomes true with one superblock: before it, the store is only longer than it need be; after it, the blocks that the old
 //! copies took are free. A second checkpoint brings the other slot along.
+//!
+//! **Shrinking.** One superblock has the smaller size, a map that ends there, and a dying snapshot of what the volume held, from which the
+//! rest is freed leaf by leaf, as after a revert. The store keeps its length, the map its levels: what is left lies anywhere in the one,
+//! and snapshots, which keep their size, may need the other.
 
 use super::Core;
 use super::durable::Occasion;
 use super::shared::Shared;
 use crate::VolumeError;
-use crate::format::BLOCK;
 use crate::format::geometry::Geometry;
-use crate::format::page::{BITS, Tree};
+use crate::format::page::{BITS, ENTRIES, Entry, Tree};
+use crate::format::{BLOCK, zero_block};
 use crate::space::bitmap;
 use crate::tree::Halt;
 
@@ -49,14 +53,117 @@ impl Shared {
         drop(group);
         self.anchoring.after_flush()
     }
+
+    /// The caller sees to it that no request is in hand.
+    pub(super) fn shrink(
+        &self,
+        size: u64,
+        discard_tail: bool,
+        heard: &mut dyn FnMut(u64, u64),
+    ) -> Result<(), VolumeError> {
+        self.check_writable(0, 0)?;
+        let old = self.backing.geometry();
+        let new = old.shrunk(size)?;
+        if new == old {
+            return Ok(());
+        }
+        // There may be room for one dying snapshot.
+        self.finish_deletion(&mut |_, _| {})?;
+        let beyond = self.look_beyond(&new)?;
+        if !beyond.is_empty() && !discard_tail {
+            return Err(VolumeError::DataBeyond { size, bytes: beyond.bytes() });
+        }
+        if beyond.edge > 0 {
+            // What follows the end in its block must be zero, in case the volume grows again.
+            let rest = old.size.min(new.blocks() * BLOCK as u64) - size;
+            self.write_zeroes(size, rest, false)?;
+        }
+        {
+            let _alone = self.alone()?;
+            let group = self.flushing();
+            self.settle_all(&group)?;
+            self.with_core(|core| core.shorten(&old, &new, &beyond))?;
+            self.backing.set_geometry(new);
+            if let Err(error) = self.write_checkpoint(&group, Occasion::Running) {
+                // Memory is the smaller volume's already; the next opener finds out what the store is.
+                return Err(self.core()?.fail(error, &*self.backing.events));
+            }
+        }
+        self.anchoring.after_flush()?;
+        let kept = new.blocks();
+        let freed = self.finish_deletion(&mut |done, all| heard(done.saturating_sub(kept), all.saturating_sub(kept)));
+        if let Err(error) = freed {
+            self.backing.events.note(&format!("what lay behind the volume's end is not freed yet: {error}"));
+        }
+        Ok(())
+    }
+
+    /// What the volume holds that it would not with the geometry `new`.
+    fn look_beyond(&self, new: &Geometry) -> Result<Beyond, VolumeError> {
+        let mut beyond = Beyond::default();
+        let end = new.blocks();
+        let cut = (new.size % BLOCK as u64) as usize;
+        if cut > 0 {
+            let mut block = zero_block();
+            self.read_blocks(end - 1, std::slice::from_mut(&mut *block))?;
+            beyond.edge = block[cut..].iter().filter(|b| **b != 0).count() as u64;
+        }
+        let entries = ENTRIES as u64;
+        let mut index = end / entries;
+        while let Some(leaf) = self.with_core(|core| core.forest.next_leaf(Tree::Map, index))? {
+            let first = end.max(leaf * entries);
+            let mut found = [Entry::UNMAPPED; ENTRIES];
+            let found = &mut found[..((leaf + 1) * entries - first) as usize];
+            self.with_core(|core| core.lookup(first, found))?;
+            beyond.data += found.iter().filter(|entry| entry.data().is_some()).count() as u64;
+            beyond.lost += found.iter().filter(|entry| entry.physical == Entry::LOST).count() as u64;
+            index = leaf + 1;
+        }
+        Ok(beyond)
+    }
+}
+
+/// What lies behind an end.
+#[derive(Default)]
+struct Beyond {
+    /// Bytes other than zero in the block that the end cuts.
+    edge: u64,
+    /// Blocks that hold data.
+    data: u64,
+    /// Blocks whose data is gone.
+    lost: u64,
+}
+
+impl Beyond {
+    fn is_empty(&self) -> bool {
+        self.bytes() == 0
+    }
+
+    fn bytes(&self) -> u64 {
+        self.edge + (self.data + self.lost) * BLOCK as u64
+    }
 }
 
 impl Core {
     fn lengthen(&mut self, new: &Geometry) -> Result<(), Halt> {
         self.writable()?;
-        self.space.lengthen(new);
+        self.space.resize(new);
         self.forest.deepen(Tree::Map, new.map_levels)?;
         self.forest.deepen(Tree::Free, new.free_levels)
+    }
+
+    /// Map and space are those of a smaller volume. All pages of the map must be clean.
+    fn shorten(&mut self, old: &Geometry, new: &Geometry, beyond: &Beyond) -> Result<(), Halt> {
+        self.writable()?;
+        if beyond.data + beyond.lost > 0 {
+            let root = self.forest.root(Tree::Map);
+            self.forest.truncate_map(new.blocks())?;
+            let border = new.blocks() / ENTRIES as u64 * ENTRIES as u64;
+            self.leave_behind(root, old.size, border, "shrunk from");
+            self.mapped = self.mapped.saturating_sub(beyond.data);
+        }
+        self.space.resize(new);
+        Ok(())
     }
 
     /// What lay behind the old end is free, what lies behind the new one is not.

@@ -18,6 +18,7 @@ use crate::format::page::{BITS, CHILDREN, Child, ENTRIES, Entry, Header, Tree, c
 use crate::format::snapshot::{MAX_PAGES, Snapshot, SnapshotPage, is_name};
 use crate::format::{BLOCK, Block};
 use crate::space::bitmap;
+use crate::tree::Root;
 use crate::tree::{Halt, PageId};
 use serde::Serialize;
 use std::sync::MutexGuard;
@@ -65,10 +66,9 @@ impl Shared {
         if !is_name(name.as_bytes()) {
             return Err(VolumeError::SnapshotName);
         }
-        let time = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).map_or(0, |time| time.as_secs());
         let _alone = self.alone()?;
         let group = self.flushing();
-        let id = self.core()?.add_snapshot(name, time, self.backing.geometry().size)?;
+        let id = self.core()?.add_snapshot(name, self.backing.geometry().size)?;
         if let Err(error) = self.write_checkpoint(&group, Occasion::Running) {
             // Where its superblock may have been written, the volume takes no more writes, and the next opener finds out.
             let mut core = self.core()?;
@@ -178,7 +178,7 @@ impl Shared {
         }
         self.core()?.space.freed(&walk.free);
         self.punch_freed()?;
-        let all = end_of(top);
+        let all = walk.dying.size.div_ceil(BLOCK as u64);
         heard(if done { all } else { walk.position.min(all) }, all);
         if done {
             self.backing.events.note(&format!("snapshot {id} is deleted"));
@@ -274,8 +274,13 @@ impl Shared {
     }
 }
 
+/// Unix seconds, as the host's clock has them.
+fn now() -> u64 {
+    SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).map_or(0, |time| time.as_secs())
+}
+
 impl Core {
-    fn add_snapshot(&mut self, name: &str, time: u64, size: u64) -> Result<u64, VolumeError> {
+    fn add_snapshot(&mut self, name: &str, size: u64) -> Result<u64, VolumeError> {
         self.writable()?;
         if self.snapshots.len() >= MOST {
             return Err(VolumeError::TooManySnapshots(MOST));
@@ -283,7 +288,7 @@ impl Core {
         self.snapshots_taken += 1;
         let snapshot = Snapshot {
             id: self.snapshots_taken,
-            time,
+            time: now(),
             // That of the checkpoint that follows, which fills in its own root.
             epoch: self.epoch + 1,
             generation: self.next_generation(),
@@ -305,27 +310,36 @@ impl Core {
         let newest = self.snapshots.last().cloned();
         let known = self.snapshots.iter().any(|snapshot| snapshot.id == id);
         let target = match newest {
+            Some(newest) if newest.id == id && newest.dying.is_none() && newest.size > size => {
+                return Err(VolumeError::LargerSnapshot { id, size: newest.size }.into());
+            }
             Some(newest) if newest.id == id && newest.dying.is_none() => newest,
             Some(newest) if known && newest.id != id => return Err(VolumeError::NewerSnapshot(newest.id).into()),
             _ => return Err(VolumeError::NoSnapshot(id).into()),
         };
         let root = self.forest.root(Tree::Map);
+        self.leave_behind(root, size, 0, "gone back from");
+        self.mapped = target.mapped;
+        self.forest.replace_map(target.root, target.levels)
+    }
+
+    /// What the durable map at `root` reached from block `position` on, and the volume does not any more, is to be freed: a dying snapshot
+    /// of what the volume held.
+    pub(super) fn leave_behind(&mut self, root: Root, size: u64, position: u64, name: &str) {
         self.snapshots_taken += 1;
         self.snapshots.push(Snapshot {
             id: self.snapshots_taken,
-            time: target.time,
+            time: now(),
             epoch: self.epoch,
             generation: self.next_generation(),
             size,
             mapped: self.mapped,
             root: root.child,
             levels: root.levels,
-            dying: Some(0),
-            name: "gone back from".to_owned(),
+            dying: Some(position),
+            name: name.to_owned(),
         });
         self.snapshots_changed = true;
-        self.mapped = target.mapped;
-        self.forest.replace_map(target.root, target.levels)
     }
 
     pub(super) fn is_deleting(&self) -> bool {

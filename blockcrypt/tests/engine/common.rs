@@ -168,6 +168,21 @@ pub(crate) fn seeds(first: u64, count: u64) -> std::ops::Range<u64> {
     first..end
 }
 
+/// Says how to replay a history that failed. What a failed assertion says is not always the history's own.
+pub(crate) struct Replay {
+    pub(crate) test: String,
+    pub(crate) seed: u64,
+}
+
+impl Drop for Replay {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            let Self { test, seed } = self;
+            eprintln!("replay it: FEALTY_SEED={seed} cargo test -p fealty-blockcrypt --test engine {test}");
+        }
+    }
+}
+
 const SECTOR: usize = 512;
 
 /// A store that loses power. What was not synced survives sector by sector, in any of the versions written, or not at all: so

@@ -1,6 +1,6 @@
 //! Random work with crashes, against a plain vector: no acknowledged FLUSH is lost, nothing is ever wrong.
 
-use crate::common::{Provider, Random, SimStore, check_good, lock, seeds};
+use crate::common::{Provider, Random, Replay, SimStore, check_good, lock, seeds};
 use fealty_blockcrypt::{OpenOptions, Volume, VolumeError};
 use policy::AnchorMode;
 use std::collections::{BTreeMap, HashSet};
@@ -53,8 +53,9 @@ impl Model {
         }
     }
 
-    /// The volume is larger, and zero behind its end so far.
-    pub(crate) fn grow(&mut self, size: usize) {
+    /// The volume has another size; what is new is zero.
+    pub(crate) fn resize(&mut self, size: usize) {
+        self.versions.truncate(size.div_ceil(BLOCK));
         for (i, versions) in self.versions.iter_mut().enumerate() {
             versions.iter_mut().for_each(|block| block.resize(BLOCK.min(size - i * BLOCK), 0));
         }
@@ -174,14 +175,18 @@ struct Run {
     /// One that was being deleted.
     half_deleted: Option<u64>,
     /// The size that the volume was about to have.
-    half_grown: Option<usize>,
+    half_resized: Option<usize>,
+    /// Histories that failed before volumes could shrink are kept as they were.
+    shrinks: bool,
 }
 
 impl Run {
     /// Takes, deletes, or goes back to a snapshot.
     fn snapshot_step(&mut self, volume: &Volume) -> Result<(), VolumeError> {
         let newest = self.snapshots.keys().last().copied();
-        match self.random.below(10) {
+        let kind = self.random.below(10);
+        self.tell(&format_args!("snapshots {:?}, kind {kind}", self.snapshots.keys()));
+        match kind {
             0..6 => {
                 let content = self.model.now(0, self.model.size);
                 self.half_taken = Some(content.clone());
@@ -208,8 +213,12 @@ impl Run {
                         Err(VolumeError::NewerSnapshot(_) | VolumeError::Store(..) | VolumeError::Failed(_))
                     ));
                 }
-                // What it grew by since is zero.
+                // What it grew by since is zero; what it shrank by has no room.
                 let mut content = self.snapshots[&id].clone();
+                if content.len() > self.model.size {
+                    let refused = volume.revert(id).expect_err("it is larger than the volume");
+                    return if matches!(refused, VolumeError::LargerSnapshot { .. }) { Ok(()) } else { Err(refused) };
+                }
                 content.resize(self.model.size, 0);
                 self.model.write(0, &content);
                 volume.revert(id)?;
@@ -223,10 +232,43 @@ impl Run {
     fn grow(&mut self, volume: &Volume) -> Result<(), VolumeError> {
         let most = [1, 64, 4000][self.random.below(3) as usize];
         let size = self.model.size + 512 * (1 + self.random.below(most) as usize);
-        self.half_grown = Some(size);
+        self.half_resized = Some(size);
+        self.tell(&format_args!("grows to {size}"));
         volume.grow(size as u64)?;
-        self.half_grown = None;
-        self.model.grow(size);
+        self.half_resized = None;
+        self.model.resize(size);
+        self.model.settle();
+        Ok(())
+    }
+
+    /// Shrinks by something between a sector and nearly all.
+    fn shrink(&mut self, volume: &mut Volume) -> Result<(), VolumeError> {
+        let left = self.model.size as u64 / 512 - 1;
+        let most = [1, 64, left][self.random.below(3) as usize].min(left);
+        if most == 0 {
+            return Ok(());
+        }
+        let size = self.model.size - 512 * (1 + self.random.below(most) as usize);
+        let discard_tail = self.random.chance(60);
+        let empty = self.model.now(size, self.model.size - size).iter().all(|b| *b == 0);
+        let cut = size.next_multiple_of(BLOCK).min(self.model.size);
+        if discard_tail {
+            // Also where it fails, this part may be gone.
+            self.model.write(size, &vec![0; cut - size]);
+        }
+        self.half_resized = Some(size);
+        self.tell(&format_args!("shrinks to {size}, discards: {discard_tail}"));
+        match volume.shrink(size as u64, discard_tail, &mut |_, _| {}) {
+            // Blocks may hold zeroes.
+            Err(VolumeError::DataBeyond { .. }) if !discard_tail => {
+                self.half_resized = None;
+                return Ok(());
+            }
+            other => other?,
+        }
+        assert!(discard_tail || empty, "{}: data behind {size} is lost", self.context);
+        self.half_resized = None;
+        self.model.resize(size);
         self.model.settle();
         Ok(())
     }
@@ -261,10 +303,19 @@ impl Run {
         }
     }
 
+    /// What happens, where one history is replayed.
+    fn tell(&self, what: &dyn std::fmt::Display) {
+        if std::env::var_os("FEALTY_SEED").is_some() {
+            println!("{}: {what}", self.context);
+        }
+    }
+
     /// One step; an error ends the run until the next crash.
-    fn step(&mut self, volume: &Volume) -> Result<(), VolumeError> {
+    fn step(&mut self, volume: &mut Volume) -> Result<(), VolumeError> {
         let (offset, length) = request(&mut self.random, self.model.size);
-        match self.random.below(100) {
+        let kind = self.random.below(100);
+        self.tell(&format_args!("kind {kind}, {length} bytes at {offset}"));
+        match kind {
             0..12 => {
                 let length = if self.random.chance(10) { self.model.size - offset } else { length };
                 self.model.discard(offset, length, true);
@@ -302,6 +353,7 @@ impl Run {
                 Ok(())
             }
             93..94 if self.random.chance(30) => self.grow(volume),
+            93..94 if self.shrinks && self.random.chance(40) => self.shrink(volume),
             93..94 if self.random.chance(40) => {
                 let mut left = self.random.below(12);
                 let finished = volume.rotate(&mut |_, _| {
@@ -329,10 +381,11 @@ impl Run {
         }
     }
 
-    fn life(&mut self, volume: Volume, steps: u64) {
+    fn life(&mut self, mut volume: Volume, steps: u64) {
         let mut end = Ok(());
         for _ in 0..steps {
-            end = self.step(&volume);
+            end = self.step(&mut volume);
+            self.tell(&format_args!("{end:?}"));
             if end.is_err() {
                 break;
             }
@@ -343,7 +396,9 @@ impl Run {
     }
 }
 
-fn run(mode: AnchorMode, size: usize, seed: u64, lives: u64) {
+fn run(mode: AnchorMode, size: usize, seed: u64, lives: u64, shrinks: bool) {
+    let test = format!("crashes_lose_no_acknowledged_flush_{}", format!("{mode:?}").to_lowercase());
+    let _replay = Replay { test, seed };
     let (provider, store) = (Provider::new(mode), SimStore::new());
     let volume = provider.create(store.clone(), size as u64).expect("a volume");
     volume.close().expect("closed");
@@ -357,7 +412,8 @@ fn run(mode: AnchorMode, size: usize, seed: u64, lives: u64) {
         snapshots: BTreeMap::new(),
         half_taken: None,
         half_deleted: None,
-        half_grown: None,
+        half_resized: None,
+        shrinks,
     };
     for life in 0..lives {
         run.context = format!("mode {mode:?} seed {seed} life {life}");
@@ -388,9 +444,10 @@ fn run(mode: AnchorMode, size: usize, seed: u64, lives: u64) {
         let volume = run.provider.open(run.store.clone());
         let volume = volume.unwrap_or_else(|e| panic!("{}: {e}", run.context));
         let size = volume.size() as usize;
-        assert!(size == run.model.size || Some(size) == run.half_grown, "{}: {size} bytes", run.context);
-        run.half_grown = None;
-        run.model.grow(size);
+        run.tell(&format_args!("{size} bytes, snapshots {:?}", run.snapshots.keys()));
+        assert!(size == run.model.size || Some(size) == run.half_resized, "{}: {size} bytes", run.context);
+        run.half_resized = None;
+        run.model.resize(size);
         run.model.recover(&volume, &run.context);
         run.check_snapshots(&volume);
         if run.random.chance(20) {
@@ -411,27 +468,27 @@ fn run(mode: AnchorMode, size: usize, seed: u64, lives: u64) {
 /// A rotation beside a snapshot that is being deleted; a store longer than its volume, whose opener died at its first superblock.
 #[test]
 fn histories_that_once_failed() {
-    run(AnchorMode::Close, 700 * 1024 + 512, 267, 10);
-    run(AnchorMode::Interval, 96 * 1024, 100_349, 12);
+    run(AnchorMode::Close, 700 * 1024 + 512, 267, 10, false);
+    run(AnchorMode::Interval, 96 * 1024, 100_349, 12, false);
 }
 
 #[test]
 fn crashes_lose_no_acknowledged_flush_close() {
     for seed in seeds(0, 12) {
-        run(AnchorMode::Close, 700 * 1024 + 512, seed, 10);
+        run(AnchorMode::Close, 700 * 1024 + 512, seed, 10, true);
     }
 }
 
 #[test]
 fn crashes_lose_no_acknowledged_flush_interval() {
     for seed in seeds(100_000, 20) {
-        run(AnchorMode::Interval, 96 * 1024, seed, 12);
+        run(AnchorMode::Interval, 96 * 1024, seed, 12, true);
     }
 }
 
 #[test]
 fn crashes_lose_no_acknowledged_flush_flush() {
     for seed in seeds(200_000, 12) {
-        run(AnchorMode::Flush, 1200 * 1024, seed, 10);
+        run(AnchorMode::Flush, 1200 * 1024, seed, 10, true);
     }
 }

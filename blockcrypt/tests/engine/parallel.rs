@@ -1,6 +1,6 @@
 //! Several threads at once, over stores that lose power: each sees its own part as if it were alone.
 
-use crate::common::{MIB, Provider, Random, SimStore, check_good, seeds};
+use crate::common::{MIB, Provider, Random, Replay, SimStore, check_good, seeds};
 use crate::model::{Model, read_many, request, requests, write_many};
 use fealty_blockcrypt::{MemoryStore, OpenOptions, Volume, VolumeError};
 use policy::AnchorMode;
@@ -50,6 +50,7 @@ fn work(volume: &Volume, model: &mut Model, base: usize, random: &mut Random, st
 }
 
 fn run(mode: AnchorMode, seed: u64, lives: u64) {
+    let _replay = Replay { test: "threads_lose_no_acknowledged_flush".to_owned(), seed };
     let (provider, store) = (Provider::new(mode), SimStore::new());
     let size = THREADS * PART;
     provider.create(store.clone(), size as u64).expect("a volume").close().expect("closed");

@@ -13,6 +13,7 @@ use policy::disk::{VolumeGrant, VolumeOperation, VolumeRequest};
 use policy::{KeyId, VolumeId};
 use serde::Serialize;
 use std::path::Path;
+use std::sync::atomic::AtomicBool;
 
 #[derive(Serialize)]
 struct Resized {
@@ -55,7 +56,17 @@ pub(super) struct Change<'a> {
 pub(super) fn resize(context: &Context, words: &Resize) -> Result<(), ToolError> {
     let size = words.size.bytes();
     let change = Change { context, command: "resize", path: &words.volume, operation: None };
-    let (volume, ()) = change.make(|volume, _| volume.grow(size))?;
+    let resized = change.make(|volume, _| {
+        if size >= volume.size() {
+            return volume.grow(size);
+        }
+        let mut progress = Progress::of("resize", volume.size() - size, context.report.json);
+        volume.shrink(size, words.discard_tail, &mut |done, all| progress.share(done, all))
+    });
+    let (volume, ()) = resized.map_err(|error| match error {
+        ToolError::Volume(path, error @ VolumeError::DataBeyond { .. }) => ToolError::Tail(path, error),
+        other => other,
+    })?;
     context.report.result(&Resized { volume, size }, &format!("volume {volume} has {} now", Bytes(size)))
 }
 
@@ -64,11 +75,7 @@ pub(super) fn rekey(context: &Context, words: &Rekey) -> Result<(), ToolError> {
     let operation = Some(VolumeRequest::plain(VolumeOperation::Rekey));
     let change = Change { context, command: "rekey", path: &words.volume, operation };
     let (_, (info, goes_on)) = change.make(|volume, keys| {
-        let mut progress = Progress::of("rekey", volume.size(), context.report.json);
-        volume.rotate(&mut |done, _| {
-            progress.at((done * 4096).min(volume.size()));
-            true
-        })?;
+        rotation::rotate(volume, context.report, &AtomicBool::new(false))?;
         Ok((volume.info(), keys.goes_on))
     })?;
     rekeyed(context.report, &info, goes_on)
@@ -149,7 +156,7 @@ impl Change<'_> {
     /// Opens the volume, does `work`, and closes it: its new anchor is kept when this returns.
     pub(super) fn make<R>(
         self,
-        work: impl FnOnce(&Volume, Keys) -> Result<R, VolumeError>,
+        work: impl FnOnce(&mut Volume, Keys) -> Result<R, VolumeError>,
     ) -> Result<(VolumeId, R), ToolError> {
         let file = open_for_writing(self.path)?;
         let Handover { mut grant, kek, holder, size } = self.context.handover(self.command)?;
@@ -159,9 +166,9 @@ impl Change<'_> {
         self.context.interrupts.changing("the volume is whole: run this again, and it goes on");
         let change = |grant: &VolumeGrant, next: Option<Kek>, goes_on: bool| {
             let volume = Volume::open(store, grant, &kek, OpenOptions::default(), holder.clone(), holder.clone());
-            let volume = volume.map_err(failed)?;
+            let mut volume = volume.map_err(failed)?;
             let keys = Keys { kek: &kek, next: next.as_ref(), goes_on };
-            let done = holder.while_there(|| work(&volume, keys), cut_off);
+            let done = holder.while_there(|| work(&mut volume, keys), cut_off);
             // Also after a refusal: the volume was opened, and is anchored as it is now.
             let closed = volume.close();
             let (id, found) = (volume.id(), volume.size());

@@ -51,7 +51,7 @@ pub(crate) enum Command {
     Check(Check),
     /// Snapshots of a volume: take, list, go back to, delete
     Snapshot(Snapshot),
-    /// Make a volume larger; what is new reads as zeroes
+    /// Make a volume larger or smaller; what is new reads as zeroes
     #[command(after_help = RESIZE_HELP)]
     Resize(Resize),
     /// Seal everything anew under a new key, and forget older ones
@@ -199,9 +199,12 @@ pub(crate) struct OneSnapshot {
 pub(crate) struct Resize {
     /// The volume
     pub(crate) volume: PathBuf,
-    /// Its new size: not smaller than now; a number, or one with K, M, G or T (powers of 1024); a multiple of 512
+    /// Its new size: a number, or one with K, M, G or T (powers of 1024); a multiple of 512
     #[arg(long, value_name = "N[K|M|G|T]")]
     pub(crate) size: Size,
+    /// Where data lies behind a smaller size, lose it
+    #[arg(long)]
+    pub(crate) discard_tail: bool,
 }
 
 #[derive(Args, Debug)]
@@ -328,9 +331,17 @@ also goes to the customer's audit log.
 Example: fealty-keys volume exec acme root -- fealty-disk check /store/root.vol";
 
 const RESIZE_HELP: &str = "\
-The VM must not run meanwhile. Snapshots keep their size. A volume does not become smaller. The key provider learns the new size.
+The VM must not run meanwhile. Snapshots keep their size and what they hold. The key provider learns the new size.
 
-Example: fealty-keys volume exec acme data -- fealty-disk resize /store/data.vol --size 40G";
+Make what is in the volume (partitions, file systems) smaller first. Data behind the new end, which a file system leaves there unless it
+discarded it (fstrim, blkdiscard), keeps the volume from becoming smaller: it needs --discard-tail, as qemu-img's resize needs
+--shrink. What is lost so is gone for good, unless a snapshot has it. A volume is not reverted to a snapshot that is larger.
+
+What the volume does not need any more becomes holes of its file (on a block device it is discarded); the file itself stays as long as it
+was, for data may lie anywhere in it. `clone` makes one that is as short as it can be.
+
+Examples: fealty-keys volume exec acme data -- fealty-disk resize /store/data.vol --size 40G
+          fealty-keys volume exec acme data -- fealty-disk resize /store/data.vol --size 10G --discard-tail";
 
 const CLONE_HELP: &str = "\
 The clone has a name and an id at the key provider, and keys, all of its own: every block is read, verified and written anew under them,

@@ -42,6 +42,8 @@ pub(crate) enum ToolError {
     Bad { path: PathBuf, bad: u64, problems: u64 },
     #[error("{0} was overwritten in part")]
     Overwritten(PathBuf, #[source] Box<ToolError>),
+    #[error("{0} is as large as it was; say --discard-tail if what lies behind the new end may be lost")]
+    Tail(PathBuf, #[source] VolumeError),
     #[error("{0} would be unreadable for ever; say --force if that is meant")]
     Unforced(PathBuf),
     #[error("the keys of {0} are retired, but its key slots are not destroyed yet; run fealty-disk erase {0} --force")]

@@ -8,7 +8,8 @@ use super::holder::{Answer, Handover, Holder, HolderError, Leave};
 use super::image::{Image, ImageError};
 use super::place::{Content, Place, PlaceError, same_file};
 use super::progress::{Progress, rate};
-use super::qemu::Qcow2;
+use super::qcow2::Qcow2;
+use super::qemu;
 use super::size::Bytes;
 use super::{Context, open_file, open_snapshot, open_writable};
 use blockcrypt::{AnchorRefused, Anchors, FileStore, Volume, VolumeError, inspect};
@@ -113,7 +114,7 @@ fn import_qcow2(context: &Context, words: &Import) -> Result<(), ToolError> {
         return Err(ImageError::Larger { path: words.image.clone(), image: image.size, wanted }.into());
     }
     make_from_image(context, words, wanted, |volume, holder, _| {
-        let imported = image.import(volume, holder);
+        let imported = qemu::import(image, volume, holder);
         holder.still_there()?;
         imported.map_err(|e| ToolError::converting(&words.volume, e))
     })

@@ -10,7 +10,7 @@
 //! | `export`, `info`, `check` | the other commands |
 //! | `serve`, `rotation` | a volume as a disk of other programs, and rekeyed meanwhile |
 //! | `image`, `blocks` | raw images, and which of their blocks hold something |
-//! | `qemu` | images that are not raw, by `qemu-img` |
+//! | `qemu`, `qcow2`, `qemu_lock` | images that are not raw, by `qemu-img`, and what it sees of them |
 //! | `place` | files that get their name when they are complete |
 //! | `signals` | what an interruption leaves behind: nothing |
 //! | `progress`, `report` | what people and scripts see |
@@ -29,7 +29,9 @@ mod inherit;
 mod make;
 mod place;
 mod progress;
+mod qcow2;
 mod qemu;
+mod qemu_lock;
 mod report;
 mod rotation;
 mod serve;
@@ -45,6 +47,7 @@ use policy::disk::VolumeGrant;
 use report::Reporter;
 use signals::Interrupts;
 use std::fs::File;
+use std::io;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 use std::process::ExitCode;
@@ -102,8 +105,11 @@ impl Context {
 
 /// The file or device at `path`, for reading; one that is a pipe is not waited for.
 fn open_file(path: &Path) -> Result<File, ToolError> {
-    let opened = std::fs::OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY).open(path);
-    opened.map_err(|e| ToolError::Open(path.to_owned(), e))
+    open_for_reading(path).map_err(|e| ToolError::Open(path.to_owned(), e))
+}
+
+fn open_for_reading(path: &Path) -> io::Result<File> {
+    std::fs::OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY).open(path)
 }
 
 /// The volume in `file`, for reading: nothing is written, no anchor moves, others may read it too.

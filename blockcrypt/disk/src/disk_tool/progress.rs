@@ -61,6 +61,11 @@ impl Progress {
         };
     }
 
+    /// `done` of `all` steps are, whatever the steps.
+    pub(crate) fn share(&mut self, done: u64, all: u64) {
+        self.at((u128::from(self.total) * u128::from(done.min(all)) / u128::from(all.max(1))) as u64);
+    }
+
     /// Seconds since the work began, never 0.
     pub(crate) fn seconds(&self) -> f64 {
         self.begun.elapsed().as_secs_f64().max(1e-6)

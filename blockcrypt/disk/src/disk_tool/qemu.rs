@@ -1,15 +1,16 @@
 //! Images that are not raw, by `qemu-img`: it reads and writes them, and sees the volume's plain text over NBD on a socket that is
-//! its standard input, which nobody else has. Nothing of it lies in a file on the way.
+//! its standard input, which nobody else has. Nothing of it lies in a file on the way. An image that it reads, it sees over NBD too, on
+//! its standard output.
 
 use super::holder::Holder;
+use super::image::ImageError;
+use super::qcow2::Qcow2;
 use blockcrypt::{Volume, VolumeError};
 use fealty_disk::{Disk, Fault, nbd};
 use rustix::event::{PollFd, PollFlags, poll};
-use serde::Deserialize;
 use std::ffi::OsStr;
 use std::io::{self, Read};
 use std::os::fd::OwnedFd;
-use std::os::unix::fs::FileTypeExt;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
@@ -18,6 +19,9 @@ use std::sync::{Mutex, PoisonError};
 
 /// The volume as `qemu-img` names it: NBD on its descriptor 0.
 const VOLUME: &str = "driver=nbd,server.type=fd,server.str=0";
+/// An image as `qemu-img` names it: on its descriptor 1, with nothing below it.
+const IMAGE: &str =
+    r#"json:{"driver":"qcow2","file":{"driver":"nbd","server":{"type":"fd","str":"1"}},"backing":null}"#;
 /// Bytes of a complaint that are read.
 const COMPLAINT: u64 = 8192;
 
@@ -29,89 +33,36 @@ pub(crate) enum QemuError {
     #[error("qemu-img failed: {0}")]
     Failed(String),
     #[error("{0} can't be found")]
-    Image(PathBuf, #[source] io::Error),
-    #[error("what qemu-img says of {0} can't be read")]
-    Info(PathBuf, #[source] serde_json::Error),
+    NotFound(PathBuf, #[source] io::Error),
+    #[error(transparent)]
+    Image(#[from] ImageError),
+    #[error("another program writes to {0}; stop that one first")]
+    Busy(PathBuf),
+    #[error("{0} is no qcow2 image of version 2 or 3")]
+    Format(PathBuf),
     #[error(
         "{0} is only a part of an image: its data lies in another file; make one image of both first (qemu-img convert)"
     )]
     Part(PathBuf),
 }
 
-/// What `qemu-img info` says of an image.
-#[derive(Deserialize)]
-#[serde(rename_all = "kebab-case")]
-struct Info {
-    virtual_size: u64,
-    backing_filename: Option<String>,
-    format_specific: Option<Specific>,
-}
-
-#[derive(Deserialize)]
-struct Specific {
-    data: Option<Details>,
-}
-
-#[derive(Deserialize)]
-#[serde(rename_all = "kebab-case")]
-struct Details {
-    data_file: Option<String>,
-}
-
-/// A qcow2 image that stands by itself: naming another file in one is how an image reads what its reader may read.
-#[derive(Debug)]
-pub(crate) struct Qcow2 {
-    path: PathBuf,
-    /// Bytes that the guest sees.
-    pub(crate) size: u64,
-}
-
-impl Qcow2 {
-    pub(crate) fn open(path: &Path) -> Result<Self, QemuError> {
-        // An absolute path is a path; others may be URLs to qemu-img.
-        let absolute = std::fs::canonicalize(path).map_err(|e| QemuError::Image(path.to_owned(), e))?;
-        let mut command = Command::new("qemu-img");
-        command.args(["info", "--output=json", "-f", "qcow2"]).arg(&absolute).stdin(Stdio::null());
-        let output = command.output().map_err(QemuError::Run)?;
-        if !output.status.success() {
-            return Err(failed(&output.stderr));
-        }
-        let info: Info = serde_json::from_slice(&output.stdout).map_err(|e| QemuError::Info(path.to_owned(), e))?;
-        let data_file = info.format_specific.and_then(|s| s.data).and_then(|d| d.data_file);
-        if info.backing_filename.is_some() || data_file.is_some() {
-            return Err(QemuError::Part(path.to_owned()));
-        }
-        Ok(Self { path: absolute, size: info.virtual_size })
+/// Writes the content of `image` to a new volume; how many bytes of data that were.
+pub(crate) fn import(image: Qcow2, volume: &Volume, holder: &Holder) -> Result<u64, ConvertError> {
+    let words = ["--target-image-opts", "--target-is-zero", "-n", "-m", "8", "-W", IMAGE, VOLUME];
+    let moved = convert(volume, Some(&image), holder, words.iter().map(OsStr::new));
+    // What went wrong with the image says more than what qemu-img made of it.
+    match (moved, image.into_failure()) {
+        (Err(ConvertError::Qemu(_)), Some(error)) => Err(QemuError::Image(error).into()),
+        (moved, _) => Ok(moved?.written),
     }
-
-    /// Writes the image's content to a new volume; how many bytes of data that were.
-    pub(crate) fn import(&self, volume: &Volume, holder: &Holder) -> Result<u64, ConvertError> {
-        let to = ["--target-image-opts", "--target-is-zero", "-n", "-m", "8", "-W"];
-        let image = alone(&self.path)?;
-        let words = to.iter().map(OsStr::new).chain([OsStr::new(&image), OsStr::new(VOLUME)]);
-        Ok(convert(volume, holder, words)?.written)
-    }
-}
-
-/// A qcow2 image as `qemu-img` is to open it: without what it may name as the image below it by now, whatever was looked at before.
-fn alone(path: &Path) -> Result<String, QemuError> {
-    let image = |error| QemuError::Image(path.to_owned(), error);
-    let name = path.to_str().ok_or_else(|| image(io::Error::other("its name is not UTF-8")))?;
-    let device = std::fs::metadata(path).map_err(image)?.file_type().is_block_device();
-    let driver = if device { "host_device" } else { "file" };
-    let options = serde_json::json!({
-        "driver": "qcow2",
-        "file": { "driver": driver, "filename": name },
-        "backing": null,
-    });
-    Ok(format!("json:{options}"))
 }
 
 /// Writes a volume's content to a qcow2 image at `path`, which exists; how many bytes of it were read.
 pub(crate) fn export(volume: &Volume, path: &Path, holder: &Holder) -> Result<u64, ConvertError> {
-    let path = std::fs::canonicalize(path).map_err(|e| QemuError::Image(path.to_owned(), e))?;
+    // An absolute path is a path; others may be URLs to qemu-img.
+    let path = std::fs::canonicalize(path).map_err(|e| QemuError::NotFound(path.to_owned(), e))?;
     let from = ["--image-opts", "-m", "8", "-W", "-O", "qcow2", VOLUME];
-    Ok(convert(volume, holder, from.iter().map(OsStr::new).chain([path.as_os_str()]))?.read)
+    Ok(convert(volume, None, holder, from.iter().map(OsStr::new).chain([path.as_os_str()]))?.read)
 }
 
 /// Why a conversion came to nothing.
@@ -129,20 +80,27 @@ struct Moved {
     written: u64,
 }
 
-/// Runs `qemu-img convert` with the volume as its descriptor 0.
+/// Runs `qemu-img convert` with the volume as its descriptor 0, and an image as its descriptor 1 if there is one.
 fn convert<'a>(
     volume: &Volume,
+    image: Option<&Qcow2>,
     holder: &Holder,
     words: impl Iterator<Item = &'a OsStr>,
 ) -> Result<Moved, ConvertError> {
     let (ours, theirs) = UnixStream::pair().map_err(QemuError::Run)?;
     let mut command = Command::new("qemu-img");
     command.arg("convert").args(words).stdin(OwnedFd::from(theirs)).stdout(Stdio::null()).stderr(Stdio::piped());
+    let mut source = None;
+    if let Some(image) = image {
+        let (ours, theirs) = UnixStream::pair().map_err(QemuError::Run)?;
+        command.stdout(OwnedFd::from(theirs));
+        source = Some((image, ours));
+    }
     let mut child = command.spawn().map_err(QemuError::Run)?;
-    // It holds our copy of its descriptor.
+    // It holds our copies of its descriptors.
     drop(command);
     let lent = Counted { volume, read: AtomicU64::new(0), written: AtomicU64::new(0), failed: Mutex::new(None) };
-    let complaint = attend(&lent, ours, &mut child, holder);
+    let complaint = attend(&lent, ours, source, &mut child, holder);
     let status = child.wait().map_err(QemuError::Run)?;
     // What went wrong with the volume says more than what qemu-img made of it.
     if let Some(error) = lent.failed.into_inner().unwrap_or_else(PoisonError::into_inner) {
@@ -155,7 +113,13 @@ fn convert<'a>(
 }
 
 /// Serves until the child has no more to ask, or the holder leaves; what the child complained about.
-fn attend(lent: &Counted<'_>, stream: UnixStream, child: &mut Child, holder: &Holder) -> Vec<u8> {
+fn attend(
+    lent: &Counted<'_>,
+    stream: UnixStream,
+    source: Option<(&Qcow2, UnixStream)>,
+    child: &mut Child,
+    holder: &Holder,
+) -> Vec<u8> {
     let mut complaint = Vec::new();
     let mut errors = child.stderr.take();
     let Ok((over, done)) = io::pipe() else { return complaint };
@@ -172,6 +136,9 @@ fn attend(lent: &Counted<'_>, stream: UnixStream, child: &mut Child, holder: &Ho
                 let _ = errors.take(COMPLAINT).read_to_end(&mut complaint);
             }
         });
+        if let Some((image, stream)) = source {
+            scope.spawn(move || nbd::attend(image, "an image", stream));
+        }
         nbd::attend(lent, "a volume", stream);
         drop(done);
     });

@@ -101,11 +101,11 @@ impl Rotation {
     }
 }
 
-fn rotate(volume: &Volume, report: Reporter, stop: &AtomicBool) -> Result<bool, VolumeError> {
-    let size = volume.size();
-    let mut progress = Progress::of("rekey", size, report.json);
-    volume.rotate(&mut |done, _| {
-        progress.at((done * 4096).min(size));
+/// Seals everything anew, unless `stop` is set first; tells how far it has come.
+pub(super) fn rotate(volume: &Volume, report: Reporter, stop: &AtomicBool) -> Result<bool, VolumeError> {
+    let mut progress = Progress::of("rekey", volume.size(), report.json);
+    volume.rotate(&mut |done, all| {
+        progress.share(done, all);
         !stop.load(Ordering::Relaxed)
     })
 }

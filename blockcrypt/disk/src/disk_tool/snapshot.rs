@@ -48,10 +48,7 @@ pub(super) fn snapshot(context: &Context, words: &Snapshot) -> Result<(), ToolEr
             let id = words.snapshot;
             let deleted = change("snapshot delete", &words.volume, None).make(|volume, _| {
                 let mut progress = Progress::of("delete", volume.size(), context.report.json);
-                let size = volume.size();
-                volume.delete_snapshot(id, &mut |done, all| {
-                    progress.at((u128::from(size) * u128::from(done) / u128::from(all.max(1))) as u64);
-                })
+                volume.delete_snapshot(id, &mut |done, all| progress.share(done, all))
             });
             let (volume, ()) = deleted?;
             context.report.result(&One { volume, snapshot: id }, &format!("deleted snapshot {id} of volume {volume}"))
