@@ -7,12 +7,16 @@ use crate::format::geometry::Geometry;
 use crate::format::page::{Child, Entry, Header};
 use crate::format::{BLOCK, Block, zero_block};
 use crate::keys::{KeyRing, VolumeKey, same};
+use crate::room::with_room;
 use crate::tree::Missing;
 use crate::{Events, Store, VolumeError};
 use policy::VolumeId;
 use secretmem::wiping_stack;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, PoisonError, RwLock};
+
+/// Blocks that are brought together to be written at once: 256 KiB.
+const GATHERED: usize = 64;
 
 pub(crate) struct Backing {
     pub(crate) store: Box<dyn Store>,
@@ -92,9 +96,32 @@ impl Backing {
     }
 
     pub(crate) fn write_blocks(&self, first: u64, bytes: &[u8]) -> Result<(), VolumeError> {
+        self.write_runs(&[(first * BLOCK as u64, bytes)])
+    }
+
+    /// Writes several runs of blocks, each at the offset of its first in the store.
+    pub(crate) fn write_runs(&self, runs: &[(u64, &[u8])]) -> Result<(), VolumeError> {
         // Before the write, so that nobody who knows of it finds this unset.
         self.written.store(true, Ordering::Release);
-        self.store.write_at(bytes, first * BLOCK as u64).map_err(VolumeError::store("write"))
+        self.store.write_many_at(runs).map_err(VolumeError::store("write"))
+    }
+
+    /// Writes blocks that lie apart in memory, those that are neighbours in the store as one.
+    pub(crate) fn write_scattered(&self, blocks: &mut [(u64, &Block)]) -> Result<(), VolumeError> {
+        blocks.sort_unstable_by_key(|(physical, _)| *physical);
+        for blocks in blocks.chunks(GATHERED) {
+            with_room(blocks.len(), |room| {
+                room.iter_mut().zip(blocks).for_each(|(place, (_, block))| *place = **block);
+                let (mut runs, mut rest) = (Vec::new(), &*room);
+                for run in blocks.chunk_by(|(a, _), (b, _)| a + 1 == *b) {
+                    let (own, after) = rest.split_at(run.len());
+                    runs.push((run[0].0 * BLOCK as u64, own.as_flattened()));
+                    rest = after;
+                }
+                self.write_runs(&runs)
+            })?;
+        }
+        Ok(())
     }
 
     /// Returns when everything that was written through this is durable.

@@ -39,8 +39,8 @@
 //! | [`mod@format`] | the bytes on disk |
 //! | `keys` | from the key-encryption key to what seals blocks |
 //! | `crypto` | their ciphers, on the fastest path that the processor has |
-//! | `store`, `hooks` | what a volume stands on: bytes at offsets, anchors, events |
-//! | `backing`, `tree`, `space`, `blockset` | verified blocks, cached pages, free blocks |
+//! | `store`, `uring`, `hooks` | what a volume stands on: bytes at offsets, anchors, events |
+//! | `backing`, `room`, `tree`, `space`, `blockset` | verified blocks, memory for them, cached pages, free blocks |
 //! | `volume` | the engine |
 
 mod backing;
@@ -54,9 +54,11 @@ pub mod format;
 pub mod fuzz;
 mod hooks;
 mod keys;
+mod room;
 mod space;
 mod store;
 mod tree;
+mod uring;
 mod volume;
 
 pub use error::{AnchorRefused, VolumeError};

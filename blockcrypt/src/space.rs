@@ -216,10 +216,10 @@ impl Space {
         Ok(())
     }
 
-    /// A reserved block is in use.
-    pub(crate) fn take(&mut self, block: u64, forest: &mut Forest) -> Result<(), Halt> {
-        self.mark(block..block + 1, true, forest)?;
-        self.reserved.remove(block);
+    /// Reserved blocks are in use.
+    pub(crate) fn take(&mut self, blocks: Range<u64>, forest: &mut Forest) -> Result<(), Halt> {
+        self.mark(blocks.clone(), true, forest)?;
+        self.unreserve(blocks);
         Ok(())
     }
 

@@ -1,6 +1,7 @@
 //! Where a volume lies: bytes at offsets, hostile as far as the engine is concerned.
 
 use crate::VolumeError;
+use crate::uring::Ring;
 use rustix::fs::{
     Advice, AtFlags, FallocateFlags, FileType, FlockOperation, OFlags, StatxFlags, fadvise, fcntl_getfl, fcntl_setfl,
     statx,
@@ -36,6 +37,12 @@ pub trait Store: Send + Sync {
     /// Writes all of `bytes` at `offset`. Durable only after [`sync_data`](Self::sync_data).
     fn write_at(&self, bytes: &[u8], offset: u64) -> io::Result<()>;
 
+    /// Writes several pieces, each at its offset, as [`write_at`](Self::write_at) does: at the same time, where the store can do that. After
+    /// an error any of them may have been written.
+    fn write_many_at(&self, parts: &[(u64, &[u8])]) -> io::Result<()> {
+        parts.iter().try_for_each(|(offset, bytes)| self.write_at(bytes, *offset))
+    }
+
     /// Returns when everything written before is durable.
     fn sync_data(&self) -> io::Result<()>;
 
@@ -69,6 +76,9 @@ impl<S: Store + ?Sized> Store for Arc<S> {
     fn write_at(&self, bytes: &[u8], offset: u64) -> io::Result<()> {
         (**self).write_at(bytes, offset)
     }
+    fn write_many_at(&self, parts: &[(u64, &[u8])]) -> io::Result<()> {
+        (**self).write_many_at(parts)
+    }
     fn sync_data(&self) -> io::Result<()> {
         (**self).sync_data()
     }
@@ -86,13 +96,16 @@ impl<S: Store + ?Sized> Store for Arc<S> {
 /// A file or a block device, locked with flock(2) for as long as this lives: for writing by one process, for reading by
 /// several.
 ///
-/// System calls after the constructor: fstat, lseek, pread64, preadv2, fadvise64, pwrite64, fdatasync, fallocate; and ftruncate
-/// where a volume is created.
+/// System calls after the constructor: fstat, lseek, pread64, preadv2, fadvise64, pwrite64, fdatasync, fallocate; ftruncate
+/// where a volume is created; and past the page cache io_uring_setup, mmap, munmap, io_uring_enter, close, without which several
+/// transfers follow each other.
 pub struct FileStore {
     file: File,
     device: bool,
     /// Past the page cache.
     direct: bool,
+    /// Where several transfers are under way at once: as many as there were calls at the same time. Nothing where the kernel gives none.
+    rings: Mutex<Option<Vec<Ring>>>,
     /// It can't say what it would have to fetch (RWF_NOWAIT): tmpfs, which fetches nothing, and some network file systems.
     unsaid: AtomicBool,
 }
@@ -149,7 +162,13 @@ impl FileStore {
             _ => return Err(VolumeError::NotAVolume),
         };
         match rustix::fs::flock(&file, how) {
-            Ok(()) => Ok(Self { file, device, direct: false, unsaid: AtomicBool::new(false) }),
+            Ok(()) => Ok(Self {
+                file,
+                device,
+                direct: false,
+                rings: Mutex::new(Some(vec![])),
+                unsaid: AtomicBool::new(false),
+            }),
             Err(Errno::WOULDBLOCK) => Err(VolumeError::Busy),
             Err(e) => Err(VolumeError::Store("be locked", e.into())),
         }
@@ -157,6 +176,24 @@ impl FileStore {
 }
 
 impl FileStore {
+    /// Does `f` with a ring of its own, if there is one to be had.
+    fn with_ring(&self, f: impl FnOnce(&mut Ring) -> io::Result<()>) -> Option<io::Result<()>> {
+        let rings = || self.rings.lock().unwrap_or_else(PoisonError::into_inner);
+        let idle = rings().as_mut()?.pop();
+        let mut ring = match idle.map_or_else(Ring::new, Ok) {
+            Ok(ring) => ring,
+            Err(_) => {
+                *rings() = None;
+                return None;
+            }
+        };
+        let done = f(&mut ring);
+        if let Some(rings) = rings().as_mut() {
+            rings.push(ring);
+        }
+        Some(done)
+    }
+
     /// Whether all of it was there without waiting.
     fn read_cached(&self, buffer: &mut [u8], offset: u64) -> bool {
         let length = buffer.len();
@@ -194,9 +231,16 @@ impl Store for FileStore {
         })
     }
 
-    /// What the kernel has is taken at once. The rest it is told of before the first of them is waited for, so that the device has all
-    /// of them in hand together.
+    /// The device has all of them in hand together. What the kernel has is taken at once; the rest it is told of before the first of them
+    /// is waited for, or, past the page cache, given to an io_uring.
     fn read_many_at(&self, parts: &mut [(u64, &mut [u8])]) -> io::Result<()> {
+        if self.direct
+            && parts.len() > 1
+            && !parts.iter().any(|(_, buffer)| self.bounces(buffer))
+            && let Some(done) = self.with_ring(|ring| ring.read(&self.file, parts))
+        {
+            return done;
+        }
         if parts.len() == 1 || self.direct || self.unsaid.load(Ordering::Relaxed) {
             return parts.iter_mut().try_for_each(|(offset, buffer)| self.read_at(buffer, *offset));
         }
@@ -227,6 +271,17 @@ impl Store for FileStore {
             }
             Ok(())
         })
+    }
+
+    fn write_many_at(&self, parts: &[(u64, &[u8])]) -> io::Result<()> {
+        if self.direct
+            && parts.len() > 1
+            && !parts.iter().any(|(_, bytes)| self.bounces(bytes))
+            && let Some(done) = self.with_ring(|ring| ring.write(&self.file, parts))
+        {
+            return done;
+        }
+        parts.iter().try_for_each(|(offset, bytes)| self.write_at(bytes, *offset))
     }
 
     fn sync_data(&self) -> io::Result<()> {
@@ -371,6 +426,43 @@ mod tests {
             assert!(one[start..] == bytes[4096..8192] && two[..4096] == bytes[..4096]);
         }
         store.sync_data().expect("synced");
+    }
+
+    /// With and without an io_uring.
+    #[test]
+    fn past_the_page_cache_several_transfers_are_under_way_at_once() {
+        let file = tempfile::tempfile_in(".").expect("a file");
+        file.set_len(2 << 20).expect("room");
+        let Ok(store) = FileStore::exclusive(file).expect("free").direct() else { return };
+        for ringless in [false, true] {
+            if ringless {
+                *store.rings.lock().expect("whole") = None;
+            }
+            // More than a ring holds, in no order, every other block.
+            let at = |i: usize| (i * 37 % 100) as u64 * 8192;
+            let mut space = vec![0; 101 * ALIGN];
+            let start = space.as_ptr().align_offset(ALIGN);
+            let blocks = &mut space[start..start + 100 * ALIGN];
+            blocks.iter_mut().enumerate().for_each(|(i, byte)| *byte = (i / 11) as u8 ^ u8::from(ringless));
+            let expected = blocks.to_vec();
+            let parts: Vec<(u64, &[u8])> = (0..).map(at).zip(blocks.chunks(ALIGN)).collect();
+            store.write_many_at(&parts).expect("written");
+            blocks.fill(0);
+            let mut parts: Vec<(u64, &mut [u8])> = (0..).map(at).zip(blocks.chunks_mut(ALIGN)).collect();
+            store.read_many_at(&mut parts).expect("read");
+            assert!(blocks == expected);
+            for (i, block) in expected.chunks(ALIGN).enumerate() {
+                let mut found = vec![0; ALIGN];
+                store.read_at(&mut found, at(i)).expect("read");
+                assert!(found == block, "{i}");
+            }
+            // One of them can't be: the others are not taken for bad, and it not for good.
+            let mut parts: Vec<(u64, &mut [u8])> =
+                [0, 2 << 20, 8192].into_iter().zip(blocks.chunks_mut(ALIGN)).collect();
+            assert!(store.read_many_at(&mut parts).is_err());
+        }
+        let rings = store.rings.lock().expect("whole");
+        assert!(rings.is_none(), "none is made where there is none to be had");
     }
 
     #[test]

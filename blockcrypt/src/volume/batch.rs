@@ -3,13 +3,15 @@
 use crate::format::BLOCK;
 use std::ops::{Deref, Range};
 
-/// Blocks handled at once: 256 KiB.
+/// Blocks that are written at once, at most: 256 KiB.
 pub(super) const CHUNK: u64 = 64;
+/// Blocks that are read at once, at most: 1 MiB, for a disk takes little longer for that than for a part.
+pub(super) const READ_CHUNK: u64 = 256;
 /// Pieces handled at once: twice as many as there are lanes to hash in, and few enough that the pages of the map that they need
 /// fit the smallest cache.
 const PIECES: usize = 32;
 
-/// A part of a request: neighbouring blocks, whole or in part, [`CHUNK`] at most.
+/// A part of a request: neighbouring blocks, whole or in part.
 pub(super) struct Piece<D> {
     /// The request's number.
     pub(super) request: usize,
@@ -39,9 +41,9 @@ pub(super) fn lead(offset: u64, length: usize) -> (usize, usize) {
     (lead, if lead > 0 { length.min(BLOCK - lead) } else { 0 })
 }
 
-/// Cuts a request at multiples of [`CHUNK`] blocks: where each piece begins, and its bytes.
-pub(super) fn cut(offset: u64, length: usize) -> impl Iterator<Item = (u64, usize)> {
-    let size = CHUNK * BLOCK as u64;
+/// Cuts a request at multiples of `chunk` blocks: where each piece begins, and its bytes.
+pub(super) fn cut(offset: u64, length: usize, chunk: u64) -> impl Iterator<Item = (u64, usize)> {
+    let size = chunk * BLOCK as u64;
     let end = offset + length as u64;
     let mut at = offset;
     std::iter::from_fn(move || {
@@ -51,16 +53,17 @@ pub(super) fn cut(offset: u64, length: usize) -> impl Iterator<Item = (u64, usiz
     })
 }
 
-/// Pieces that are worked on together: [`CHUNK`] blocks at most, none of them twice.
+/// Pieces that are worked on together: so many blocks at most, none of them twice.
 pub(super) struct Group<D> {
     pieces: Vec<Piece<D>>,
     blocks: u64,
+    most: u64,
 }
 
 impl<D: Deref<Target = [u8]>> Group<D> {
-    /// For pieces of `requests` requests.
-    pub(super) fn new(requests: usize) -> Self {
-        Self { pieces: Vec::with_capacity(requests.min(PIECES)), blocks: 0 }
+    /// For pieces of `requests` requests, `most` blocks at a time.
+    pub(super) fn new(requests: usize, most: u64) -> Self {
+        Self { pieces: Vec::with_capacity(requests.min(PIECES)), blocks: 0, most }
     }
 
     /// Adds a piece. Where there is no room for it, `f` is given those before it first.
@@ -70,7 +73,7 @@ impl<D: Deref<Target = [u8]>> Group<D> {
             let other = other.blocks();
             blocks.start < other.end && other.start < blocks.end
         };
-        if self.pieces.len() >= PIECES || self.blocks + count > CHUNK || self.pieces.iter().any(meets) {
+        if self.pieces.len() >= PIECES || self.blocks + count > self.most || self.pieces.iter().any(meets) {
             self.end(f);
         }
         self.blocks += count;
@@ -99,10 +102,10 @@ mod tests {
             asked in prop::collection::vec((0_u64..1500, prop_oneof![1_usize..9, 1_usize..1200]), 1..80)
         ) {
             let bytes = vec![0; 1200 * 512];
-            let (mut group, mut groups) = (Group::new(asked.len()), Vec::new());
+            let (mut group, mut groups) = (Group::new(asked.len(), CHUNK), Vec::new());
             for (request, (sector, sectors)) in asked.iter().enumerate() {
                 let (mut rest, from) = (&bytes[..sectors * 512], sector * 512);
-                for (offset, length) in cut(from, rest.len()) {
+                for (offset, length) in cut(from, rest.len(), CHUNK) {
                     let (data, after) = rest.split_at(length);
                     rest = after;
                     group.add(Piece { request, offset, data }, |pieces| groups.push(std::mem::take(pieces)));

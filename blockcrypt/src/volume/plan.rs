@@ -69,7 +69,7 @@ impl Core {
         }
         // From here on every page is there.
         for block in &places.reserved {
-            self.space.take(*block, &mut self.forest)?;
+            self.space.take(*block..*block + 1, &mut self.forest)?;
         }
         for block in &places.freed {
             self.space.free_held(*block, &mut self.forest)?;
@@ -306,12 +306,9 @@ impl Plan {
             }
             Ok(())
         })?;
-        for page in pages {
-            if let Some(physical) = page.to {
-                from.write_blocks(physical, &page.bytes[..])?;
-            }
-        }
-        Ok(())
+        let mut placed: Vec<(u64, &Block)> =
+            pages.iter().filter_map(|page| page.to.map(|physical| (physical, &*page.bytes))).collect();
+        from.write_scattered(&mut placed)
     }
 
     /// Writes a list, last page first; returns the pointer to the first.

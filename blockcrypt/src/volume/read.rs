@@ -1,7 +1,7 @@
 //! Reads. Blocks are looked up under the lock; the rest is done without it: a block that was reused meanwhile fails its tag and is
 //! looked up again.
 
-use super::batch::{CHUNK, Group, Piece, cut, lead};
+use super::batch::{Group, Piece, READ_CHUNK, cut, lead};
 use super::shared::Shared;
 use crate::VolumeError;
 use crate::format::page::Entry;
@@ -42,13 +42,13 @@ impl Shared {
     pub(super) fn read_many(&self, requests: &mut [(u64, &mut [u8])]) -> Vec<Done> {
         let check = |(offset, buffer): &(u64, &mut [u8])| self.check_request(*offset, buffer.len() as u64);
         let mut done: Vec<Done> = requests.iter().map(check).collect();
-        let mut group = Group::new(requests.len());
+        let mut group = Group::new(requests.len(), READ_CHUNK);
         for (request, (offset, buffer)) in requests.iter_mut().enumerate() {
             if done[request].is_err() {
                 continue;
             }
             let mut rest = &mut **buffer;
-            for (offset, length) in cut(*offset, rest.len()) {
+            for (offset, length) in cut(*offset, rest.len(), READ_CHUNK) {
                 let (data, after) = rest.split_at_mut(length);
                 rest = after;
                 group.add(Piece { request, offset, data }, |pieces| self.read_group(pieces, &mut done));
@@ -99,11 +99,9 @@ impl Shared {
         }
     }
 
-    /// Reads spans of [`CHUNK`] blocks at most, in all. A block that is bad is its request's matter.
+    /// Reads spans of [`READ_CHUNK`] blocks at most, in all. A block that is bad is its request's matter.
     fn try_spans(&self, spans: &mut [Span], done: &mut [Done]) -> Result<(), VolumeError> {
-        let mut entries = [Entry::UNMAPPED; CHUNK as usize];
-        let count = spans.iter().map(|span| span.blocks.len()).sum();
-        let entries = &mut entries[..count];
+        let entries = &mut vec![Entry::UNMAPPED; spans.iter().map(|span| span.blocks.len()).sum()][..];
         self.with_core(|core| {
             let mut rest = &mut *entries;
             for span in &*spans {
@@ -182,7 +180,7 @@ impl Shared {
         VolumeError::Integrity { lba }
     }
 
-    /// The plain text of at most [`CHUNK`] neighbouring blocks. After [`VolumeError::Integrity`] those before the bad one hold theirs.
+    /// The plain text of at most [`READ_CHUNK`] neighbouring blocks. After [`VolumeError::Integrity`] those before the bad one hold theirs.
     pub(super) fn read_blocks(&self, first: u64, blocks: &mut [Block]) -> Result<(), VolumeError> {
         let mut done = [Ok(())];
         self.read_spans(&mut [Span { request: 0, first, blocks }], &mut done);

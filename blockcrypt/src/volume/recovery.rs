@@ -189,7 +189,7 @@ fn settle(core: &mut Core, settled: &BTreeMap<u64, Entry>, from: &Backing) -> Re
         })?;
     }
     for block in settled.values().filter_map(Entry::data) {
-        core.run(from, |core| core.space.take(block, &mut core.forest))?;
+        core.run(from, |core| core.space.take(block..block + 1, &mut core.forest))?;
         core.mapped += 1;
     }
     Ok(())

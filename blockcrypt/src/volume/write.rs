@@ -8,26 +8,18 @@ use super::{Core, leaf};
 use crate::VolumeError;
 use crate::backing::Backing;
 use crate::format::log::Record;
-use crate::format::page::{BITS, Entry, set_entry};
+use crate::format::page::{BITS, ENTRIES, Entry, set_entry};
 use crate::format::slot::Slot;
 use crate::format::{BLOCK, Block, MAC};
 use crate::keys::Seal;
+use crate::room::with_room;
 use crate::space::bitmap;
-use crate::tree::Halt;
-use std::cell::Cell;
+use crate::tree::{Halt, PageId};
 use std::ops::Range;
 use std::time::Duration;
 
 /// Log blocks that must be free for a group and the FLUSH behind it.
 pub(super) const LOG_ROOM: u64 = 4;
-
-/// Where the blocks of a group begin, at best, in memory: no vector of theirs lies in two lines of the cache.
-const ALIGN: usize = 4096;
-
-thread_local! {
-    /// Where a group's ciphertext is made: fresh memory for each request would cost a tenth of its time.
-    static CIPHERTEXT: Cell<Vec<u8>> = const { Cell::new(Vec::new()) };
-}
 
 /// How often a request that is short of room only because of others tries again: a write for ten seconds.
 pub(super) const PATIENCE: u32 = 10_000;
@@ -42,7 +34,14 @@ impl Part<'_> {
     fn count(&self) -> usize {
         (self.blocks.end - self.blocks.start) as usize
     }
+
+    /// The leaves of the map that have its blocks: a leaf has more than [`CHUNK`].
+    fn leaves(&self) -> [PageId; 2] {
+        [leaf(self.blocks.start).0, leaf(self.blocks.end - 1).0]
+    }
 }
+
+const _: () = assert!(CHUNK as usize <= ENTRIES);
 
 /// Where the plain text of neighbouring blocks is: `whole` has that of some, from number `skip` on; the others hold their own.
 #[derive(Clone, Copy, Default)]
@@ -77,13 +76,13 @@ impl Shared {
     pub(super) fn write_many(&self, requests: &[(u64, &[u8])]) -> Vec<Done> {
         let check = |(offset, data): &(u64, &[u8])| self.check_writable(*offset, data.len() as u64);
         let mut done: Vec<Done> = requests.iter().map(check).collect();
-        let mut group = Group::new(requests.len());
+        let mut group = Group::new(requests.len(), CHUNK);
         for (request, (offset, data)) in requests.iter().enumerate() {
             if done[request].is_err() {
                 continue;
             }
             let mut rest = *data;
-            for (offset, length) in cut(*offset, data.len()) {
+            for (offset, length) in cut(*offset, data.len(), CHUNK) {
                 let (data, after) = rest.split_at(length);
                 rest = after;
                 group.add(Piece { request, offset, data }, |pieces| self.write_group(pieces, &mut done));
@@ -104,6 +103,8 @@ impl Shared {
     /// Writes pieces together; each alone, where one of them can't be.
     fn write_group(&self, pieces: &mut Vec<Piece<&[u8]>>, done: &mut [Done]) {
         pieces.retain(|piece| done[piece.request].is_ok());
+        // Neighbours lie side by side, in whatever order they came.
+        pieces.sort_unstable_by_key(|piece| piece.offset);
         let Some(last) = pieces.last().map(|piece| piece.request) else { return };
         if let Err(error) = self.write_pieces(pieces) {
             match &pieces[..] {
@@ -130,23 +131,16 @@ impl Shared {
         self.make_room()?;
         let _among_others = self.among_others()?;
         let _locked = self.lock_blocks(pieces.iter().map(Piece::blocks));
-        let bytes = pieces.iter().map(Piece::count).sum::<usize>() * BLOCK;
-        let mut scratch = CIPHERTEXT.take();
-        if scratch.len() < bytes + ALIGN {
-            scratch.resize(bytes + ALIGN, 0);
-        }
-        let start = scratch.as_ptr().align_offset(ALIGN).min(ALIGN);
-        let blocks = scratch[start..start + bytes].as_chunks_mut().0;
-        let mut parts = Vec::with_capacity(pieces.len());
-        let mut rest = &mut *blocks;
-        for piece in pieces {
-            let (own, after) = rest.split_at_mut(piece.count());
-            parts.push(Part { blocks: piece.blocks(), plain: self.fill_edges(piece, own)? });
-            rest = after;
-        }
-        let done = self.write_parts(&parts, blocks);
-        CIPHERTEXT.set(scratch);
-        done
+        with_room(pieces.iter().map(Piece::count).sum(), |blocks| {
+            let mut parts = Vec::with_capacity(pieces.len());
+            let mut rest = &mut *blocks;
+            for piece in pieces {
+                let (own, after) = rest.split_at_mut(piece.count());
+                parts.push(Part { blocks: piece.blocks(), plain: self.fill_edges(piece, own)? });
+                rest = after;
+            }
+            self.write_parts(&parts, blocks)
+        })
     }
 
     /// Seals and writes at most [`CHUNK`] neighbouring blocks, which the caller has locked; `blocks` become ciphertext.
@@ -159,7 +153,7 @@ impl Shared {
     fn write_parts(&self, parts: &[Part], blocks: &mut [Block]) -> Result<(), VolumeError> {
         let granted = self.grant(parts, blocks.len() as u64)?;
         let done = seal_and_put(parts, &granted, blocks, &self.backing)
-            .and_then(|entries| self.with_core(|core| core.publish(parts, &entries)));
+            .and_then(|entries| self.with_core(|core| core.publish(parts, &granted, &entries)));
         if done.is_err() {
             let mut core = self.core()?;
             core.space.unreserve(granted.places());
@@ -254,10 +248,9 @@ impl Core {
         self.writable()?;
         self.room_in_log()?;
         self.room_for(count, from)?;
-        for part in parts {
+        for id in parts.iter().flat_map(Part::leaves) {
             // What the map has must be readable before it is replaced.
-            let mut old = [Entry::UNMAPPED; CHUNK as usize];
-            self.lookup(part.blocks.start, &mut old[..part.count()])?;
+            self.forest.peek(id)?;
         }
         let mut runs = Vec::with_capacity(parts.len());
         if let Err(halt) = self.place(parts, &mut runs, from) {
@@ -272,14 +265,16 @@ impl Core {
         Ok(Granted { runs, generation })
     }
 
-    /// Reserves a place for each block, in order; what was reserved is in `runs`, also after an error.
+    /// Reserves a place for each block, in order; what was reserved is in `runs`, also after an error. A new block lies behind the one
+    /// before it in the volume, so that what is filled lies in order. One that is replaced can't lie where it was: it lies behind what is
+    /// written with it, so that the store is asked once for many.
     fn place(&mut self, parts: &[Part], runs: &mut Vec<Range<u64>>, from: &Backing) -> Result<(), Halt> {
         let mut before = None;
         for part in parts {
-            let behind = runs.last().map(|run| run.end).filter(|_| before == Some(part.blocks.start));
-            let mut near = match behind {
-                Some(near) => near,
-                None => self.neighbour(part.blocks.start, from)?,
+            let first = part.blocks.start;
+            let mut near = match runs.last() {
+                Some(behind) if before == Some(first) || self.is_mapped(first)? => behind.end,
+                _ => self.neighbour(first, from)?,
             };
             let mut left = part.count() as u64;
             while left > 0 {
@@ -321,6 +316,12 @@ impl Core {
         Ok(())
     }
 
+    fn is_mapped(&mut self, lba: u64) -> Result<bool, Halt> {
+        let mut found = [Entry::UNMAPPED];
+        self.lookup(lba, &mut found)?;
+        Ok(found[0].data().is_some())
+    }
+
     /// Where new data best goes: behind the block before it.
     fn neighbour(&mut self, first: u64, from: &Backing) -> Result<u64, Halt> {
         let mut around = [Entry::UNMAPPED; 2];
@@ -335,28 +336,41 @@ impl Core {
     }
 
     /// Map and log learn of blocks that were written. Nothing is changed before all that is needed is in memory.
-    fn publish(&mut self, parts: &[Part], new: &[Entry]) -> Result<(), Halt> {
+    fn publish(&mut self, parts: &[Part], granted: &Granted, new: &[Entry]) -> Result<(), Halt> {
         let mut old = [Entry::UNMAPPED; CHUNK as usize];
         let old = &mut old[..new.len()];
         let mut rest = &mut *old;
         for part in parts {
             let (own, after) = rest.split_at_mut(part.count());
+            for id in part.leaves() {
+                self.forest.page(id)?;
+            }
             self.lookup(part.blocks.start, own)?;
-            self.forest.page(leaf(part.blocks.start).0)?;
-            self.forest.page(leaf(part.blocks.end - 1).0)?;
             rest = after;
         }
-        for block in old.iter().chain(new).filter_map(Entry::data).filter(|block| self.space.has(*block)) {
-            self.forest.page(bitmap(block / BITS as u64))?;
+        let before = old.iter().filter_map(Entry::data).filter(|block| self.space.has(*block));
+        let mut last = None;
+        for block in granted.runs.iter().flat_map(|run| [run.start, run.end - 1]).chain(before) {
+            let page = block / BITS as u64;
+            // Neighbours have the same.
+            if last.replace(page) != Some(page) {
+                self.forest.page(bitmap(page))?;
+            }
         }
         let lbas = parts.iter().flat_map(|part| part.blocks.clone());
         for (lba, (old, new)) in lbas.zip(old.iter().zip(new)) {
             self.release_data(lba, old, false)?;
-            if let Some(block) = new.data() {
-                self.space.take(block, &mut self.forest)?;
-                self.mapped += 1;
-            }
-            self.enter(lba, *new)?;
+            self.log.append(Record { lba, entry: *new });
+        }
+        for run in &granted.runs {
+            self.space.take(run.clone(), &mut self.forest)?;
+        }
+        self.mapped += new.len() as u64;
+        let mut rest = new;
+        for part in parts {
+            let (own, after) = rest.split_at(part.count());
+            self.set_entries(part.blocks.start, own)?;
+            rest = after;
         }
         self.log.redeem(new.len() as u64);
         Ok(())
@@ -364,9 +378,23 @@ impl Core {
 
     /// The map's entry for `lba` becomes `new`, and the log hears of it.
     pub(super) fn enter(&mut self, lba: u64, new: Entry) -> Result<(), Halt> {
-        let (id, place) = leaf(lba);
-        set_entry(&mut self.forest.page_mut(id)?.bytes, place, new);
+        self.set_entries(lba, &[new])?;
         self.log.append(Record { lba, entry: new });
+        Ok(())
+    }
+
+    /// The map's entries for the blocks from `first` on become these.
+    fn set_entries(&mut self, first: u64, new: &[Entry]) -> Result<(), Halt> {
+        let mut done = 0;
+        while done < new.len() {
+            let (id, start) = leaf(first + done as u64);
+            let page = self.forest.page_mut(id)?;
+            let count = (ENTRIES - start).min(new.len() - done);
+            for (i, entry) in new[done..done + count].iter().enumerate() {
+                set_entry(&mut page.bytes, start + i, *entry);
+            }
+            done += count;
+        }
         Ok(())
     }
 
@@ -403,11 +431,12 @@ fn seal_and_put(
         };
         Ok(granted.places().zip(&batch).map(entry).collect())
     })?;
-    let mut done = 0;
+    let (mut runs, mut rest) = (Vec::with_capacity(granted.runs.len()), &*blocks);
     for run in &granted.runs {
-        let length = (run.end - run.start) as usize;
-        from.write_blocks(run.start, blocks[done..done + length].as_flattened())?;
-        done += length;
+        let (own, after) = rest.split_at((run.end - run.start) as usize);
+        runs.push((run.start * BLOCK as u64, own.as_flattened()));
+        rest = after;
     }
+    from.write_runs(&runs)?;
     Ok(entries)
 }

@@ -91,6 +91,12 @@ struct Failing {
 }
 
 impl Failing {
+    /// One that does not fail yet.
+    fn new() -> Arc<Self> {
+        let (reads, writes) = (Mutex::new(0..0), Mutex::new(0..0));
+        Arc::new(Self { inner: SimStore::default(), reads, writes, seen: Mutex::default() })
+    }
+
     fn check(range: &Mutex<Range<u64>>, offset: u64, bytes: usize) -> io::Result<()> {
         let range = lock(range);
         let meets = offset < range.end && range.start < offset + bytes as u64;
@@ -123,12 +129,7 @@ impl Store for Failing {
 fn where_the_store_fails_only_who_needs_that_place_fails() {
     let provider = Provider::new(AnchorMode::Close);
     let (none, all) = (0..0, 0..u64::MAX);
-    let store = Arc::new(Failing {
-        inner: SimStore::default(),
-        reads: Mutex::new(none.clone()),
-        writes: Mutex::new(none.clone()),
-        seen: Mutex::default(),
-    });
+    let store = Failing::new();
     let volume = provider.create(store.clone(), 4 * MIB).expect("a volume");
     let block = |lba: u64, round: u8| vec![lba as u8 ^ round; BLOCK];
     let write = |lbas: Range<u64>, round| {
@@ -175,6 +176,33 @@ fn where_the_store_fails_only_who_needs_that_place_fails() {
     volume.flush().expect("flushed");
     for (lba, found) in read_blocks(&volume, 0..64).into_iter().enumerate() {
         assert!(found.expect("read") == block(lba as u64, 3), "{lba}");
+    }
+    check_good(&volume);
+}
+
+/// The store is asked once for many: each time it is asked costs a disk's latency, or a system call.
+#[test]
+fn what_is_replaced_together_is_written_together_and_so_are_the_pages_of_a_checkpoint() {
+    let provider = Provider::new(AnchorMode::Close);
+    let store = Failing::new();
+    let volume = provider.create(store.clone(), 16 * MIB).expect("a volume");
+    for lba in 0..2048 {
+        volume.write(at(lba), &[1; BLOCK]).expect("written");
+    }
+    volume.checkpoint().expect("durable");
+    lock(&store.seen).clear();
+    // One block of each of the first leaves of the map, in no order.
+    let data: Vec<Vec<u8>> = (0..28).map(|i| vec![2 + i; BLOCK]).collect();
+    let lba = |i: u64| (i * 11 % 28) * 73;
+    let asked: Vec<(u64, &[u8])> = (0..28).map(|i| at(lba(i))).zip(data.iter().map(Vec::as_slice)).collect();
+    assert!(volume.write_many(&asked).iter().all(Result::is_ok));
+    let written = std::mem::take(&mut *lock(&store.seen));
+    assert!(written.len() <= 2, "{written:?}");
+    volume.checkpoint().expect("durable");
+    let written = std::mem::take(&mut *lock(&store.seen));
+    assert!(written.len() < 14, "{written:?}");
+    for i in 0..28 {
+        assert!(read_blocks(&volume, lba(i)..lba(i) + 1).remove(0).expect("read") == data[i as usize]);
     }
     check_good(&volume);
 }

@@ -22,6 +22,8 @@ use std::time::Instant;
 use subject::{Fealty, Loop, Raw, Subject};
 use work::{Timing, WORKS, Work};
 
+pub(super) use work::thread_time;
+
 /// Bytes of each subject's data.
 const SIZE: u64 = 256 << 20;
 /// Rounds before those that count.

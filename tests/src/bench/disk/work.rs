@@ -113,7 +113,7 @@ impl Work {
 }
 
 /// Seconds of processor time of this thread.
-pub(super) fn thread_time() -> f64 {
+pub(in crate::bench) fn thread_time() -> f64 {
     let time = clock_gettime(ClockId::ThreadCPUTime);
     time.tv_sec as f64 + time.tv_nsec as f64 / 1e9
 }

@@ -2,20 +2,26 @@
 //!
 //! One client, fio, does the same work with each server in turn, on files in memory. What counts is the processor time of the
 //! server for a request: a client or a machine that is busy disturbs it less than a rate.
+//!
+//! The volume is measured twice: with every block of it mapped, so that what is replaced goes to single free blocks, and, as most
+//! volumes are, with half of them.
 
 mod server;
 
 use super::BenchError;
+use super::disk::thread_time;
 use super::figure::{Figure, Printer};
 use super::sample::Samples;
+use blockcrypt::bench::Ciphers;
 use server::Server;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
 pub(super) use server::serve_plain;
 
-/// Bytes of each disk.
+/// Bytes that are written and read.
 const SIZE: u64 = 256 << 20;
+const BLOCK: u64 = 4 << 10;
 /// Rounds before those that count.
 const WARM_UP: u32 = 1;
 /// Our processor time for a request by QEMU's LUKS', and by our own server's without ciphers (DESIGN.md, section 11: a fourth of
@@ -33,11 +39,16 @@ struct Work {
 }
 
 const WORKS: [Work; 4] = [
-    Work { name: "4 KiB random write, depth 32", rw: "randwrite", bytes: 4 << 10, depth: 32, requests: 20_000 },
-    Work { name: "4 KiB random read, depth 32", rw: "randread", bytes: 4 << 10, depth: 32, requests: 20_000 },
+    Work { name: "4 KiB random write, depth 32", rw: "randwrite", bytes: BLOCK, depth: 32, requests: 20_000 },
+    Work { name: "4 KiB random read, depth 32", rw: "randread", bytes: BLOCK, depth: 32, requests: 20_000 },
     Work { name: "1 MiB sequential write", rw: "write", bytes: 1 << 20, depth: 2, requests: 256 },
     Work { name: "1 MiB sequential read", rw: "read", bytes: 1 << 20, depth: 2, requests: 256 },
 ];
+
+/// Writes all of a disk of `size` bytes.
+fn fill(server: &Server, size: u64) -> Result<(), BenchError> {
+    Work { name: "", rw: "write", bytes: 1 << 20, depth: 2, requests: size >> 20 }.run(server, size).map(drop)
+}
 
 /// What one piece of work gave with one server.
 #[derive(Default, Clone)]
@@ -52,23 +63,32 @@ struct Costs {
 pub(super) fn run(rounds: u32, folder: &Path, printer: &mut Printer) -> Result<(), BenchError> {
     let folder = tempfile::tempdir_in(folder).map_err(|error| BenchError::Io(folder.into(), error))?;
     let at = folder.path();
+    let ciphers = Ciphers::best().map_err(BenchError::volume("expand a key"))?;
     let servers = [
-        Server::fealty(at, SIZE)?,
+        Server::fealty(at, "full", SIZE)?,
         Server::plain(at, SIZE)?,
         Server::luks(at, SIZE)?,
         Server::raw(at, SIZE)?,
         Server::nbdkit(at, SIZE)?,
+        Server::fealty(at, "half", 2 * SIZE)?,
     ];
+    let [full, others @ .., half] = &servers;
     // Twice, so that also the blocks that a copy-on-write volume moves to were written before.
-    let fill = Work { name: "", rw: "write", bytes: 1 << 20, depth: 2, requests: SIZE >> 20 };
-    for server in servers.iter().chain(&servers) {
-        fill.run(server)?;
+    for _ in 0..2 {
+        others.iter().chain([full]).try_for_each(|server| fill(server, SIZE))?;
+        fill(half, 2 * SIZE)?;
     }
-    let mut all: Vec<[Costs; 5]> = WORKS.iter().map(|_| Default::default()).collect();
+    half.zero(SIZE, SIZE)?;
+    let mut all: Vec<[Costs; 6]> = WORKS.iter().map(|_| Default::default()).collect();
+    let mut crypto = [Samples::default(), Samples::default()];
     for round in 0..rounds + WARM_UP {
+        let costs = cipher_costs(&ciphers)?;
+        if round >= WARM_UP {
+            crypto.iter_mut().zip(costs).for_each(|(samples, cost)| samples.add(cost));
+        }
         for (work, costs) in WORKS.iter().zip(&mut all) {
             for (server, costs) in servers.iter().zip(costs) {
-                let (core, wall) = work.run(server)?;
+                let (core, wall) = work.run(server, SIZE)?;
                 if round >= WARM_UP {
                     costs.core.add(core);
                     costs.wall.add(wall);
@@ -76,28 +96,58 @@ pub(super) fn run(rounds: u32, folder: &Path, printer: &mut Printer) -> Result<(
             }
         }
     }
-    for (work, [fealty, plain, luks, raw, nbdkit]) in WORKS.iter().zip(&all) {
-        let small = work.bytes < 1 << 20;
+    for (work, [full, plain, luks, raw, nbdkit, half]) in WORKS.iter().zip(&all) {
+        let small = work.bytes == BLOCK;
         let target = |target| small.then_some(target);
-        let cost = || Figure::new(format!("{}: server's core for one", work.name), "us", &fealty.core);
-        printer.add(&cost().against("qemu-storage-daemon, LUKS", &luks.core, target(BY_LUKS)));
-        printer.add(&cost().against("our server, no ciphers", &plain.core, target(BY_PLAIN)));
+        let blocks = (work.bytes / BLOCK) as f64;
+        let bound = plain.core.with(&crypto[usize::from(work.rw.ends_with("read"))], |plain, one| plain + blocks * one);
+        for (volume, ours) in [("", full), (", half of the volume used", half)] {
+            let cost = || Figure::new(format!("{}{volume}: server's core for one", work.name), "us", &ours.core);
+            printer.add(&cost().against("qemu-storage-daemon, LUKS", &luks.core, target(BY_LUKS)));
+            printer.add(&cost().against("our server, no ciphers", &plain.core, target(BY_PLAIN)));
+            printer.add(&cost().against("that and the crypto alone", &bound, None));
+        }
+        let cost = || Figure::new(format!("{}: server's core for one", work.name), "us", &full.core);
         printer.add(&cost().against("qemu-storage-daemon, raw", &raw.core, None));
         printer.add(&cost().against("nbdkit, luks filter", &nbdkit.core, None));
-        let rate = Figure::new(format!("{}: by the clock", work.name), "1/s", &fealty.wall);
+        let rate = Figure::new(format!("{}: by the clock", work.name), "1/s", &full.wall);
         printer.add(&rate.against("qemu-storage-daemon, LUKS", &luks.wall, None));
     }
     Ok(())
 }
 
+/// What the ciphers take to seal a block, and to open one, in microseconds: of as many as a server gives a volume at once.
+fn cipher_costs(ciphers: &Ciphers) -> Result<[f64; 2], BenchError> {
+    const BLOCKS: usize = 32;
+    const TIMES: u32 = 200;
+    let mut data = vec![0x5a; BLOCKS * BLOCK as usize];
+    let plain = data.clone();
+    let mut sealed = Vec::new();
+    let micros = |time: f64| time * 1e6 / f64::from(TIMES) / BLOCKS as f64;
+    let start = thread_time();
+    for _ in 0..TIMES {
+        sealed = ciphers.seal(Some(&plain), &mut data).map_err(BenchError::volume("seal"))?;
+    }
+    let seal = micros(thread_time() - start);
+    let stored = data.clone();
+    let start = thread_time();
+    for _ in 0..TIMES {
+        data.copy_from_slice(&stored);
+        if !ciphers.open(&sealed, &mut data) {
+            return Err(BenchError::Unequal("sealed blocks"));
+        }
+    }
+    Ok([seal, micros(thread_time() - start)])
+}
+
 impl Work {
-    /// Does it once: the server's processor time for a request in microseconds, and requests a second.
-    fn run(&self, server: &Server) -> Result<(f64, f64), BenchError> {
+    /// Does it once, within `size` bytes: the server's processor time for a request in microseconds, and requests a second.
+    fn run(&self, server: &Server, size: u64) -> Result<(f64, f64), BenchError> {
         let before = server.processor_time()?;
         let mut fio = Command::new("fio");
         fio.args(["--name=work", "--ioengine=nbd", "--output-format=json", "--randrepeat=0", "--norandommap"]);
         fio.arg(format!("--uri={}", server.uri)).arg(format!("--rw={}", self.rw)).arg(format!("--bs={}", self.bytes));
-        fio.arg(format!("--iodepth={}", self.depth)).arg(format!("--size={SIZE}"));
+        fio.arg(format!("--iodepth={}", self.depth)).arg(format!("--size={size}"));
         fio.arg(format!("--number_ios={}", self.requests));
         let output = fio.output().map_err(|error| BenchError::Io("fio".into(), error))?;
         let core = server.processor_time()? - before;

@@ -27,9 +27,9 @@ pub(super) struct Server {
 }
 
 impl Server {
-    /// `fealty-disk serve` with a new volume.
-    pub(super) fn fealty(folder: &Path, size: u64) -> Result<Self, BenchError> {
-        let (volume, socket) = (folder.join("volume"), folder.join("fealty.sock"));
+    /// `fealty-disk serve` with a new volume called `name`.
+    pub(super) fn fealty(folder: &Path, name: &str, size: u64) -> Result<Self, BenchError> {
+        let (volume, socket) = (folder.join(name), folder.join(format!("{name}.sock")));
         let mut keeper = Keeper { volume: VolumeId::random(), opened: 0, anchor: None };
         let mut create = Command::new(program("fealty-disk"));
         create.arg("create").arg(&volume).arg("--size").arg(size.to_string()).stdout(Stdio::null());
@@ -98,6 +98,13 @@ impl Server {
             std::thread::sleep(Duration::from_millis(5));
         }
         Ok(server)
+    }
+
+    /// Writes zeroes from `offset` on, for which the server keeps the room.
+    pub(super) fn zero(&self, offset: u64, length: u64) -> Result<(), BenchError> {
+        let mut command = Command::new("qemu-io");
+        command.args(["-f", "raw", &self.uri, "-c", &format!("write -z {offset} {length}"), "-c", "flush"]);
+        ended("qemu-io", spawn(&mut command)?)
     }
 
     /// Seconds that its threads have spent on processors, in all.
