@@ -141,8 +141,7 @@ impl Shared {
                 return core.writable();
             }
         }
-        self.write_checkpoint(group, Occasion::Running)?;
-        self.punch_freed()
+        self.write_checkpoint(group, Occasion::Running)
     }
 
     /// The housekeeping thread's.
@@ -188,7 +187,6 @@ impl Shared {
                 good?;
                 if !closed {
                     self.write_checkpoint(&group, Occasion::Closing)?;
-                    self.punch_freed()?;
                 }
                 // Nothing changes any more, lest there be a superblock newer than the anchor that this returns.
                 self.closing.store(true, Ordering::Release);
@@ -226,7 +224,8 @@ impl Shared {
         if occasion.waits_for_the_anchor() {
             return Ok(());
         }
-        let tidied = self.wipe_stale_slots();
+        // Whoever is short of room must find what this freed, whatever it was made for.
+        let tidied = self.punch_freed().and(self.wipe_stale_slots());
         let tidied = if occasion == Occasion::Running { tidied.and(self.top_up(group)) } else { tidied };
         if let Err(error) = tidied
             && !matches!(error, VolumeError::NoKeys)
