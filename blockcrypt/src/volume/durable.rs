@@ -157,16 +157,21 @@ impl Shared {
         }
     }
 
-    /// The housekeeping thread's: one step of a deletion that nobody else goes on with, for the thread has anchors to keep.
-    pub(super) fn timed_deletion(&self) {
+    /// The housekeeping thread's: one step of a deletion that nobody else goes on with, for the thread has anchors to keep. One that
+    /// fails is told of, unless it is tried `again`; returns false then.
+    pub(super) fn timed_deletion(&self, again: bool) -> bool {
         let due = self.core().is_ok_and(|core| core.is_deleting() && core.writable().is_ok());
         if due
             && self.check_writable(0, 0).is_ok()
             && let Err(error) = self.deletion_step(&mut |_, _| {})
             && !matches!(error, VolumeError::NoKeys | VolumeError::Closed)
         {
-            self.backing.events.note(&format!("a snapshot is not deleted yet: {error}"));
+            if !again {
+                self.backing.events.note(&format!("a snapshot is not deleted yet: {error}"));
+            }
+            return false;
         }
+        true
     }
 
     pub(super) fn close(&self) -> Result<VolumeAnchor, VolumeError> {
