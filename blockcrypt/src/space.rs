@@ -340,9 +340,9 @@ impl Space {
         }
     }
 
-    /// Superseded blocks of data that still wait.
-    pub(crate) fn waiting(&self) -> u64 {
-        self.waiting.len() as u64
+    /// Whether there are blocks that are free once their records are durable, or their room was given back, and nobody is at it.
+    pub(crate) fn frees_more(&self) -> bool {
+        !self.waiting.is_empty() || !self.to_punch.is_empty()
     }
 }
 

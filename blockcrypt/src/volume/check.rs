@@ -207,11 +207,6 @@ impl Check<'_> {
             let top = PageId { tree: Tree::Map, level: snapshot.levels - 1, index: 0 };
             self.walk_snapshot(&snapshot, top, snapshot.root)?;
         }
-        let used: u64 = self.used.iter().map(|word| u64::from(word.count_ones())).sum();
-        let counted = self.core.space.used();
-        if self.report.good() && used != counted {
-            self.problem(format!("{used} blocks are in use, but {counted} are counted"));
-        }
         Ok(())
     }
 
@@ -308,6 +303,11 @@ impl Check<'_> {
                     _ => {}
                 }
             }
+        }
+        let in_use: u64 = self.used.iter().map(|word| u64::from(word.count_ones())).sum();
+        let (called, counted) = (in_use + self.report.leaked_blocks, self.core.space.used());
+        if self.report.good() && called != counted {
+            self.problem(format!("{called} blocks are called used, but {counted} are counted"));
         }
         Ok(())
     }

@@ -141,8 +141,7 @@ impl Shared {
                 return core.writable();
             }
         }
-        self.write_checkpoint(group, Occasion::Running)?;
-        self.punch_freed()
+        self.write_checkpoint(group, Occasion::Running)
     }
 
     /// The housekeeping thread's.
@@ -158,16 +157,21 @@ impl Shared {
         }
     }
 
-    /// The housekeeping thread's: one step of a deletion that nobody else goes on with, for the thread has anchors to keep.
-    pub(super) fn timed_deletion(&self) {
+    /// The housekeeping thread's: one step of a deletion that nobody else goes on with, for the thread has anchors to keep. One that
+    /// fails is told of, unless it is tried `again`; returns false then.
+    pub(super) fn timed_deletion(&self, again: bool) -> bool {
         let due = self.core().is_ok_and(|core| core.is_deleting() && core.writable().is_ok());
         if due
             && self.check_writable(0, 0).is_ok()
             && let Err(error) = self.deletion_step(&mut |_, _| {})
             && !matches!(error, VolumeError::NoKeys | VolumeError::Closed)
         {
-            self.backing.events.note(&format!("a snapshot is not deleted yet: {error}"));
+            if !again {
+                self.backing.events.note(&format!("a snapshot is not deleted yet: {error}"));
+            }
+            return false;
         }
+        true
     }
 
     pub(super) fn close(&self) -> Result<VolumeAnchor, VolumeError> {
@@ -188,7 +192,6 @@ impl Shared {
                 good?;
                 if !closed {
                     self.write_checkpoint(&group, Occasion::Closing)?;
-                    self.punch_freed()?;
                 }
                 // Nothing changes any more, lest there be a superblock newer than the anchor that this returns.
                 self.closing.store(true, Ordering::Release);
@@ -226,7 +229,8 @@ impl Shared {
         if occasion.waits_for_the_anchor() {
             return Ok(());
         }
-        let tidied = self.wipe_stale_slots();
+        // Whoever is short of room must find what this freed, whatever it was made for.
+        let tidied = self.punch_freed().and(self.wipe_stale_slots());
         let tidied = if occasion == Occasion::Running { tidied.and(self.top_up(group)) } else { tidied };
         if let Err(error) = tidied
             && !matches!(error, VolumeError::NoKeys)

@@ -69,6 +69,9 @@ const DIRTY_PAGES: usize = 1024;
 /// Time after which a checkpoint is due.
 const CHECKPOINT_EVERY: Duration = Duration::from_secs(60);
 
+/// Rounds of the volume's own thread between two tries at a deletion that fails, at most: five minutes.
+const LONGEST_PAUSE: u32 = 300;
+
 /// An open volume. Everything takes `&self`; requests may come from several threads.
 ///
 /// In a writable volume a thread of its own keeps anchors (mode `interval`) and makes a checkpoint each minute. It runs
@@ -419,10 +422,17 @@ pub(crate) fn leaf(lba: u64) -> (PageId, usize) {
 /// The volume's own thread. Holds the volume itself only while it makes a checkpoint, so that a provider who does not answer
 /// keeps no store locked.
 fn housekeeping(anchoring: &Anchoring, volume: &Weak<Shared>) {
+    // Rounds without a try at a deletion that failed, and how many of them are left.
+    let (mut pause, mut left) = (0, 0);
     while anchoring.sleep(INTERVAL) {
         anchoring.tick();
         let Some(shared) = volume.upgrade() else { return };
         shared.timed_checkpoint();
-        shared.timed_deletion();
+        if left > 0 {
+            left -= 1;
+        } else {
+            pause = if shared.timed_deletion(pause > 0) { 0 } else { (2 * pause + 1).min(LONGEST_PAUSE) };
+            left = pause;
+        }
     }
 }

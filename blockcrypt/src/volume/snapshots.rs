@@ -8,6 +8,8 @@
 //! comparison), has is freed. Each step is a checkpoint, which says how far it came; what was visited does not count as reached any
 //! more, and a crash costs nothing but time. Going back to a snapshot makes a dying snapshot of what the volume held.
 //!
+//! Where a page of the map is damaged, what hangs from it is passed over, and stays in use.
+//!
 //! All this meets no request that changes something: it waits for those in hand and keeps others waiting, a step at a time.
 
 use super::durable::Occasion;
@@ -58,6 +60,8 @@ struct Walk {
     free: Vec<u64>,
     position: u64,
     budget: usize,
+    /// Pages whose subtrees were passed over.
+    passed_over: usize,
 }
 
 impl Shared {
@@ -168,9 +172,12 @@ impl Shared {
         let Some(mut walk) = self.core()?.begin_walk() else { return Ok(()) };
         let before = walk.position;
         let top = PageId { tree: Tree::Map, level: walk.dying.levels - 1, index: 0 };
-        let theirs = walk.newer.as_ref().map(|newer| self.pointer_in(newer, top)).transpose()?;
         let (id, root) = (walk.dying.id, walk.dying.root);
-        let done = self.walk(&mut walk, top, root, theirs)?;
+        let theirs = walk.newer.as_ref().map(|newer| self.pointer_in(newer, top)).transpose();
+        let done = match theirs {
+            Ok(theirs) => self.walk(&mut walk, top, root, theirs),
+            Err(error) => walk.pass_over(top, error),
+        }?;
         self.with_core(|core| core.free_walked(&walk, done))?;
         if let Err(error) = self.write_checkpoint(group, Occasion::Running) {
             self.with_core(|core| core.keep_walked(&walk, before))?;
@@ -180,6 +187,12 @@ impl Shared {
         self.punch_freed()?;
         let all = walk.dying.size.div_ceil(BLOCK as u64);
         heard(if done { all } else { walk.position.min(all) }, all);
+        if walk.passed_over > 0 {
+            self.backing.events.note(&format!(
+                "snapshot {id}: what hangs from {} damaged pages of the map is not freed, for nobody can tell what it is",
+                walk.passed_over
+            ));
+        }
         if done {
             self.backing.events.note(&format!("snapshot {id} is deleted"));
         }
@@ -188,6 +201,11 @@ impl Shared {
 
     /// A page of the dying snapshot; `theirs` points to the newer snapshot's, if there is one. Returns false when the step is over.
     fn walk(&self, walk: &mut Walk, id: PageId, mine: Child, theirs: Option<Child>) -> Result<bool, VolumeError> {
+        self.walk_page(walk, id, mine, theirs).or_else(|error| walk.pass_over(id, error))
+    }
+
+    /// As [`walk`](Self::walk). Frees nothing where it fails, but what it was through with below.
+    fn walk_page(&self, walk: &mut Walk, id: PageId, mine: Child, theirs: Option<Child>) -> Result<bool, VolumeError> {
         let end = end_of(id);
         if end <= walk.position {
             return Ok(true);
@@ -274,6 +292,20 @@ impl Shared {
     }
 }
 
+impl Walk {
+    /// Goes on behind a page that is damaged, or to be compared with one that is: what hangs from it stays in use, for nobody maybe,
+    /// because it can't be told what that is. That costs room, and no later deletion waits for a page that won't come back.
+    fn pass_over(&mut self, id: PageId, error: VolumeError) -> Result<bool, VolumeError> {
+        if !matches!(error, VolumeError::Damaged(_)) {
+            return Err(error);
+        }
+        self.passed_over += 1;
+        self.budget = self.budget.saturating_sub(1);
+        self.position = end_of(id);
+        Ok(true)
+    }
+}
+
 /// Unix seconds, as the host's clock has them.
 fn now() -> u64 {
     SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).map_or(0, |time| time.as_secs())
@@ -356,6 +388,7 @@ impl Core {
             newer: self.snapshots.get(at + 1).cloned(),
             free: Vec::new(),
             budget: STEP,
+            passed_over: 0,
         })
     }
 

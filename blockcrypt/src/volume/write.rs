@@ -167,18 +167,18 @@ impl Shared {
         for _ in 0..PATIENCE {
             let granted = self.with_core(|core| core.grant(parts, count, &self.backing));
             let Err(VolumeError::Full(None)) = granted else { return granted };
-            let (log_full, fits, waiting) = {
+            let (log_full, fits, frees_more) = {
                 let core = self.core()?;
                 let geometry = self.backing.geometry();
                 let pool = geometry.pool().end - geometry.pool().start;
                 let fits = core.space.used() + count + geometry.kept_for_pages() <= pool;
-                (core.room_in_log().is_err(), fits, core.space.waiting() > 0)
+                (core.room_in_log().is_err(), fits, core.space.frees_more())
             };
             if log_full {
                 self.checkpoint()?;
             } else if !fits || self.core()?.tight {
                 return granted;
-            } else if waiting {
+            } else if frees_more {
                 // Blocks that were superseded are free once that is durable.
                 let group = self.flushing();
                 self.commit(&group)?;
@@ -196,14 +196,15 @@ impl Shared {
     pub(super) fn make_room(&self) -> Result<(), VolumeError> {
         let (checkpoint, flush) = {
             let core = self.core()?;
-            let full = core.free_for_data(&self.backing) < CHUNK && core.space.waiting() > 0;
+            let full = core.free_for_data(&self.backing) < CHUNK && core.space.frees_more();
             (core.wants_checkpoint(&self.backing), full)
         };
         if checkpoint {
             self.checkpoint_if_due()?;
         }
         if flush {
-            // Superseded blocks wait for their records to be durable; this is nobody's FLUSH, so no anchor is owed.
+            // Superseded blocks wait for their records to be durable, then for their room to be given back; this is nobody's FLUSH,
+            // so no anchor is owed.
             let group = self.flushing();
             self.commit(&group)?;
             drop(group);

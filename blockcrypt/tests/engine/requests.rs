@@ -570,6 +570,21 @@ fn a_full_store_takes_discards_and_deletions_and_opens() {
     volume.close().expect("closed");
 }
 
+/// Also where a snapshot's checkpoint is what made the discards durable, and no FLUSH follows.
+#[test]
+fn what_was_discarded_finds_room_again_without_a_flush() {
+    let (provider, blocks) = (Provider::new(AnchorMode::Close), 1024);
+    let volume = provider.create(SimStore::new(), blocks * 4096).expect("a volume");
+    for round in 0..3 {
+        for lba in 0..blocks {
+            volume.write(lba * 4096, &[round; 4096]).expect("there is room");
+        }
+        volume.discard(0, blocks * 4096).expect("discarded");
+        volume.take_snapshot("of nothing").expect("taken");
+    }
+    check_good(&volume);
+}
+
 #[test]
 fn a_volume_grows_while_it_is_used() {
     let provider = Provider::new(AnchorMode::Flush);

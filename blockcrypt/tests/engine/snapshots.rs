@@ -20,6 +20,9 @@ struct Faulty {
     broken: AtomicBool,
     /// Writes of nothing but zeroes fail: key slots can't be overwritten.
     keeps_slots: AtomicBool,
+    /// Reads fail; how many did.
+    unreadable: AtomicBool,
+    tries: AtomicU64,
     /// The end of the first stretch whose room was set aside.
     front: AtomicU64,
     /// The lowest byte whose room was given back.
@@ -33,6 +36,8 @@ impl Faulty {
             inner,
             broken: AtomicBool::new(false),
             keeps_slots: AtomicBool::new(false),
+            unreadable: AtomicBool::new(false),
+            tries: AtomicU64::new(0),
             front: AtomicU64::new(0),
             given_back: AtomicU64::new(u64::MAX),
         })
@@ -48,6 +53,9 @@ impl Store for Faulty {
         self.inner.len()
     }
     fn read_at(&self, buffer: &mut [u8], offset: u64) -> io::Result<()> {
+        let unreadable = self.unreadable.load(Ordering::SeqCst);
+        self.tries.fetch_add(unreadable.into(), Ordering::SeqCst);
+        self.fails(unreadable)?;
         self.inner.read_at(buffer, offset)
     }
     fn write_at(&self, bytes: &[u8], offset: u64) -> io::Result<()> {
@@ -271,4 +279,30 @@ fn nothing_becomes_durable_after_the_anchor_that_close_returns() {
         let seen = fealty_blockcrypt::inspect(&*store).expect("readable");
         assert!(seen.closed && seen.anchor == anchor);
     }
+}
+
+/// What the volume's own thread can't do it tries again, less and less often, and says so once.
+#[test]
+fn a_deletion_that_the_store_fails_is_told_of_once() {
+    let (provider, store) = (Provider::new(AnchorMode::Close), Faulty::new());
+    let volume = provider.create(store.clone(), LEAVES * STRIDE).expect("a volume");
+    fill(&volume, LEAVES, 1);
+    let id = volume.take_snapshot("to go").expect("taken");
+    fill(&volume, LEAVES, 2);
+    volume.close().expect("closed");
+    drop(volume);
+    let volume = provider.open(store.clone()).expect("opens");
+    let before = provider.heard().len();
+    assert_eq!(before, 0);
+    let broken = volume.delete_snapshot(id, &mut |_, _| store.unreadable.store(true, Ordering::SeqCst));
+    assert!(broken.is_err());
+    std::thread::sleep(Duration::from_secs(5));
+    let heard = provider.heard();
+    assert_eq!(heard.iter().filter(|event| event.contains("not deleted yet")).count(), 1, "{heard:?}");
+    let tries = store.tries.load(Ordering::SeqCst);
+    assert!((2..5).contains(&tries), "{tries} tries in five seconds");
+    store.unreadable.store(false, Ordering::SeqCst);
+    volume.delete_snapshot(id, &mut |_, _| {}).expect_err("it is gone by then");
+    holds(&volume, LEAVES, 2);
+    check_good(&volume);
 }

@@ -564,3 +564,61 @@ fn a_block_whose_every_version_is_gone_is_an_error_and_takes_no_other_with_it() 
     assert!(found == fill(thief, if (500..700).contains(&thief) { 7 } else { 3 }));
     crate::common::check_good(&volume);
 }
+
+/// The store's blocks that look like the map's first leaf.
+fn first_leaves(bytes: &[u8]) -> Vec<usize> {
+    let is_leaf =
+        |block: &[u8; BLOCK]| block[..4] == [1, 0, 0, 0] && block[8..16] == [0; 8] && block[48..64] == [0; 16];
+    bytes.as_chunks().0.iter().enumerate().filter(|(_, block)| is_leaf(block)).map(|(at, _)| at).collect()
+}
+
+/// A page of a snapshot's map is gone, the one that goes or the newer one: what hangs from it stays in use, and nothing else suffers.
+#[test]
+fn a_snapshot_whose_map_is_damaged_is_deleted_all_the_same() {
+    const BLOCKS: u64 = 300;
+    for damaged in [1, 2] {
+        let (provider, store) = (Provider::new(AnchorMode::Interval), SimStore::new());
+        let volume = provider.create(store.clone(), 8 * MIB).expect("a volume");
+        let mut leaves = Vec::new();
+        for round in 1..4 {
+            for lba in 0..BLOCKS {
+                volume.write(lba * BLOCK as u64, &fill(lba, round)).expect("written");
+            }
+            let before = store.bytes();
+            assert_eq!(volume.take_snapshot("one of three").expect("taken"), u64::from(round));
+            let after = store.bytes();
+            let new = |at: &usize| before[at * BLOCK..][..BLOCK] != after[at * BLOCK..][..BLOCK];
+            leaves.push(first_leaves(&after).into_iter().find(new).expect("a leaf"));
+        }
+        volume.close().expect("closed");
+        drop(volume);
+        let mut bytes = store.bytes();
+        bytes[leaves[damaged - 1] * BLOCK + 1000] ^= 1;
+        store.set(bytes);
+
+        let volume = provider.open(store.clone()).expect("opens");
+        provider.heard();
+        volume.delete_snapshot(1, &mut |_, _| {}).expect("deleted");
+        let heard = provider.heard();
+        let told = |what: &str| heard.iter().filter(|event| event.contains(what)).count();
+        assert_eq!(
+            (told("integrity None"), told("1 damaged pages"), told("snapshot 1 is deleted")),
+            (1, 1, 1),
+            "{heard:?}"
+        );
+        volume.delete_snapshot(2, &mut |_, _| {}).expect("deleted");
+        volume.write(0, &fill(0, 9)).expect("written");
+        volume.revert(3).expect("reverted");
+        volume.delete_snapshot(3, &mut |_, _| {}).expect("deleted");
+        let mut found = vec![0; BLOCK];
+        for lba in 0..BLOCKS {
+            volume.read(lba * BLOCK as u64, &mut found).expect("read");
+            assert!(found == fill(lba, 3), "{lba}");
+        }
+        let mut said = Vec::new();
+        let report = volume.check(&mut |step| said.push(format!("{step:?}"))).expect("checked");
+        // A leaf and what it names, of each snapshot that had it or was compared with it.
+        assert!(report.good(), "{report:?} {said:?}");
+        assert_eq!(report.leaked_blocks, 73 * damaged as u64);
+    }
+}
