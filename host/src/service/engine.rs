@@ -8,8 +8,9 @@ use crate::runtime::{IdentityFile, RuntimeDir, RuntimeError, State, read_bounded
 use attest::eventlog::{LogError, Replay, firmware};
 use attest::protocol::LOG_LIMIT;
 use attest::service::{Answer, Identity, VmRequest, WrapKey};
+use attest::tcti::Tcti;
 use attest::tpm::{Public, WRAP_PCRS, check_ek, policy_pcr_digest};
-use attest_tpm::{BootCount, EkChoice, HostTpm, Tcti, TpmError, TpmIdentity};
+use attest_tpm::{BootCount, EkChoice, HostTpm, TpmError, TpmIdentity};
 use policy::instance::EarlierPeer;
 use policy::reference::LAYER_PCR;
 use policy::{Base64Url, Digest, HostId};

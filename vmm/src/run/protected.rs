@@ -131,7 +131,7 @@ fn prepare(start: &ProtectedRun, settings: &Settings) -> Result<(Prepared, std::
     harden().map_err(|e| Failure::of(Exit::Host, &e))?;
     // Signals still end a process whose TPM service hangs. A thread that is gone says so when it is asked.
     let _ = service.send(registration.done()?);
-    steps.timed("tpm-service", &start.host.tcti, begun.elapsed());
+    steps.timed("tpm-service", &start.host.tcti.to_string(), begun.elapsed());
     let signals = Signals::take().map_err(|e| host("receive signals", e))?;
     let api = serve_api(settings, &post)?;
     Ok((Prepared { file, opener, signals, post, inbox, lines: Lines { console, ends }, api, link }, kvm))
