@@ -102,9 +102,13 @@ pub struct Examined {
     pub opinion: Opinion,
 }
 
+/// Has this process registered with the TPM service that serves now: gives the process's end of the new socket pair.
+pub type Reconnect = Box<dyn FnMut() -> Result<Client, ServiceError> + Send>;
+
 /// Attests for one VM process, again and again with the same client key.
 pub struct Attester {
     service: Client,
+    reconnect: Reconnect,
     provider: ProviderClient,
     header: VmHeader,
     vm_file: Digest,
@@ -126,19 +130,22 @@ struct Asked {
 }
 
 impl Attester {
-    /// An attester of the process whose VM file has this header and digest. `service` is the process's registered socket.
+    /// An attester of the process whose VM file has this header and digest. `service` is the process's registered socket;
+    /// `reconnect` gives another one once that is of no more use.
     ///
     /// # Errors
     /// `Host`, which no claims can bring about.
     pub fn new(
         service: Client,
+        reconnect: Reconnect,
         provider: ProviderClient,
         header: VmHeader,
         vm_file: Digest,
         claims: &Claims,
     ) -> Result<Self, FlowError> {
         let claims = serde_json::to_vec(claims).map_err(|_| FlowError::Host("claims can't be written"))?;
-        Ok(Self { service, provider, header, vm_file, claims, identity: None, established: None, clocks: None })
+        let (identity, established, clocks) = (None, None, None);
+        Ok(Self { service, reconnect, provider, header, vm_file, claims, identity, established, clocks })
     }
 
     /// The client, for reports and anchors.
@@ -165,6 +172,18 @@ impl Attester {
         if (request.operation == Operation::PowerOn) != self.established.is_none() {
             return Err(FlowError::Mismatch("a power-on comes first, and once"));
         }
+        let attested = self.attest_once(request, tell);
+        if let Err(FlowError::Service(_)) = &attested {
+            self.identity = None;
+        }
+        attested
+    }
+
+    fn attest_once(
+        &mut self,
+        request: &OperationRequest,
+        tell: &mut dyn FnMut(Step),
+    ) -> Result<OpenedRelease, FlowError> {
         let asked = self.ask(request, tell)?;
         let start = Instant::now();
         let released = self.provider.evidence(&asked.challenge.id, &asked.evidence)?;
@@ -190,6 +209,7 @@ impl Attester {
         Ok(Examined { challenge, evidence, qualified, opinion })
     }
 
+    /// Asks the service before the provider: where it does not serve, no nonce is spent on finding that out.
     fn ask(&mut self, request: &OperationRequest, tell: &mut dyn FnMut(Step)) -> Result<Asked, FlowError> {
         request.check()?;
         let start = Instant::now();
@@ -253,7 +273,12 @@ impl Attester {
         Ok(Asked { challenge, evidence, qualified, bundle_key, wrap_public, asked_ms })
     }
 
+    /// The host's identity, by a service that serves: one that ended, or failed last time, is asked for it anew.
     fn identity(&mut self) -> Result<Identity, FlowError> {
+        if !self.service.is_of_use() {
+            self.identity = None;
+            self.service = (self.reconnect)()?;
+        }
         if let Some(identity) = &self.identity {
             return Ok(identity.clone());
         }

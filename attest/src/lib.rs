@@ -8,6 +8,7 @@
 //! | [`protocol`] | bodies of the provider's HTTP API as VM processes use it |
 //! | [`client`] | the blocking client: TLS 1.3 to a pinned provider |
 //! | [`service`] | messages of the host's TPM service, and its client |
+//! | [`tcti`] | how the host's TPM is named |
 //! | [`qualify`] | H, the qualifying data of a quote: one canonical encoding for both ends |
 //! | [`flow`] | the VM process's side, whole: from the question for a nonce to keys in locked memory |
 //! | [`tpm`], [`ek`] | TPM structures, their checks, and endorsement keys with their certificates |
@@ -33,6 +34,7 @@ pub mod protocol;
 pub mod qualify;
 pub mod service;
 pub mod stream;
+pub mod tcti;
 pub mod tpm;
 pub mod verify;
 pub mod vmfile;

@@ -5,7 +5,8 @@ use crate::runtime::{IdentityFile, RuntimeDir, RuntimeError};
 use crate::service::{self, LogPaths, Options, ServiceError};
 use attest::service::ControlClient;
 use attest::service::start::{LOCK_TAKEN, StartError};
-use attest_tpm::{EkChoice, EkKind, Tcti};
+use attest::tcti::Tcti;
+use attest_tpm::{EkChoice, EkKind};
 use clap::{Args, Parser, Subcommand};
 use std::ffi::OsString;
 use std::io::{self, Write};
@@ -170,9 +171,9 @@ pub fn run(cli: Cli) -> ExitCode {
     match outcome {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            // A starter joins the service that has the lock; a service that was started said itself why it ended.
+            // A starter joins the service that has the lock.
             let known = started && error.code() == LOCK_TAKEN;
-            if !known && !matches!(error, CliError::Start(StartError::Ended(_))) {
+            if !known {
                 let _ = writeln!(io::stderr(), "fealty-host: {error}");
             }
             ExitCode::from(error.code())
@@ -255,7 +256,7 @@ fn join(place: &TpmPlace, logs: Option<&LogPlaces>) -> Result<ControlClient, Cli
     for (name, path) in named.into_iter().flatten() {
         more.extend([OsString::from(name), path.clone().into()]);
     }
-    Ok(attest::service::spawn_or_join_with(&place.tcti.to_string(), Some(dir.path()), &me, &more)?)
+    Ok(attest::service::spawn_or_join_with(&place.tcti, Some(dir.path()), &me, &more)?)
 }
 
 /// Joins a service that reads these logs. One that reads others and is about to end gets the time to do so.

@@ -9,7 +9,8 @@
 //!     identity.json  who the host is, for enrolment
 //! ```
 
-use attest_tpm::{BootCount, Tcti};
+use attest::tcti::Tcti;
+use attest_tpm::BootCount;
 use policy::{Base64Url, HostId};
 use rustix::fs::{FlockOperation, Mode, OFlags};
 use serde::{Deserialize, Serialize};
@@ -91,7 +92,7 @@ impl State {
 impl RuntimeDir {
     /// The folder of `tcti`: `chosen` where given, else one of its own (see [`attest::service::start::runtime_dir`]).
     pub fn of(chosen: Option<&Path>, tcti: &Tcti) -> Self {
-        Self(attest::service::start::runtime_dir(&tcti.to_string(), chosen))
+        Self(attest::service::start::runtime_dir(tcti, chosen))
     }
 
     /// Its path.

@@ -30,7 +30,7 @@ fn one_service_a_tpm_and_later_ones_join() {
         format!("fealty-host: another TPM service serves this TPM (process {})", service.pid())
     );
     let binary = Path::new(env!("CARGO_BIN_EXE_fealty-host"));
-    let mut joined = attest::service::spawn_or_join(&host.tpm.tcti(), Some(&host.path("run")), binary).expect("joined");
+    let mut joined = attest::service::spawn_or_join(&host.tcti(), Some(&host.path("run")), binary).expect("joined");
     assert_eq!(joined.status().expect("status").pid, service.pid());
 }
 
@@ -40,8 +40,7 @@ fn whoever_needs_it_starts_it_and_it_ends_when_idle() {
     host.measure();
     let binary = Path::new(env!("CARGO_BIN_EXE_fealty-host"));
     // Two at once: one lock decides.
-    let start =
-        || attest::service::spawn_or_join(&host.tpm.tcti(), Some(&host.path("run")), binary).expect("a service");
+    let start = || attest::service::spawn_or_join(&host.tcti(), Some(&host.path("run")), binary).expect("a service");
     let (mut one, mut two) = std::thread::scope(|s| {
         let (a, b) = (s.spawn(start), s.spawn(start));
         (a.join().expect("no panic"), b.join().expect("no panic"))

@@ -2,8 +2,9 @@
 //! with logs to match. The events are those that OVMF logs for a machine with Secure Boot off and one boot option.
 
 use attest::eventlog::{FirmwareLog, ImaLog, tcg::event_name};
+use attest::tcti::Tcti;
 use attest::tpm::pcr::extend;
-use attest_tpm::{Tcti, Tpm, TpmError};
+use attest_tpm::{Tpm, TpmError};
 use policy::Digest;
 use serde::Deserialize;
 use std::collections::BTreeMap;

@@ -251,17 +251,30 @@ impl Lab {
     /// Seals a new VM file whose guest does `words`.
     #[track_caller]
     pub fn seal(&self, words: &str, anchor_mode: &str) {
+        self.seal_with(words, anchor_mode, |_| {}, &[]);
+    }
+
+    /// The same of a configuration that `change` changes, with `more` words for the tool.
+    #[track_caller]
+    pub fn seal_with(
+        &self,
+        words: &str,
+        anchor_mode: &str,
+        change: impl FnOnce(&mut serde_json::Value),
+        more: &[&str],
+    ) {
         let kernel = &crate::guest::images().elf;
         std::fs::copy(kernel, self.path("store/guest")).expect("copied");
-        let config = serde_json::json!({
+        let mut config = serde_json::json!({
             "cpus": {"boot_vcpus": 1},
             "memory": {"size": 32u64 << 20},
             "payload": {"kernel": {"name": "guest"}, "cmdline": format!("console=ttyS0 fealty.do={words}")},
             "disks": [{"id": "root", "volume": self.volume_id(), "anchor_mode": anchor_mode, "num_queues": 2}],
         });
+        change(&mut config);
         std::fs::write(self.path("store/payroll.json"), config.to_string()).expect("written");
         let (config, out) = (self.text("store/payroll.json"), self.text("store/payroll.vm"));
-        self.keys(&["vm", "seal", "acme", "payroll", "--config", &config, "--out", &out]).good();
+        self.keys(&[&["vm", "seal", "acme", "payroll", "--config", &config, "--out", &out], more].concat()).good();
     }
 
     /// `fealty run store/payroll.vm`, not yet started.
@@ -290,6 +303,56 @@ impl Lab {
         let (volume, image) = (self.text("store/root.vol"), self.text("exported.img"));
         self.keys(&["volume", "exec", "acme", "root", "--", &disk, "export", &volume, &image]).good();
         std::fs::read(self.path("exported.img")).expect("the exported image")
+    }
+
+    /// The volume's key-encryption key, as a tool gets it: behind the session's description.
+    #[track_caller]
+    pub fn volume_key(&self) -> Vec<u8> {
+        let take = r#"timeout 3 cat <&"$1""#;
+        let mut command = Command::new(program("fealty-keys"));
+        let (profile, url) = (self.text("keys/admin.json"), self.url());
+        command.args([
+            "--profile",
+            &profile,
+            "--url",
+            &url,
+            "volume",
+            "exec",
+            "acme",
+            "root",
+            "--",
+            "bash",
+            "-c",
+            take,
+        ]);
+        let told = command.stderr(std::process::Stdio::null()).output().expect("it runs").stdout;
+        let length = told.first_chunk().map_or(0, |length| u32::from_be_bytes(*length) as usize);
+        let key = told.get(4 + length..).unwrap_or_default();
+        assert!(key.len() == 32 && told[4..4 + length].starts_with(b"{"), "no key in {} bytes", told.len());
+        key.to_vec()
+    }
+
+    /// All files beneath a folder, with what they hold.
+    #[track_caller]
+    pub fn files(folder: &Path) -> Vec<(PathBuf, Vec<u8>)> {
+        let mut all = Vec::new();
+        for entry in std::fs::read_dir(folder).expect("a folder").flatten() {
+            let (path, kind) = (entry.path(), entry.file_type().expect("a kind"));
+            if kind.is_dir() {
+                all.extend(Self::files(&path));
+            } else if kind.is_file() {
+                let bytes = std::fs::read(&path).expect("a file");
+                all.push((path, bytes));
+            }
+        }
+        all
+    }
+
+    /// What `fealty-host` says of the TPM service that runs.
+    #[track_caller]
+    pub fn service(&self) -> serde_json::Value {
+        let words = ["status", "--tcti", &self.tpm.tcti(), "--runtime-dir", &self.runtime_dir(), "--json"];
+        serde_json::from_str(&self.run_tool("fealty-host", &words).good().out).expect("JSON")
     }
 
     /// The customer's audit log, one JSON event a line.

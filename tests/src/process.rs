@@ -48,6 +48,23 @@ impl Ended {
         assert!(!self.err.contains("panicked"), "it panicked:\n{}", self.err);
         self
     }
+
+    /// Itself, where `fealty` refused, no vCPU ran, and exactly one line, which holds one of `words` in small letters, says why; all other
+    /// lines are steps.
+    ///
+    /// # Panics
+    /// Where it is otherwise.
+    #[track_caller]
+    pub fn no_guest(self, words: &[&str]) -> Self {
+        let ended = self.refused();
+        assert!(!ended.out.contains("fealty-guest"), "the guest ran:\n{}", ended.out);
+        let said: Vec<&str> = ended.err.lines().filter(|line| !line.starts_with('[')).collect();
+        let &[line] = &said[..] else { panic!("not one line:\n{}", ended.err) };
+        assert!(line.starts_with("fealty: "), "{line:?} is not this program's");
+        let lower = line.to_lowercase();
+        assert!(words.iter().any(|w| lower.contains(w)), "{line:?} says none of {words:?}");
+        ended
+    }
 }
 
 /// Runs `command` to its end; kills it after `limit`.

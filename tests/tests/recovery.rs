@@ -2,6 +2,7 @@
 
 use fealty_tests::lab::{LIMIT, Lab, Plan, lease};
 use fealty_tests::process::Background;
+use std::time::{Duration, Instant};
 
 #[test]
 fn a_vm_killed_while_it_writes_starts_again_with_nothing_lost() {
@@ -70,4 +71,49 @@ fn a_tpm_that_goes_away_stops_renewals_not_the_disk() {
     vm.signal(15);
     let ended = vm.end(LIMIT);
     assert!(!ended.err.contains("panicked"), "{}", ended.err);
+    let why = ended.err.lines().find(|l| l.contains("lease not renewed")).expect("why it stood still");
+    assert!(why.contains("the TPM can't be reached"), "{why}");
+    assert!(!ended.err.contains("too many attestations"), "each try took a nonce: {}", ended.err);
+}
+
+#[test]
+fn a_tpm_service_that_ended_is_started_again_and_the_lease_goes_on() {
+    let lab = Lab::new(&Plan { words: "hello,tick".into(), settings: lease(6, 2), ..Plan::default() });
+    let mut vm = Background::start(&mut lab.vm(&[]));
+    vm.until("tick", LIMIT);
+    let releases = || lab.audit_kinds().iter().filter(|k| *k == "keys-released").count();
+    // Killed, and told to end.
+    for signal in [9, 15] {
+        let before = (lab.service(), releases(), vm.out().matches("tick").count());
+        assert_eq!(before.0["vms"], 1);
+        kill(&before.0, signal);
+        let begun = Instant::now();
+        while releases() < before.1 + 2 || vm.out().matches("tick").count() < before.2 + 2 {
+            assert!(begun.elapsed() < LIMIT, "the lease was not renewed:\n{}", vm.err());
+            std::thread::sleep(Duration::from_millis(100));
+        }
+        let after = lab.service();
+        assert_ne!(after["pid"], before.0["pid"]);
+        assert_eq!(after["vms"], 1, "it is known, and once");
+    }
+    // Who is registered is this very process: while it lives, there is no second instance.
+    lab.run_vm(&[]).no_guest(&["still run"]);
+    assert!(!vm.err().contains("too many attestations"), "{}", vm.err());
+    let instances: Vec<_> = lab.audit().iter().filter_map(|e| e["instance"].as_u64()).collect();
+    assert!(instances.iter().all(|number| *number == instances[0]), "{instances:?}");
+    vm.signal(15);
+    vm.signal(15);
+    vm.end(LIMIT);
+    // With the VM, the process that registers it ends, and the service that nobody needs.
+    let begun = Instant::now();
+    while std::fs::exists(lab.run.path().join("control.sock")).expect("known") {
+        assert!(begun.elapsed() < LIMIT, "a service without a VM goes on");
+        std::thread::sleep(Duration::from_millis(100));
+    }
+}
+
+fn kill(service: &serde_json::Value, signal: i32) {
+    let pid = service["pid"].as_i64().and_then(|pid| rustix::process::Pid::from_raw(pid as i32)).expect("a pid");
+    let signal = rustix::process::Signal::from_named_raw(signal).expect("a signal");
+    rustix::process::kill_process(pid, signal).expect("signalled");
 }

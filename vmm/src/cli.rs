@@ -8,6 +8,7 @@ use crate::exit::{EXIT_CODES, Exit, Failure};
 use crate::opener::Mapping;
 use crate::run::{self, ProtectedRun, Settings};
 use crate::steps::Steps;
+use attest::tcti::Tcti;
 use clap::error::ErrorKind;
 use clap::{Args, Parser, Subcommand};
 use std::path::PathBuf;
@@ -88,9 +89,9 @@ struct Attest {
 
 #[derive(Args, Debug)]
 struct Host {
-    /// The host's TPM: device:/dev/tpmrm0, swtpm:host=H,port=P or swtpm:path=/S
+    /// The host's TPM: device:/dev/tpmrm0 or swtpm:host=HOST,port=PORT
     #[arg(long, value_name = "TCTI", default_value = "device:/dev/tpmrm0")]
-    tcti: String,
+    tcti: Tcti,
     /// Where the TPM service lives; default $FEALTY_RUNTIME_DIR or /run/fealty
     #[arg(long, value_name = "DIR")]
     runtime_dir: Option<PathBuf>,
@@ -138,7 +139,9 @@ fn usage(error: &clap::Error) -> Exit {
     // clap's answer is several lines; the first says what is wrong.
     let text = error.to_string();
     let what = text.lines().next().unwrap_or_default().trim_start_matches("error: ");
-    Steps::new(false).failure(&Failure::new(Exit::Usage, format!("{what} (see fealty --help)")));
+    // A script that asked for JSON gets it, also where the rest of its words can't be read.
+    let json = std::env::args_os().any(|word| word == "--json");
+    Steps::new(json).failure(&Failure::new(Exit::Usage, format!("{what} (see fealty --help)")));
     Exit::Usage
 }
 

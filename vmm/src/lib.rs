@@ -10,7 +10,7 @@
 //! | [`run`] | `fealty run`: from a file to a guest that runs, and to its end |
 //! | [`machine`] | the virtual machine itself, which knows nothing of providers |
 //! | [`permit`], [`lease`], [`guard`] | leave to start vCPUs, and how long it lasts |
-//! | [`provider`] | the thread that talks to the key provider; reports |
+//! | [`provider`], [`registrar`] | the thread that talks to the key provider; reports; the way to the TPM service |
 //! | [`volumes`], [`opener`] | disks: volumes with released keys, files by descriptor |
 //! | [`attach`] | where the host's side of a VM's networks is |
 //! | [`operations`], [`dump`], [`core_file`], [`api`] | what can be done to a running VM, and the socket that asks for it |
@@ -37,6 +37,7 @@ pub mod operations;
 pub mod permit;
 pub mod post;
 pub mod provider;
+pub mod registrar;
 pub mod run;
 pub mod sandbox;
 pub mod signals;

@@ -137,6 +137,7 @@ struct Child {
 impl Child {
     fn serve(self) -> Result<(), OpenerError> {
         process::end_with_parent()?;
+        process::close_all_but(&[self.socket.as_fd(), self.place.as_fd()])?;
         process::harden()?;
         // Mapped files that don't exist yet, or can't be reached, are reported when they are asked for.
         let reached: Vec<OwnedFd> = self

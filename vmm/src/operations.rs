@@ -50,7 +50,12 @@ pub struct Operations {
     post: Post,
     protected: Option<Arc<Protected>>,
     ending: AtomicBool,
+    /// Boot-time milliseconds before which no further look at the VM is reported.
+    looked_until_ms: AtomicU64,
 }
+
+/// A look at the VM is reported, but not each of a monitoring program's: at most one in so many milliseconds.
+const LOOKS_MS: u64 = 60_000;
 
 /// What became of a core dump.
 pub struct Dumped {
@@ -97,11 +102,21 @@ impl OperationError {
 impl Operations {
     /// Operations on the VM at `helm`.
     pub fn new(helm: Arc<Helm>, facts: Facts, post: Post, protected: Option<Arc<Protected>>) -> Self {
-        Self { helm, facts, post, protected, ending: AtomicBool::new(false) }
+        Self { helm, facts, post, protected, ending: AtomicBool::new(false), looked_until_ms: AtomicU64::new(0) }
     }
 
-    /// `vm.info`, in Cloud Hypervisor's shape.
-    pub fn info(&self) -> Value {
+    /// `vm.info`, in Cloud Hypervisor's shape; reported, once a minute at most.
+    pub fn info(&self) -> Result<Value, OperationError> {
+        let now = boottime_ms();
+        if now >= self.looked_until_ms.load(Ordering::SeqCst) {
+            self.room()?;
+            self.report(ReportEvent::Operation { operation: Operation::Info });
+            self.looked_until_ms.store(now + LOOKS_MS, Ordering::SeqCst);
+        }
+        Ok(self.described())
+    }
+
+    fn described(&self) -> Value {
         let (held, _) = self.helm.state();
         let disks: Vec<_> =
             self.facts.disks.iter().map(|(id, _, readonly)| json!({ "id": id, "readonly": readonly })).collect();

@@ -114,3 +114,21 @@ fn a_baseline_is_all_there_or_the_line_says_what_is_missing() {
         assert!(why.contains("lacks ") && why.contains("the CPU baseline x86-64-v2"), "{why}");
     }
 }
+
+#[test]
+fn a_tpm_that_can_not_be_named_so_is_told_in_one_line_before_anything_starts() {
+    for tcti in ["swtpm:path=/run/tpm.sock", "swtpm:host=127.0.0.1", "tabrmd", "device:tpm0"] {
+        for words in [&["run", "a.vm"][..], &["attest", "a.vm", "--dry-run"]] {
+            let ended = Program::start(&mut fealty(&[words, &["--tcti", tcti]].concat())).end().code(2);
+            assert_eq!(ended.err.lines().count(), 1, "{}", ended.err);
+            assert!(ended.err.starts_with("fealty: invalid value") && ended.err.contains("--tcti"), "{}", ended.err);
+            let ended = Program::start(&mut fealty(&[words, &["--json", "--tcti", tcti]].concat())).end().code(2);
+            let said: Value = serde_json::from_str(&ended.err).expect("one JSON object");
+            assert_eq!((&said["event"], &said["exit"]), (&json!("error"), &json!(2)));
+        }
+    }
+    for command in ["run", "attest"] {
+        let help = Program::start(&mut fealty(&[command, "--help"])).end().code(0).out;
+        assert!(help.contains("swtpm:host=HOST,port=PORT") && !help.contains("swtpm:path"), "{help}");
+    }
+}

@@ -64,6 +64,12 @@ struct Scene {
     client_key: Mutex<Option<Digest>>,
     /// How often the TPM service says "again" before it does what it is asked.
     again: Mutex<u32>,
+    /// Whether no TPM service can be had.
+    away: Mutex<bool>,
+    /// The TPM service's end of the newest socket pair.
+    service_end: Mutex<Option<UnixStream>>,
+    /// How many nonces the provider gave.
+    nonces: Mutex<u32>,
 }
 
 fn keys() -> Secret<32> {
@@ -93,10 +99,13 @@ impl Scene {
             audit_seed: Secret::copy_of(&[3; 32]).expect("memory"),
             client_key: Mutex::new(None),
             again: Mutex::new(again),
+            away: Mutex::new(false),
+            service_end: Mutex::new(None),
+            nonces: Mutex::new(0),
         });
-        let (ours, theirs) = UnixStream::pair().expect("pair");
-        let serving = scene.clone();
-        std::thread::spawn(move || serving.tpm_service(theirs));
+        let service = scene.register().expect("a service");
+        let registrar = scene.clone();
+        let reconnect = Box::new(move || registrar.register());
         let serving = scene.clone();
         std::thread::spawn(move || {
             for socket in listener.incoming().flatten() {
@@ -106,8 +115,37 @@ impl Scene {
         let provider = ProviderClient::new(&header, None).expect("a client");
         *scene.client_key.lock().expect("lock") = Some(provider.client_key());
         let claims = Claims { key_memory: KeyMemory::MemfdSecret, ptrace_scope: Some(3) };
-        let attester = Attester::new(Client::new(ours), provider, header, scene.vm_file, &claims).expect("made");
+        let attester = Attester::new(service, reconnect, provider, header, scene.vm_file, &claims).expect("made");
         (scene, attester)
+    }
+
+    /// The attester of a process that has started.
+    fn started() -> (Arc<Self>, Attester) {
+        let (scene, mut attester) = Self::start(HONEST, 0);
+        let opened = attester.attest(&OperationRequest::plain(Operation::PowerOn), &mut |_| {}).expect("a start");
+        attester.establish(opened.establish(&scene.trust()).expect("the customer's"));
+        (scene, attester)
+    }
+
+    fn register(self: &Arc<Self>) -> Result<Client, ServiceError> {
+        if *self.away.lock().expect("lock") {
+            return Err(ServiceError::Lost("it is away".into()));
+        }
+        let (ours, theirs) = UnixStream::pair().expect("pair");
+        *self.service_end.lock().expect("lock") = Some(theirs.try_clone().expect("a copy"));
+        let serving = self.clone();
+        std::thread::spawn(move || serving.tpm_service(theirs));
+        Ok(Client::new(ours))
+    }
+
+    /// Ends the TPM service as SIGKILL would.
+    fn end_service(&self) {
+        let end = self.service_end.lock().expect("lock").take().expect("a service");
+        end.shutdown(std::net::Shutdown::Both).expect("shut down");
+    }
+
+    fn nonces(&self) -> u32 {
+        *self.nonces.lock().expect("lock")
     }
 
     fn trust(&self) -> TrustRoots {
@@ -225,6 +263,7 @@ impl Scene {
     }
 
     fn challenge(&self, body: &[u8]) -> Vec<u8> {
+        *self.nonces.lock().expect("lock") += 1;
         let request: AttestationRequest = serde_json::from_slice(body).expect("a request");
         let ek = Public::parse(&request.ek_public).expect("an EK");
         let certificate = request.ek_certificate.expect("a certificate");
@@ -365,10 +404,12 @@ fn a_sound_host_gets_its_keys_and_their_receipt() {
 
 /// What a later release does differently.
 fn later(twist: Twist) -> Result<OpenedRelease, FlowError> {
-    let (scene, mut attester) = Scene::start(HONEST, 0);
-    let opened = attester.attest(&OperationRequest::plain(Operation::PowerOn), &mut |_| {}).expect("a start");
-    attester.establish(opened.establish(&scene.trust()).expect("the customer's"));
+    let (scene, mut attester) = Scene::started();
     *scene.twist.lock().expect("lock") = twist;
+    renew(&mut attester)
+}
+
+fn renew(attester: &mut Attester) -> Result<OpenedRelease, FlowError> {
     attester.attest(&OperationRequest::plain(Operation::Renew), &mut |_| {})
 }
 
@@ -429,6 +470,35 @@ fn what_the_tpm_service_calls_passing_is_tried_again_within_bounds() {
 }
 
 #[test]
+fn a_service_that_ended_is_found_again_and_until_then_costs_no_nonce() {
+    let (scene, mut attester) = Scene::started();
+    scene.end_service();
+    *scene.away.lock().expect("lock") = true;
+    for _ in 0..3 {
+        let refused = renew(&mut attester).err();
+        assert!(matches!(&refused, Some(FlowError::Service(ServiceError::Lost(why))) if why == "it is away"));
+    }
+    assert_eq!(scene.nonces(), 1, "that of the start");
+    *scene.away.lock().expect("lock") = false;
+    assert!(renew(&mut attester).is_ok());
+    scene.end_service();
+    assert!(renew(&mut attester).is_ok(), "found again at the first try");
+    assert_eq!(scene.nonces(), 3);
+}
+
+#[test]
+fn a_service_whose_tpm_fails_costs_one_nonce_and_no_more() {
+    let (scene, mut attester) = Scene::started();
+    *scene.again.lock().expect("lock") = u32::MAX;
+    for _ in 0..3 {
+        assert!(matches!(renew(&mut attester).err(), Some(FlowError::Service(ServiceError::Refused { .. }))));
+    }
+    assert_eq!(scene.nonces(), 2, "that of the start, and that which the TPM failed to quote");
+    *scene.again.lock().expect("lock") = 0;
+    assert!(renew(&mut attester).is_ok());
+}
+
+#[test]
 fn a_refusal_keeps_its_type() {
     let refused = attest(Twist { refusal: Some("untrusted-platform"), ..HONEST }, 0).1;
     assert_eq!(refused.err().and_then(|e| e.problem()), Some(ProblemType::UntrustedPlatform));
@@ -474,12 +544,10 @@ fn attack_29_keys_after_the_end_of_their_lease_are_discarded() {
 
 #[test]
 fn attack_29_a_host_whose_clock_goes_slowly_gets_no_renewal_however_often_it_asks() {
-    let (scene, mut attester) = Scene::start(HONEST, 0);
-    let opened = attester.attest(&OperationRequest::plain(Operation::PowerOn), &mut |_| {}).expect("a start");
-    attester.establish(opened.establish(&scene.trust()).expect("the customer's"));
+    let (scene, mut attester) = Scene::started();
     let mut renew = |tpm_ms| {
         *scene.twist.lock().expect("lock") = Twist { tpm_ms, ..HONEST };
-        attester.attest(&OperationRequest::plain(Operation::Renew), &mut |_| {})
+        renew(&mut attester)
     };
     assert!(renew(0).is_ok());
     for _ in 0..3 {

@@ -4,6 +4,7 @@ use super::frame::{self, FrameError};
 use super::{ANSWER_LIMIT, Answer, ControlRequest, Identity, Quoted, Status, VmRequest, WrapKey};
 use crate::protocol::Credential;
 use policy::{CustomerId, Digest, VmId};
+use rustix::event::{PollFd, PollFlags, Timespec};
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
@@ -30,6 +31,9 @@ pub enum ServiceError {
     /// It is not there.
     #[error("the host's TPM service is not reachable at {0}")]
     Connect(String, #[source] io::Error),
+    /// It ended, and no other could be had.
+    #[error("the host's TPM service ended, and no other could be had: {0}")]
+    Lost(String),
     /// It answered something else.
     #[error("the host's TPM service gave an answer that does not belong to the request")]
     Confused,
@@ -41,6 +45,8 @@ pub struct Client {
     stream: UnixStream,
     /// Whether the host's identity was asked for and its answer not read yet.
     asked: bool,
+    /// Whether an answer that may still come would be taken for that of a later request.
+    confused: bool,
 }
 
 impl Client {
@@ -49,13 +55,26 @@ impl Client {
         // A socket that can't take a timeout fails at its first use as well.
         let _ = stream.set_read_timeout(Some(ANSWER_TIMEOUT));
         let _ = stream.set_write_timeout(Some(ANSWER_TIMEOUT));
-        Self { stream, asked: false }
+        Self { stream, asked: false, confused: false }
+    }
+
+    /// A client over an end on which somebody else has [asked for the identity](Self::ask_identity) ahead.
+    pub fn with_asked_identity(stream: UnixStream) -> Self {
+        Self { asked: true, ..Self::new(stream) }
+    }
+
+    /// Whether the service holds the other end, and its next answer will be that to the next request.
+    pub fn is_of_use(&self) -> bool {
+        let mut polled = [PollFd::from_borrowed_fd(self.stream.as_fd(), PollFlags::empty())];
+        let now = Timespec { tv_sec: 0, tv_nsec: 0 };
+        // Without events asked for, only the other side's end and errors are told (poll(2)).
+        !self.confused && rustix::event::poll(&mut polled, Some(&now)) == Ok(0)
     }
 
     /// Asks for the host's identity ahead, where nobody reads the socket's other end yet: the service finds the request when it
     /// begins to serve, and [`identity`](Self::identity) the answer. To be called once, and first.
     pub fn ask_identity(&mut self) -> Result<(), ServiceError> {
-        frame::write(&mut self.stream, &VmRequest::Identity)?;
+        self.put(&VmRequest::Identity)?;
         self.asked = true;
         Ok(())
     }
@@ -65,7 +84,7 @@ impl Client {
         let answer = if self.asked { self.asked_for() } else { self.ask(&VmRequest::Identity) };
         match answer? {
             Answer::Identity(identity) => Ok(identity),
-            _ => Err(ServiceError::Confused),
+            _ => Err(self.confused()),
         }
     }
 
@@ -74,7 +93,7 @@ impl Client {
         let request = VmRequest::Activate { blob: credential.blob.clone(), secret: credential.secret.clone() };
         match self.ask(&request)? {
             Answer::Activated { secret } if secret.len() <= 32 => Ok(secret.0),
-            _ => Err(ServiceError::Confused),
+            _ => Err(self.confused()),
         }
     }
 
@@ -82,7 +101,7 @@ impl Client {
     pub fn certify_wrap_key(&mut self) -> Result<WrapKey, ServiceError> {
         match self.ask(&VmRequest::CertifyWrapKey)? {
             Answer::WrapKey(key) => Ok(key),
-            _ => Err(ServiceError::Confused),
+            _ => Err(self.confused()),
         }
     }
 
@@ -90,7 +109,7 @@ impl Client {
     pub fn quote(&mut self, request: &VmRequest) -> Result<Quoted, ServiceError> {
         match self.ask(request)? {
             Answer::Quoted(quoted) => Ok(*quoted),
-            _ => Err(ServiceError::Confused),
+            _ => Err(self.confused()),
         }
     }
 
@@ -98,8 +117,8 @@ impl Client {
     /// nothing alone.
     pub fn ecdh(&mut self, point: &[u8; 65]) -> Result<[u8; 65], ServiceError> {
         match self.ask(&VmRequest::Ecdh { point: point[..].into() })? {
-            Answer::Shared { point } => point.0.try_into().map_err(|_| ServiceError::Confused),
-            _ => Err(ServiceError::Confused),
+            Answer::Shared { point } => point.0.try_into().map_err(|_| self.confused()),
+            _ => Err(self.confused()),
         }
     }
 
@@ -108,8 +127,12 @@ impl Client {
             // Answers come in order: nobody wanted the first one.
             let _ = self.asked_for()?;
         }
-        frame::write(&mut self.stream, request)?;
+        self.put(request)?;
         self.answer()
+    }
+
+    fn put(&mut self, request: &VmRequest) -> Result<(), ServiceError> {
+        frame::write(&mut self.stream, request).map_err(|e| self.away(e))
     }
 
     /// The answer to what was asked ahead.
@@ -119,7 +142,17 @@ impl Client {
     }
 
     fn answer(&mut self) -> Result<Answer, ServiceError> {
-        accepted(frame::read(&mut self.stream, ANSWER_LIMIT)?)
+        accepted(frame::read(&mut self.stream, ANSWER_LIMIT).map_err(|e| self.away(e))?)
+    }
+
+    fn away(&mut self, error: FrameError) -> ServiceError {
+        self.confused = true;
+        ServiceError::Away(error)
+    }
+
+    fn confused(&mut self) -> ServiceError {
+        self.confused = true;
+        ServiceError::Confused
     }
 }
 
@@ -237,6 +270,22 @@ mod tests {
         assert!(matches!(client.identity(), Err(ServiceError::Confused)));
         assert!(matches!(client.ecdh(&[4; 65]), Err(ServiceError::Confused)));
         assert!(matches!(client.identity(), Err(ServiceError::Away(_))));
+    }
+
+    #[test]
+    fn a_client_whose_service_is_gone_or_answers_something_else_is_of_no_more_use() {
+        let refused = Answer::Refused { reason: "no".into(), again: false };
+        let mut said_no = serve(vec![refused, Answer::Done]);
+        assert!(said_no.is_of_use());
+        assert!(said_no.identity().is_err() && said_no.is_of_use(), "a refusal is an answer");
+        let mut confused = serve(vec![Answer::Done, Answer::Done]);
+        assert!(confused.identity().is_err() && !confused.is_of_use());
+        let (ours, theirs) = UnixStream::pair().expect("pair");
+        let mut gone = Client::new(ours);
+        gone.ask_identity().expect("written");
+        assert!(gone.is_of_use());
+        drop(theirs);
+        assert!(!gone.is_of_use(), "before anything is asked");
     }
 
     #[test]

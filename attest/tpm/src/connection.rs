@@ -1,14 +1,16 @@
 //! One connection to a TPM: what needs no key.
 
 use crate::error::TpmError;
-use crate::tcti::Tcti;
+use attest::tcti::{Tcti, TctiError};
 use policy::Digest;
 use std::collections::BTreeMap;
+use std::str::FromStr;
 use tss_esapi::constants::{CapabilityType, PropertyTag, StartupType};
 use tss_esapi::handles::{ObjectHandle, PcrHandle, TpmHandle};
 use tss_esapi::interface_types::algorithm::HashingAlgorithm;
 use tss_esapi::interface_types::session_handles::AuthSession;
 use tss_esapi::structures::{CapabilityData, DigestValues, PcrSelectionList, PcrSlot};
+use tss_esapi::tcti_ldr::{DeviceConfig, NetworkTPMConfig, TctiNameConf};
 
 /// A TPM that answers. Objects and sessions that it loads are flushed when it is dropped.
 pub struct Tpm {
@@ -47,7 +49,7 @@ impl Tpm {
     }
 
     fn connect(tcti: &Tcti) -> Result<Self, TpmError> {
-        let context = tss_esapi::Context::new(tcti.conf()?).map_err(|_| TpmError::Away(tcti.to_string()))?;
+        let context = tss_esapi::Context::new(library_name(tcti)?).map_err(|_| TpmError::Away(tcti.to_string()))?;
         Ok(Self { context })
     }
 
@@ -167,6 +169,19 @@ impl Tpm {
 impl std::fmt::Debug for Tpm {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.write_str("a TPM")
+    }
+}
+
+/// The TPM's name in the library's form.
+pub(crate) fn library_name(tcti: &Tcti) -> Result<TctiNameConf, TctiError> {
+    match tcti {
+        Tcti::Device(path) => {
+            let path = path.to_str().ok_or(TctiError::Path)?;
+            DeviceConfig::from_str(path).map(TctiNameConf::Device).map_err(|_| TctiError::Path)
+        }
+        Tcti::Swtpm { host, port } => NetworkTPMConfig::from_str(&format!("host={host},port={port}"))
+            .map(TctiNameConf::Swtpm)
+            .map_err(|_| TctiError::Swtpm),
     }
 }
 

@@ -1,6 +1,6 @@
 //! What can go wrong with a TPM, told apart by what somebody can do about it.
 
-use crate::tcti::TctiError;
+use attest::tcti::TctiError;
 use tss_esapi::constants::response_code::{Tss2ResponseCode, Tss2ResponseCodeKind as Kind};
 
 /// A TPM that did not do what it was asked.

@@ -7,8 +7,8 @@
 use crate::connection::{Tpm, selection};
 use crate::ek::{self, EkChoice, EkKind};
 use crate::error::TpmError;
-use crate::tcti::Tcti;
 use crate::template;
+use attest::tcti::Tcti;
 use attest::tpm::WRAP_PCRS;
 use policy::Digest;
 use tss_esapi::attributes::SessionAttributesBuilder;

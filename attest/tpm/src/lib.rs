@@ -2,7 +2,6 @@
 //!
 //! | module | what it holds |
 //! | --- | --- |
-//! | [`Tcti`] | how to reach the TPM: `device:` and `swtpm:`, nothing else |
 //! | [`Tpm`] | a connection, and what needs no key: PCRs, lockout, flushing what a dead client left |
 //! | [`EkKind`], [`EkChoice`] | endorsement keys, their certificates and templates in NV |
 //! | [`HostTpm`] | EK, AK and wrap key, and the commands on them |
@@ -15,7 +14,6 @@ mod error;
 pub mod fuzz;
 mod host;
 mod quiet;
-mod tcti;
 mod template;
 
 pub use connection::{Lockout, Tpm};
@@ -23,4 +21,3 @@ pub use ek::{EkChoice, EkKind, EkKindError};
 pub use error::TpmError;
 pub use host::{BootCount, CertifiedKey, HostTpm, Quote, Signed, TpmIdentity};
 pub use quiet::silence_library;
-pub use tcti::{Tcti, TctiError};

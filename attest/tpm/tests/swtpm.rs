@@ -2,7 +2,7 @@
 
 use attest::tpm::pcr::composite;
 use attest::tpm::{Attest, Public, Signature, WRAP_PCRS, check_ak, check_ek, check_wrap_key, policy_pcr_digest};
-use fealty_attest_tpm::{EkChoice, EkKind, HostTpm, Tcti, Tpm, TpmError};
+use fealty_attest_tpm::{EkChoice, EkKind, HostTpm, Tpm, TpmError};
 use fealty_tests::swtpm::Swtpm;
 use policy::Digest;
 use tss_esapi::interface_types::algorithm::{HashingAlgorithm, PublicAlgorithm};

@@ -128,13 +128,13 @@ fn register(shared: &Arc<Shared>, registration: Registration, descriptors: Vec<O
     if !unix || sockopt::socket_type(&socket) != Ok(SocketType::STREAM) || !is_pidfd(&pidfd) {
         return Err(Refusal::never("Register takes a unix stream socket and a pidfd, in this order"));
     }
+    let stream = Arc::new(UnixStream::from(socket));
     let counted = Counted::new(shared).ok_or_else(|| Refusal::for_now("the TPM service has too many connections"))?;
     let id = shared
         .peers
-        .add(&registration, pidfd)
+        .add(&registration, pidfd, &stream)
         .ok_or_else(|| Refusal::for_now("the TPM service serves too many VM processes"))?;
     shared.keep_state().map_err(|e| Refusal::never(e.to_string()))?;
-    let stream = UnixStream::from(socket);
     spawn(move || serve_vm(&counted.0, id, &registration, &stream))
         .map_err(|e| Refusal::for_now(format!("no thread for another VM process: {e}")))
 }

@@ -8,8 +8,9 @@ use crate::runtime::{IdentityFile, RuntimeDir, RuntimeError, State, read_bounded
 use attest::eventlog::{LogError, Replay, firmware};
 use attest::protocol::LOG_LIMIT;
 use attest::service::{Answer, Identity, VmRequest, WrapKey};
+use attest::tcti::Tcti;
 use attest::tpm::{Public, WRAP_PCRS, check_ek, policy_pcr_digest};
-use attest_tpm::{BootCount, EkChoice, HostTpm, Tcti, TpmError, TpmIdentity};
+use attest_tpm::{BootCount, EkChoice, HostTpm, TpmError, TpmIdentity};
 use policy::instance::EarlierPeer;
 use policy::reference::LAYER_PCR;
 use policy::{Base64Url, Digest, HostId};
@@ -135,7 +136,8 @@ impl Engine {
     /// Serves a VM process, which is what `vm` says, whatever it says itself.
     pub(super) fn serve_vm(&mut self, request: &VmRequest, vm: &Registration, earlier: EarlierPeer) -> Answer {
         let answer = match request {
-            VmRequest::Identity => Ok(self.identify()),
+            // Known by heart; but who asks will want a quote next, at the price of a nonce, and is told here if the TPM is away.
+            VmRequest::Identity => self.with_tpm(|engine, _| Ok(engine.identify())),
             VmRequest::Activate { blob, secret } => self.activate(blob, secret),
             VmRequest::CertifyWrapKey => self.wrap().map(|w| Answer::WrapKey(w.key)),
             VmRequest::Ecdh { point } => self.ecdh(point),

@@ -22,7 +22,8 @@ mod worker;
 pub use engine::{EngineError, LogPaths};
 
 use crate::runtime::{RuntimeDir, RuntimeError};
-use attest_tpm::{EkChoice, Tcti};
+use attest::tcti::Tcti;
+use attest_tpm::EkChoice;
 use connection::Shared;
 use rustix::event::{PollFd, PollFlags, Timespec};
 use std::fs;

@@ -2,8 +2,10 @@
 
 use policy::{CustomerId, Digest, VmId, instance::EarlierPeer};
 use rustix::event::{PollFd, PollFlags, Timespec};
-use std::os::fd::{AsFd, OwnedFd};
-use std::sync::{Mutex, MutexGuard};
+use std::net::Shutdown;
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+use std::sync::{Arc, Mutex, MutexGuard, Weak};
 
 /// More VM processes than a host has.
 const MOST_PEERS: usize = 4096;
@@ -36,9 +38,21 @@ struct List {
 #[derive(Debug)]
 struct Peer {
     id: PeerId,
-    customer: CustomerId,
-    vm: VmId,
+    registration: Registration,
     pidfd: OwnedFd,
+    connection: Weak<UnixStream>,
+}
+
+impl Peer {
+    /// Whether it is the process behind `pidfd`, registered as the same.
+    fn is(&self, registration: &Registration, pidfd: &OwnedFd) -> bool {
+        self.registration == *registration && pid(pidfd).is_some_and(|other| pid(&self.pidfd) == Some(other))
+    }
+
+    /// Whether it is a process of this VM.
+    fn is_of(&self, registration: &Registration) -> bool {
+        (&self.registration.customer, &self.registration.vm) == (&registration.customer, &registration.vm)
+    }
 }
 
 impl Peers {
@@ -47,16 +61,29 @@ impl Peers {
         Self { list: Mutex::default(), unknown_before }
     }
 
-    /// Remembers a VM process; `None` where there are too many.
-    pub(super) fn add(&self, registration: &Registration, pidfd: OwnedFd) -> Option<PeerId> {
+    /// Remembers a VM process, which asks over `connection`; `None` where there are too many. One that is registered again has
+    /// lost its connection, and is no second one: that connection is closed, so that each has one.
+    pub(super) fn add(
+        &self,
+        registration: &Registration,
+        pidfd: OwnedFd,
+        connection: &Arc<UnixStream>,
+    ) -> Option<PeerId> {
         let mut list = self.living();
+        list.peers.retain(|peer| {
+            let again = peer.is(registration, &pidfd);
+            if again && let Some(old) = peer.connection.upgrade() {
+                // Where it is closed already, nothing is left to do.
+                let _ = old.shutdown(Shutdown::Both);
+            }
+            !again
+        });
         if list.peers.len() >= MOST_PEERS {
             return None;
         }
         list.last += 1;
         let id = PeerId(list.last);
-        let (customer, vm) = (registration.customer.clone(), registration.vm.clone());
-        list.peers.push(Peer { id, customer, vm, pidfd });
+        list.peers.push(Peer { id, registration: registration.clone(), pidfd, connection: Arc::downgrade(connection) });
         Some(id)
     }
 
@@ -64,7 +91,7 @@ impl Peers {
     /// then waited must not be told that it is alone, for the other may have got keys meanwhile.
     pub(super) fn earlier(&self, id: PeerId, registration: &Registration) -> EarlierPeer {
         let list = self.living();
-        let other = |p: &Peer| p.id != id && p.customer == registration.customer && p.vm == registration.vm;
+        let other = |p: &Peer| p.id != id && p.is_of(registration);
         if list.peers.iter().any(other) {
             EarlierPeer::Lives
         } else if self.unknown_before {
@@ -93,9 +120,18 @@ impl Peers {
 
 /// Whether a descriptor is a pidfd (of a process that may have ended).
 pub(super) fn is_pidfd(fd: &OwnedFd) -> bool {
-    use std::os::fd::AsRawFd;
-    let info = std::fs::read_to_string(format!("/proc/self/fdinfo/{}", fd.as_raw_fd())).unwrap_or_default();
-    info.lines().any(|line| line.starts_with("Pid:"))
+    pid_line(fd).is_some()
+}
+
+/// The process behind a pidfd, which no other process is while it lives; `None` where it has ended, or is not to be seen from here.
+fn pid(pidfd: &OwnedFd) -> Option<u32> {
+    pid_line(pidfd)?.parse().ok().filter(|pid| *pid > 0)
+}
+
+/// What the kernel says of the process behind a pidfd (proc_pid_fdinfo(5)): its id, -1 once it has ended.
+fn pid_line(fd: &OwnedFd) -> Option<String> {
+    let info = std::fs::read_to_string(format!("/proc/self/fdinfo/{}", fd.as_raw_fd())).ok()?;
+    info.lines().find_map(|line| Some(line.strip_prefix("Pid:")?.trim().to_owned()))
 }
 
 /// A pidfd becomes readable when its process ends (pidfd_open(2)).
@@ -118,6 +154,10 @@ mod tests {
         (child, pidfd)
     }
 
+    fn line() -> Arc<UnixStream> {
+        Arc::new(UnixStream::pair().expect("a pair").0)
+    }
+
     fn end(mut child: Child) {
         child.kill().expect("killed");
         child.wait().expect("waited");
@@ -136,8 +176,8 @@ mod tests {
         let peers = Peers::new(false);
         let (a, b) = (process(), process());
         let vm = registration("a");
-        peers.add(&vm, a.1).expect("room");
-        let second = peers.add(&vm, b.1).expect("room");
+        peers.add(&vm, a.1, &line()).expect("room");
+        let second = peers.add(&vm, b.1, &line()).expect("room");
         assert_eq!(peers.earlier(second, &vm), EarlierPeer::Lives);
         assert_eq!(peers.earlier(second, &registration("b")), EarlierPeer::None);
         end(a.0);
@@ -152,9 +192,9 @@ mod tests {
         let peers = Peers::new(false);
         let (a, b) = (process(), process());
         let vm = registration("a");
-        let first = peers.add(&vm, a.1).expect("room");
+        let first = peers.add(&vm, a.1, &line()).expect("room");
         assert_eq!(peers.earlier(first, &vm), EarlierPeer::None);
-        peers.add(&vm, b.1).expect("room");
+        peers.add(&vm, b.1, &line()).expect("room");
         assert_eq!(peers.earlier(first, &vm), EarlierPeer::Lives, "the later one may hold the keys");
         end(b.0);
         assert_eq!(peers.earlier(first, &vm), EarlierPeer::None);
@@ -165,17 +205,43 @@ mod tests {
     fn after_a_restart_nobody_knows() {
         let peers = Peers::new(true);
         let (child, pidfd) = process();
-        let id = peers.add(&registration("a"), pidfd).expect("room");
+        let id = peers.add(&registration("a"), pidfd, &line()).expect("room");
         assert_eq!(peers.earlier(id, &registration("a")), EarlierPeer::Unknown);
         end(child);
         assert!(peers.may_live());
     }
 
     #[test]
+    fn a_process_that_registers_again_is_the_same_and_has_one_connection() {
+        let peers = Peers::new(false);
+        let (a, b) = (process(), process());
+        let again = a.1.try_clone().expect("a copy");
+        let vm = registration("a");
+        let (first_line, mut client) = UnixStream::pair().expect("a pair");
+        let first_line = Arc::new(first_line);
+        let first = peers.add(&vm, a.1, &first_line).expect("room");
+        let second_line = line();
+        let second = peers.add(&vm, again.try_clone().expect("a copy"), &second_line).expect("room");
+        assert_eq!((peers.count(), peers.earlier(second, &vm)), (1, EarlierPeer::None));
+        assert_eq!(peers.earlier(first, &vm), EarlierPeer::Lives, "whoever asks on the old connection is not alone");
+        assert_eq!(std::io::Read::read(&mut client, &mut [0]).expect("closed"), 0);
+        // Neither another process, nor the same one as another VM, takes its place.
+        peers.add(&vm, b.1, &line()).expect("room");
+        assert_eq!(peers.earlier(second, &vm), EarlierPeer::Lives);
+        peers.add(&registration("b"), again, &line()).expect("room");
+        assert_eq!(peers.count(), 3);
+        end(a.0);
+        end(b.0);
+        assert_eq!(peers.count(), 0);
+    }
+
+    #[test]
     fn only_a_pidfd_is_one() {
         let (child, pidfd) = process();
         assert!(is_pidfd(&pidfd));
+        assert_eq!(pid(&pidfd), Some(child.id()));
         end(child);
+        assert_eq!(pid(&pidfd), None);
         let file: OwnedFd = std::fs::File::open("/dev/null").expect("opens").into();
         assert!(!is_pidfd(&file));
     }

@@ -4,10 +4,10 @@
 use attest::eventlog::{Replay, firmware, layer};
 use attest::qualify::Qualified;
 use attest::service::{Client, ControlClient, Quoted, Registering, VmRequest};
+use attest::tcti::Tcti;
 use attest::tpm::attested::Attested;
 use attest::tpm::pcr::{Selection, composite};
 use attest::tpm::{Attest, Public, Signature};
-use attest_tpm::Tcti;
 use fealty_tests::firmware::Boot;
 use fealty_tests::process::{Background, Ended, run};
 use fealty_tests::swtpm::Swtpm;

@@ -346,6 +346,9 @@ pub(super) enum VmCommand {
     Edit {
         /// The VM file.
         file: PathBuf,
+        /// Go on with the text that an edit which failed has kept.
+        #[arg(long, value_name = "KEPT")]
+        from: Option<PathBuf>,
     },
     /// Make an older VM file the current one again; written to the audit log.
     Back {

@@ -35,6 +35,12 @@ enum CliError {
     Write(PathBuf, #[source] std::io::Error),
     #[error("{0}")]
     Input(String),
+    #[error("nothing was sealed; what you wrote is kept in {kept}: go on with --from {kept}, or remove it")]
+    Kept {
+        #[source]
+        error: Box<CliError>,
+        kept: PathBuf,
+    },
     #[error("{0} can't be started")]
     Start(String, #[source] std::io::Error),
     #[error("the output can't be written")]

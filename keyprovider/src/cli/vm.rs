@@ -11,6 +11,7 @@ use policy::config::{TrustRoots, VmConfig};
 use policy::header::ProviderUrl;
 use policy::{CustomerId, Digest, VmHeader, VmId};
 use serde_json::Value;
+use std::cell::Cell;
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -27,7 +28,7 @@ pub(super) fn vm(
             if out.json { out.document(&header) } else { out.pretty(&header) }
         }
         VmCommand::Show { file } => show(&mut session()?, &file),
-        VmCommand::Edit { file } => edit(&mut session()?, &file),
+        VmCommand::Edit { file, from } => edit(&mut session()?, &file, from.as_deref()),
         VmCommand::Back { file } => back(&mut session()?, &file),
         VmCommand::Create { customer, vm } => {
             let mut s = session()?;
@@ -107,22 +108,40 @@ fn back(s: &mut Session, path: &Path) -> Result<(), CliError> {
     s.out.print(format!("{} is the current file of VM {vm} again", path.display()), &done)
 }
 
-fn edit(s: &mut Session, path: &Path) -> Result<(), CliError> {
+fn edit(s: &mut Session, path: &Path, from: Option<&Path>) -> Result<(), CliError> {
     let (file, config) = open(s, path)?;
     let mut value = serde_json::to_value(&config).map_err(|e| CliError::Input(e.to_string()))?;
     if let Some(object) = value.as_object_mut() {
         object.remove("trust");
     }
     let before = serde_json::to_string_pretty(&value).map_err(|e| CliError::Input(e.to_string()))?;
+    let begun = from.map(files::text).transpose()?;
     let scratch = Scratch::new()?;
-    let edited = scratch.edit(&before)?;
+    let edited = scratch.edit(begun.as_ref().unwrap_or(&before))?;
     if edited.trim() == before.trim() {
         return s.out.print("nothing was changed", &Done { done: false });
     }
+    seal_edited(s, path, &edited, file.header).map_err(|error| scratch.keep(error))?;
+    from.map_or(Ok(()), forget)
+}
+
+/// Removes what an earlier edit kept, and the folder that was made for it.
+fn forget(kept: &Path) -> Result<(), CliError> {
+    std::fs::remove_file(kept).map_err(|e| CliError::Write(kept.to_owned(), e))?;
+    if let Some(folder) = kept.parent()
+        && folder.file_name().is_some_and(|name| name.to_string_lossy().starts_with(SCRATCH))
+    {
+        // Whatever else lies there keeps it.
+        let _ = std::fs::remove_dir(folder);
+    }
+    Ok(())
+}
+
+fn seal_edited(s: &mut Session, path: &Path, edited: &str, header: VmHeader) -> Result<(), CliError> {
     let value =
-        serde_json::from_str(&edited).map_err(|e| CliError::Input(format!("the edited text is not JSON: {e}")))?;
+        serde_json::from_str(edited).map_err(|e| CliError::Input(format!("the edited text is not JSON: {e}")))?;
     let folder = path.parent().map_or(PathBuf::new(), Path::to_owned);
-    let VmHeader { customer, vm, providers, .. } = file.header;
+    let VmHeader { customer, vm, providers, .. } = header;
     seal(s, &customer, &vm, value, &folder, path, providers)
 }
 
@@ -189,22 +208,39 @@ fn with_trust(mut value: Value, trust: TrustRoots) -> Result<VmConfig, CliError>
     Ok(config)
 }
 
-/// A folder in memory that nobody else reads, gone when dropped. What lies there is a configuration, not a key.
-struct Scratch(PathBuf);
+/// What names of folders in memory begin with.
+const SCRATCH: &str = "fealty-keys-";
+
+/// A folder in memory that nobody else reads, gone when dropped. What lies there is a configuration: no key, but the customer's
+/// secret all the same.
+struct Scratch {
+    folder: PathBuf,
+    kept: Cell<bool>,
+}
 
 impl Scratch {
     fn new() -> Result<Self, CliError> {
         let base = std::env::var_os("XDG_RUNTIME_DIR").map_or_else(|| PathBuf::from("/dev/shm"), PathBuf::from);
         let mut random = [0; 8];
         getrandom::fill(&mut random).map_err(|e| CliError::Input(e.to_string()))?;
-        let path = base.join(format!("fealty-keys-{}", hex::encode(random)));
+        let path = base.join(format!("{SCRATCH}{}", hex::encode(random)));
         let made = std::fs::DirBuilder::new().mode(0o700).create(&path);
         made.map_err(|e| CliError::Write(path.clone(), e))?;
-        Ok(Self(path))
+        Ok(Self { folder: path, kept: Cell::new(false) })
+    }
+
+    /// Lets the text outlive an error, which then says where it is.
+    fn keep(&self, error: CliError) -> CliError {
+        self.kept.set(true);
+        CliError::Kept { error: Box::new(error), kept: self.text() }
+    }
+
+    fn text(&self) -> PathBuf {
+        self.folder.join("config.json")
     }
 
     fn edit(&self, text: &str) -> Result<String, CliError> {
-        let path = self.0.join("config.json");
+        let path = self.text();
         files::write_new(&path, text.as_bytes())?;
         let editor = std::env::var("EDITOR").unwrap_or_else(|_| "vi".to_owned());
         let mut words = editor.split_whitespace();
@@ -220,6 +256,8 @@ impl Scratch {
 
 impl Drop for Scratch {
     fn drop(&mut self) {
-        let _ = std::fs::remove_dir_all(&self.0);
+        if !self.kept.get() {
+            let _ = std::fs::remove_dir_all(&self.folder);
+        }
     }
 }

@@ -1,7 +1,7 @@
 //! Plays firmware and kernel on a bare software TPM: for demonstrations and tests on machines without a TPM. Never on a real one.
 #![allow(unsafe_code)]
 
-use attest_tpm::Tcti;
+use attest::tcti::Tcti;
 use clap::Parser;
 use fealty_tests::firmware::{Boot, FirmwareError};
 use std::path::{Path, PathBuf};

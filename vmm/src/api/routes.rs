@@ -17,7 +17,11 @@ pub(super) fn route(
     let path = request.path.strip_prefix("/api/v1/").unwrap_or_default();
     match (request.method, path) {
         (Method::Get, "vmm.ping") => ok(&ping()),
-        (Method::Get, "vm.info") => ok(&operations.map_or_else(|| json!({ "state": "Created" }), Operations::info)),
+        (Method::Get, "vm.info") => match operations.map(Operations::info) {
+            None => ok(&json!({ "state": "Created" })),
+            Some(Ok(info)) => ok(&info),
+            Some(Err(error)) => failed(&error),
+        },
         (Method::Get, "vm.counters") => ok(&operations.map_or_else(|| json!({}), Operations::counters)),
         (Method::Get, "fealty/status") => ok(&operations.map_or_else(starting, Operations::status)),
         (Method::Put, "vm.resize") => resize(&request.body, operations),

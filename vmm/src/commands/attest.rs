@@ -2,7 +2,8 @@
 //! released and nothing is started: the provider is asked for its opinion only.
 
 use crate::exit::{Exit, Failure, chain, one_line};
-use crate::provider::{contacts, failure, register};
+use crate::provider::{contacts, failure};
+use crate::registrar::Registrar;
 use crate::run::{Host, read_vm_file};
 use crate::sandbox::{Filter, close_inherited, close_thread, harden, process};
 use crate::steps::Steps;
@@ -21,8 +22,9 @@ pub fn run(file: &Path, host: &Host, steps: Steps) -> Result<Exit, Failure> {
     close_inherited().map_err(|e| Failure::of(Exit::Host, &e))?;
     let file = read_vm_file(file)?;
     let (sender, registered) = std::sync::mpsc::channel();
-    let contacts = contacts(&file, host, registered)?;
-    let _ = sender.send(register(&file, host)?.done()?);
+    let mut registrar = Registrar::start(&file, host)?;
+    let contacts = contacts(&file, host, registered, steps)?;
+    let _ = sender.send((registrar.registered()?, registrar));
     let mut attester = (contacts.attester)()?;
     harden().and_then(|()| close_thread(Filter::Provider)).map_err(|e| Failure::of(Exit::Host, &e))?;
     let examined = attester

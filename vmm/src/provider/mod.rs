@@ -1,15 +1,15 @@
 //! The thread that talks to the key provider: attestations, renewals, anchors, reports. It alone reads network bytes, and
 //! everything else in the process speaks to it through a [`Link`].
 
+mod contacts;
 mod failure;
 mod outbox;
-mod register;
 mod talker;
 mod timing;
 
+pub use contacts::contacts;
 pub use failure::failure;
 pub use outbox::{CAPACITY, Outbox, OutboxFull};
-pub use register::{Registration, contacts, register};
 pub use talker::Contacts;
 
 use crate::exit::{Exit, Failure};

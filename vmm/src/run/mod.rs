@@ -44,8 +44,8 @@ pub struct Settings {
 
 /// Where the host's TPM is, and what helps to find the provider.
 pub struct Host {
-    /// The TPM, as a TCTI string.
-    pub tcti: String,
+    /// The TPM.
+    pub tcti: attest::tcti::Tcti,
     /// The TPM service's folder.
     pub runtime_dir: Option<PathBuf>,
     /// The provider's CA certificate.

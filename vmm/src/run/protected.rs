@@ -18,7 +18,8 @@ use crate::opener::{Access, Mapping, Opener};
 use crate::operations::{Facts, Operations, Protected};
 use crate::permit::StartPermit;
 use crate::post::{Inbox, Post, office};
-use crate::provider::{Link, contacts, gone, register};
+use crate::provider::{Link, contacts, gone};
+use crate::registrar::Registrar;
 use crate::sandbox::{Filter, close_inherited, close_thread, harden, process};
 use crate::signals::Signals;
 use crate::steps::Steps;
@@ -115,23 +116,23 @@ fn prepare(start: &ProtectedRun, settings: &Settings) -> Result<(Prepared, std::
     close_inherited().map_err(|e| Failure::of(Exit::Host, &e))?;
     let file = read_vm_file(&start.file)?;
     steps.step("read", &format!("VM {} of {}, file {}", file.header.vm, file.header.customer, file.digest));
-    let opener = Opener::start(&folder_of(&start.file), &start.mappings).map_err(|e| Failure::of(Exit::Host, &e))?;
     // The service registers this process while it prepares itself, and the provider's thread its client.
     let begun = Instant::now();
-    let registration = register(&file, &start.host)?;
+    let mut registrar = Registrar::start(&file, &start.host)?;
+    let opener = Opener::start(&folder_of(&start.file), &start.mappings).map_err(|e| Failure::of(Exit::Host, &e))?;
     process::forget_children();
     let host = |what: &str, e: std::io::Error| Failure::new(Exit::Host, format!("cannot {what}: {e}"));
     let (post, inbox) = office().map_err(|e| host("make an event descriptor", e))?;
     let (service, registered) = channel();
-    let contacts = contacts(&file, &start.host, registered)?;
+    let contacts = contacts(&file, &start.host, registered, steps)?;
     let link = Signals::kept_from(|| Link::start(contacts, steps, post.clone()))?;
     let ends = Ends::attached(&start.attachments, start.console_socket.as_deref(), start.vsock_socket.as_deref())?;
     let kvm = open_kvm().map_err(|e| machine_failure(&e))?;
     let console = Console::open(&settings.console)?;
     harden().map_err(|e| Failure::of(Exit::Host, &e))?;
     // Signals still end a process whose TPM service hangs. A thread that is gone says so when it is asked.
-    let _ = service.send(registration.done()?);
-    steps.timed("tpm-service", &start.host.tcti, begun.elapsed());
+    let _ = service.send((registrar.registered()?, registrar));
+    steps.timed("tpm-service", &start.host.tcti.to_string(), begun.elapsed());
     let signals = Signals::take().map_err(|e| host("receive signals", e))?;
     let api = serve_api(settings, &post)?;
     Ok((Prepared { file, opener, signals, post, inbox, lines: Lines { console, ends }, api, link }, kvm))

@@ -4,16 +4,31 @@
 use super::SandboxError;
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use std::io;
+use std::os::fd::{AsRawFd, BorrowedFd};
 
 /// The most descriptors a VM process has: 16 disks of 16 queues with three each, the vCPUs, other devices, sockets.
 const DESCRIPTORS: u64 = 2048;
 
 /// Closes every descriptor above standard error: to be called first, while none of them is this program's own.
 pub fn close_inherited() -> Result<(), SandboxError> {
-    // SAFETY: the call closes descriptors by number. It runs before this program has opened any, so no object that owns one of
-    // these numbers exists.
-    let answer = unsafe { libc::syscall(libc::SYS_close_range, 3u32, u32::MAX, 0u32) };
-    step("close_range", answer)
+    close_all_but(&[])
+}
+
+/// Closes every descriptor above standard error but these: to be called by a forked child, which uses no other object of its parent's
+/// that owns one, and drops none.
+pub fn close_all_but(kept: &[BorrowedFd<'_>]) -> Result<(), SandboxError> {
+    let mut kept: Vec<u32> = kept.iter().filter_map(|fd| u32::try_from(fd.as_raw_fd()).ok()).collect();
+    kept.sort_unstable();
+    let mut first = 3;
+    for number in kept.into_iter().filter(|number| *number >= 3).chain([u32::MAX]) {
+        if number > first {
+            // SAFETY: the call closes descriptors by number, none of which an object owns that is used again: a child uses those that
+            // it names here and ends without destructors, and a program that has just started has opened none.
+            step("close_range", unsafe { libc::syscall(libc::SYS_close_range, first, number - 1, 0u32) })?;
+        }
+        first = number.saturating_add(1);
+    }
+    Ok(())
 }
 
 /// Gives up core dumps, new privileges and a large number of descriptors; and lets no file the process makes be read by
@@ -47,10 +62,16 @@ pub fn forget_code() {
     unsafe { libc::madvise(start as *mut libc::c_void, end.saturating_sub(start), libc::MADV_DONTNEED) };
 }
 
-/// Children that end leave nothing behind: for once nobody waits for one any more.
+/// Children that end leave nothing behind: for when nobody waits for one.
 pub fn forget_children() {
-    // SAFETY: SIG_IGN is a valid disposition, and no code of this process waits for children after this.
+    // SAFETY: SIG_IGN is a valid disposition, and no code of this process waits for children before `await_children`.
     unsafe { libc::signal(libc::SIGCHLD, libc::SIG_IGN) };
+}
+
+/// Children that end from now on can be waited for.
+pub fn await_children() {
+    // SAFETY: SIG_DFL is a valid disposition.
+    unsafe { libc::signal(libc::SIGCHLD, libc::SIG_DFL) };
 }
 
 /// What libraries find out once, found out before paths are closed; and one heap for all threads: an arena for each would

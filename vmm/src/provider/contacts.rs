@@ -1,73 +1,41 @@
-//! Before the sandbox closes: this process is registered with the host's TPM service, and says what it is.
+//! Before the sandbox closes: who is to be talked to, and what this process says of itself.
 
 use super::Contacts;
 use crate::exit::{Exit, Failure};
+use crate::registrar::Registrar;
 use crate::run::Host;
+use crate::steps::Steps;
 use attest::client::ProviderClient;
 use attest::flow::Attester;
-use attest::service::{Client, Registering, spawn_or_join};
+use attest::service::Client;
 use attest::vmfile::VmFile;
 use policy::document::{Claims, KeyMemory};
 use secretmem::Protection;
-use std::os::fd::AsFd;
-use std::os::unix::net::UnixStream;
-use std::path::PathBuf;
 use std::sync::mpsc::Receiver;
 
 /// The longest CA certificate file, in bytes.
 const CA_LIMIT: u64 = 64 * 1024;
 
 /// What the provider's thread begins with. It prepares its client, which takes as long as the registration does, and then
-/// waits for it: for the process's end of the socket pair.
-pub fn contacts(file: &VmFile, host: &Host, registered: Receiver<Client>) -> Result<Contacts, Failure> {
+/// waits for it: for the process's end of the socket pair, and for who makes another one should that service end.
+pub fn contacts(
+    file: &VmFile,
+    host: &Host,
+    registered: Receiver<(Client, Registrar)>,
+    steps: Steps,
+) -> Result<Contacts, Failure> {
     let authority = host.provider_ca.as_deref().map(read_authority).transpose()?;
     let (header, digest) = (file.header.clone(), file.digest);
     let attester = move || {
         let provider = ProviderClient::new(&header, authority).map_err(|e| Failure::of(Exit::Host, &e))?;
         let claims = claims()?;
-        let service = registered.recv().map_err(|_| super::gone())?;
-        Attester::new(service, provider, header, digest, &claims).map_err(|e| super::failure(&e))
+        let (service, mut registrar) = registered.recv().map_err(|_| super::gone())?;
+        let reconnect = Box::new(move || {
+            registrar.again().inspect(|_| steps.step("tpm-service", "it had ended; another one serves this VM"))
+        });
+        Attester::new(service, reconnect, provider, header, digest, &claims).map_err(|e| super::failure(&e))
     };
     Ok(Contacts { attester: Box::new(attester) })
-}
-
-/// A registration under way: the TPM service works on it while this process prepares itself.
-pub struct Registration {
-    asked: Registering,
-    client: Client,
-}
-
-/// Joins or starts the TPM service, and asks it to register this process for the VM of `file`; and who the host is, which will be
-/// the first question.
-pub fn register(file: &VmFile, host: &Host) -> Result<Registration, Failure> {
-    let control = spawn_or_join(&host.tcti, host.runtime_dir.as_deref(), &service_program()?).map_err(|e| tpm(&e))?;
-    let (ours, theirs) = UnixStream::pair().map_err(|e| tpm(&e))?;
-    let own = rustix::process::getpid();
-    let pidfd = rustix::process::pidfd_open(own, rustix::process::PidfdFlags::empty()).map_err(|e| tpm(&e))?;
-    let mut client = Client::new(ours);
-    client.ask_identity().map_err(|e| tpm(&e))?;
-    let VmFile { header, digest, .. } = file;
-    let asked = control.register(&header.customer, &header.vm, *digest, theirs.as_fd(), pidfd.as_fd());
-    Ok(Registration { asked: asked.map_err(|e| tpm(&e))?, client })
-}
-
-impl Registration {
-    /// This process's end of the socket pair, once the service serves the other.
-    pub fn done(self) -> Result<Client, Failure> {
-        self.asked.done().map_err(|e| tpm(&e))?;
-        Ok(self.client)
-    }
-}
-
-fn tpm(error: &(dyn std::error::Error + 'static)) -> Failure {
-    Failure::of(Exit::Tpm, error)
-}
-
-/// `fealty-host`, which lies beside this program.
-fn service_program() -> Result<PathBuf, Failure> {
-    let own =
-        std::env::current_exe().map_err(|e| Failure::new(Exit::Host, format!("cannot find this program: {e}")))?;
-    Ok(own.with_file_name("fealty-host"))
 }
 
 /// What this process says of how it keeps keys; the policy decides what that is worth.
