@@ -23,7 +23,7 @@ pub fn contacts(file: &VmFile, host: &Host, registered: Receiver<Client>) -> Res
     let authority = host.provider_ca.as_deref().map(read_authority).transpose()?;
     let (header, digest) = (file.header.clone(), file.digest);
     let attester = move || {
-        let provider = ProviderClient::new(&header, authority).map_err(|e| Failure::of(Exit::Host, &e))?;
+        let provider = ProviderClient::new(&header, authority).map_err(|e| super::failure(&e.into()))?;
         let claims = claims()?;
         let service = registered.recv().map_err(|_| super::gone())?;
         Attester::new(service, provider, header, digest, &claims).map_err(|e| super::failure(&e))
