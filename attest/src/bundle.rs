@@ -149,7 +149,8 @@ fn take_x(shared_point: &mut [u8; P256_ENC]) -> Result<Secret<32>, SecretError> 
     shared_x
 }
 
-fn parse(release_json: &[u8]) -> Result<Release, BundleError> {
+/// Reads a release as it stands: nothing vouches for it yet.
+pub(crate) fn parse(release_json: &[u8]) -> Result<Release, BundleError> {
     let release: Release = serde_json::from_slice(release_json).map_err(BundleError::Json)?;
     if (1..=MAX_KEYS).contains(&release.keys.len()) { Ok(release) } else { Err(BundleError::Count) }
 }

@@ -64,6 +64,9 @@ pub enum ClientError {
         /// What is wrong with it.
         reason: String,
     },
+    /// The CA certificate that was given has another key than the pinned one.
+    #[error("the given CA certificate is not the one that the VM file pins")]
+    WrongAuthority,
     /// The client could not be made.
     #[error("the connection to the key provider can't be prepared: {0}")]
     Setup(String),
@@ -92,7 +95,7 @@ impl HttpsClient {
     /// server may omit; only one that matches `pin` is ever used.
     ///
     /// # Errors
-    /// [`ClientError::Setup`] where the identity can't be used.
+    /// [`ClientError::WrongAuthority`]; [`ClientError::Setup`] where the identity can't be used.
     pub fn new(
         urls: Vec<ProviderUrl>,
         pin: Digest,
@@ -275,7 +278,7 @@ impl ProviderClient {
     /// Prepares the client of one VM process; connects to nothing yet. `authority`: see [`HttpsClient::new`].
     ///
     /// # Errors
-    /// [`ClientError::Setup`].
+    /// As [`HttpsClient::new`].
     pub fn new(header: &VmHeader, authority: Option<Vec<u8>>) -> Result<Self, ClientError> {
         let identity = ClientIdentity::generate()?;
         let https = HttpsClient::new(header.providers.clone(), header.pin, authority, &identity)?;

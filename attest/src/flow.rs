@@ -20,7 +20,7 @@ use policy::audit::{AuditEvent, AuditKind};
 use policy::document::Claims;
 use policy::lease::{LeaseError, LeasePhase};
 use policy::operation::{OperationRequest, ParameterError};
-use policy::{Digest, Operation, VmHeader};
+use policy::{Digest, InstanceNumber, Operation, VmHeader};
 use secretmem::SecretError;
 use std::time::{Duration, Instant};
 
@@ -60,6 +60,9 @@ pub enum FlowError {
     /// A host that would keep keys for longer than their lease.
     #[error("this host's clock goes more slowly than its TPM's: it can't keep a lease's time")]
     SlowClock,
+    /// Whoever follows did not want evidence to leave.
+    #[error("the attestation was given up before evidence left")]
+    GivenUp,
     /// No locked memory.
     #[error(transparent)]
     Memory(#[from] SecretError),
@@ -89,6 +92,23 @@ pub struct Step {
     pub took: Duration,
 }
 
+/// Follows an attestation: a closure that takes steps, or more than that.
+pub trait Follow {
+    /// A step was done.
+    fn done(&mut self, step: Step);
+
+    /// Whether evidence may leave that keys are released for; asked at the last moment. From then on keys may be released.
+    fn may_send(&mut self) -> bool {
+        true
+    }
+}
+
+impl<F: FnMut(Step)> Follow for F {
+    fn done(&mut self, step: Step) {
+        self(step);
+    }
+}
+
 /// What was sent, and what the provider would do, for `fealty attest --dry-run`.
 #[derive(Debug)]
 pub struct Examined {
@@ -115,6 +135,7 @@ pub struct Attester {
     claims: Vec<u8>,
     identity: Option<Identity>,
     established: Option<Established>,
+    released: Option<InstanceNumber>,
     clocks: Option<Reading>,
 }
 
@@ -144,8 +165,8 @@ impl Attester {
         claims: &Claims,
     ) -> Result<Self, FlowError> {
         let claims = serde_json::to_vec(claims).map_err(|_| FlowError::Host("claims can't be written"))?;
-        let (identity, established, clocks) = (None, None, None);
-        Ok(Self { service, reconnect, provider, header, vm_file, claims, identity, established, clocks })
+        let (identity, established, released, clocks) = (None, None, None, None);
+        Ok(Self { service, reconnect, provider, header, vm_file, claims, identity, established, released, clocks })
     }
 
     /// The client, for reports and anchors.
@@ -153,12 +174,18 @@ impl Attester {
         &mut self.provider
     }
 
+    /// The instance that the provider last released keys to, as far as its answers could be read: also where [`attest`](Self::attest)
+    /// failed after that. The provider's word alone; reporting the instance's end is what it is good for.
+    pub fn released(&self) -> Option<InstanceNumber> {
+        self.released
+    }
+
     /// From now on releases must fit the instance that was started.
     pub fn establish(&mut self, established: Established) {
         self.established = Some(established);
     }
 
-    /// Proves this host's software and gets the keys for `request`. Each step is told as it is done. The first is a power-on,
+    /// Proves this host's software and gets the keys for `request`. `follower` is told each step as it is done. The first is a power-on,
     /// whose receipt and policy the caller checks ([`OpenedRelease::establish`]), because the trust roots are among what it opens;
     /// those of later ones are checked here.
     ///
@@ -167,12 +194,12 @@ impl Attester {
     pub fn attest(
         &mut self,
         request: &OperationRequest,
-        tell: &mut dyn FnMut(Step),
+        follower: &mut dyn Follow,
     ) -> Result<OpenedRelease, FlowError> {
         if (request.operation == Operation::PowerOn) != self.established.is_none() {
             return Err(FlowError::Mismatch("a power-on comes first, and once"));
         }
-        let attested = self.attest_once(request, tell);
+        let attested = self.attest_once(request, follower);
         if let Err(FlowError::Service(_)) = &attested {
             self.identity = None;
         }
@@ -182,18 +209,22 @@ impl Attester {
     fn attest_once(
         &mut self,
         request: &OperationRequest,
-        tell: &mut dyn FnMut(Step),
+        follower: &mut dyn Follow,
     ) -> Result<OpenedRelease, FlowError> {
-        let asked = self.ask(request, tell)?;
+        let asked = self.ask(request, follower)?;
+        if !follower.may_send() {
+            return Err(FlowError::GivenUp);
+        }
         let start = Instant::now();
         let released = self.provider.evidence(&asked.challenge.id, &asked.evidence)?;
-        tell(step("evidence", start, "accepted".into()));
+        self.released = bundle::parse(&released.release).map(|release| release.instance).ok().or(self.released);
+        follower.done(step("evidence", start, "accepted".into()));
         let start = Instant::now();
         let opened = self.open(&asked, &released)?;
         if let Some(established) = &mut self.established {
             established.accept(&opened)?;
         }
-        tell(step("open", start, format!("{} keys in locked memory", opened.keys.len())));
+        follower.done(step("open", start, format!("{} keys in locked memory", opened.keys.len())));
         Ok(opened)
     }
 
@@ -201,20 +232,20 @@ impl Attester {
     ///
     /// # Errors
     /// As [`attest`](Self::attest); a provider that would refuse the evidence is no error, but one that refuses the challenge is.
-    pub fn examine(&mut self, request: &OperationRequest, tell: &mut dyn FnMut(Step)) -> Result<Examined, FlowError> {
-        let Asked { challenge, evidence, qualified, .. } = self.ask(request, tell)?;
+    pub fn examine(&mut self, request: &OperationRequest, follower: &mut dyn Follow) -> Result<Examined, FlowError> {
+        let Asked { challenge, evidence, qualified, .. } = self.ask(request, follower)?;
         let start = Instant::now();
         let opinion = self.provider.opinion(&challenge.id, &evidence)?;
-        tell(step("opinion", start, if opinion.would_release { "yes" } else { "no" }.into()));
+        follower.done(step("opinion", start, if opinion.would_release { "yes" } else { "no" }.into()));
         Ok(Examined { challenge, evidence, qualified, opinion })
     }
 
     /// Asks the service before the provider: where it does not serve, no nonce is spent on finding that out.
-    fn ask(&mut self, request: &OperationRequest, tell: &mut dyn FnMut(Step)) -> Result<Asked, FlowError> {
+    fn ask(&mut self, request: &OperationRequest, follower: &mut dyn Follow) -> Result<Asked, FlowError> {
         request.check()?;
         let start = Instant::now();
         let identity = self.identity()?;
-        tell(step("identity", start, format!("host {}", identity.host)));
+        follower.done(step("identity", start, format!("host {}", identity.host)));
 
         // The lease counts from before the question, so that no delay of the network makes it longer.
         let asked_ms = boottime_ms()?;
@@ -231,14 +262,14 @@ impl Attester {
         if challenge.host != identity.host {
             return Err(FlowError::Mismatch("the challenge is for another host"));
         }
-        tell(step("challenge", start, format!("PCRs {:?}", challenge.pcrs)));
+        follower.done(step("challenge", start, format!("PCRs {:?}", challenge.pcrs)));
 
         let activation = match &challenge.credential {
             None => None,
             Some(credential) => {
                 let start = Instant::now();
                 let secret = patiently(|| self.service.activate(credential))?;
-                tell(step("activate", start, "the AK lives beside the EK".into()));
+                follower.done(step("activate", start, "the AK lives beside the EK".into()));
                 Some(secret.into())
             }
         };
@@ -248,7 +279,7 @@ impl Attester {
         let before_ms = boottime_ms()?;
         let quoted = self.quote(&challenge, request, &bundle_key)?;
         self.compare_clocks(before_ms, &quoted)?;
-        tell(step("quote", start, format!("earlier peer: {:?}", quoted.earlier_peer)));
+        follower.done(step("quote", start, format!("earlier peer: {:?}", quoted.earlier_peer)));
         let wrap_public = Public::parse(&quoted.wrap_key.public)?;
         let qualified = self.qualified(&identity, &challenge, request, &bundle_key, &quoted, &wrap_public);
         let evidence = Evidence {

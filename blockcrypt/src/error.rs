@@ -173,7 +173,7 @@ impl VolumeError {
 }
 
 /// Why an anchor was not kept.
-#[derive(Debug, thiserror::Error)]
+#[derive(Clone, Debug, thiserror::Error)]
 pub enum AnchorRefused {
     /// No answer so far: the engine asks again.
     #[error("the key provider does not answer: {0}")]
@@ -181,4 +181,7 @@ pub enum AnchorRefused {
     /// It will not be kept: another holder has the volume, or it went backward. The engine takes no more writes.
     #[error("the key provider refused the anchor: {0}")]
     Refused(String),
+    /// Whoever asked waits no longer, and does not know what the provider keeps. The engine gives up what it wanted the anchor for.
+    #[error("the key provider did not answer in time: {0}")]
+    GivenUp(String),
 }

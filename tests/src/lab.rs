@@ -94,7 +94,7 @@ impl Lab {
         lab.keys(&["customer", "allow-cloud", "acme", "lab"]).good();
         lab.set_reference();
         lab.set_policy(&plan.settings, &plan.rules);
-        lab.make_volume(&plan.disk);
+        lab.make_volume("root", &plan.disk);
         lab.make_vm(plan);
         lab
     }
@@ -222,23 +222,34 @@ impl Lab {
             .good();
     }
 
+    /// Makes a volume of an image.
     #[track_caller]
-    fn make_volume(&self, image: &[u8]) {
+    pub fn make_volume(&self, name: &str, image: &[u8]) {
         std::fs::create_dir_all(self.path("store")).expect("a folder");
-        std::fs::write(self.path("root.img"), image).expect("written");
-        self.keys(&["volume", "create", "acme", "root"]).good();
-        let disk = program("fealty-disk").display().to_string();
-        let (image, volume) = (self.text("root.img"), self.text("store/root.vol"));
-        self.keys(&["volume", "exec", "acme", "root", "--", &disk, "import", &image, &volume]).good();
+        let file = format!("{name}.img");
+        std::fs::write(self.path(&file), image).expect("written");
+        self.keys(&["volume", "create", "acme", name]).good();
+        self.disk_tool(name, "import", &[&self.text(&file), &self.volume(name)]).good();
     }
 
-    /// The volume's UUID.
+    /// Where a volume's file lies.
+    pub fn volume(&self, name: &str) -> String {
+        self.text(&format!("store/{name}.vol"))
+    }
+
+    /// Runs `fealty-disk` with a volume's keys.
     #[track_caller]
-    pub fn volume_id(&self) -> String {
+    pub fn disk_tool(&self, name: &str, command: &str, words: &[&str]) -> Ended {
+        let disk = program("fealty-disk").display().to_string();
+        self.keys(&[&["volume", "exec", "acme", name, "--", &disk, command], words].concat())
+    }
+
+    /// A volume's UUID.
+    #[track_caller]
+    pub fn volume_id(&self, name: &str) -> String {
         let listed = self.keys(&["volume", "list", "acme", "--json"]).good().out;
-        let value: serde_json::Value =
-            listed.lines().find_map(|l| serde_json::from_str(l).ok()).expect("JSON of the volumes");
-        let volume = value.as_array().map_or(&value, |all| &all[0]);
+        let volumes = listed.lines().map(|line| serde_json::from_str::<serde_json::Value>(line).expect("JSON"));
+        let volume = volumes.into_iter().find(|v| v["name"] == name).unwrap_or_else(|| panic!("no {name} in {listed}"));
         volume["volume"].as_str().expect("a volume id").to_owned()
     }
 
@@ -254,6 +265,12 @@ impl Lab {
         self.seal_with(words, anchor_mode, |_| {}, &[]);
     }
 
+    /// The same, with these disks.
+    #[track_caller]
+    pub fn seal_disks(&self, words: &str, disks: &[serde_json::Value]) {
+        self.seal_with(words, "interval", |config| config["disks"] = disks.into(), &[]);
+    }
+
     /// The same of a configuration that `change` changes, with `more` words for the tool.
     #[track_caller]
     pub fn seal_with(
@@ -263,13 +280,14 @@ impl Lab {
         change: impl FnOnce(&mut serde_json::Value),
         more: &[&str],
     ) {
+        let id = self.volume_id("root");
         let kernel = &crate::guest::images().elf;
         std::fs::copy(kernel, self.path("store/guest")).expect("copied");
         let mut config = serde_json::json!({
             "cpus": {"boot_vcpus": 1},
             "memory": {"size": 32u64 << 20},
             "payload": {"kernel": {"name": "guest"}, "cmdline": format!("console=ttyS0 fealty.do={words}")},
-            "disks": [{"id": "root", "volume": self.volume_id(), "anchor_mode": anchor_mode, "num_queues": 2}],
+            "disks": [{"id": "root", "volume": id, "anchor_mode": anchor_mode, "num_queues": 2}],
         });
         change(&mut config);
         std::fs::write(self.path("store/payroll.json"), config.to_string()).expect("written");
@@ -296,13 +314,18 @@ impl Lab {
         run(&mut self.vm(more), LIMIT)
     }
 
-    /// Exports the volume and returns its bytes.
+    /// Exports the volume `root` and returns its bytes.
     #[track_caller]
     pub fn export(&self) -> Vec<u8> {
-        let disk = program("fealty-disk").display().to_string();
-        let (volume, image) = (self.text("store/root.vol"), self.text("exported.img"));
-        self.keys(&["volume", "exec", "acme", "root", "--", &disk, "export", &volume, &image]).good();
-        std::fs::read(self.path("exported.img")).expect("the exported image")
+        self.export_volume("root")
+    }
+
+    /// Exports a volume, which must be free, and returns its bytes.
+    #[track_caller]
+    pub fn export_volume(&self, name: &str) -> Vec<u8> {
+        let image = self.text("exported.img");
+        self.disk_tool(name, "export", &[&self.volume(name), &image, "--force"]).good();
+        std::fs::read(image).expect("the exported image")
     }
 
     /// The volume's key-encryption key, as a tool gets it: behind the session's description.

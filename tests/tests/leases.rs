@@ -2,6 +2,8 @@
 
 use fealty_tests::lab::{LIMIT, Lab, POWER_ON_ONLY, Plan, lease};
 use fealty_tests::process::Background;
+use policy::Digest;
+use serde_json::Value;
 use std::time::{Duration, Instant};
 
 #[track_caller]
@@ -34,23 +36,69 @@ fn a_lease_is_renewed_under_the_final_filter() {
 
 #[test]
 fn attack_45_without_its_provider_a_vm_pauses_loses_its_keys_and_goes_on_when_they_are_back() {
-    let plan = Plan { words: "hello,load:60,hash,poweroff".into(), settings: lease(4, 1), ..Plan::default() };
-    let mut lab = Lab::new(&Plan { words: "hello,tick".into(), ..plan });
-    let mut vm = Background::start(&mut lab.vm(&[]));
-    vm.until("tick", LIMIT);
+    // The guest's load compares, after the pause too, all that it wrote.
+    let plan = Plan { words: "hello,load:6,hash,poweroff".into(), settings: lease(4, 1), ..Plan::default() };
+    let mut lab = Lab::new(&plan);
+    let socket = lab.text("api.sock");
+    let mut vm = Background::start(&mut lab.vm(&["--api-socket", &socket]));
+    vm.until("load started", LIMIT);
+    let writes = |counters: &Value| counters["disks"]["root"]["writes"].as_u64().expect("a count");
+    wait("a write", || writes(&counters(&lab, &socket)) > 0);
     lab.stop_provider(9);
-    // The lease is past: no tick comes any more.
-    std::thread::sleep(Duration::from_secs(5));
+    vm.until("keys-wiped", LIMIT);
+    let before = counters(&lab, &socket);
+    std::thread::sleep(Duration::from_secs(3));
+    assert_eq!(counters(&lab, &socket), before, "a vCPU or a disk worked after the lease's end");
+    assert!(!vm.out().contains("load ok"), "the pause came too late:\n{}", vm.out());
+    lab.start_provider();
+    vm.until("keys-back", LIMIT);
+    wait("another write", || writes(&counters(&lab, &socket)) > writes(&before));
+    let ended = vm.end(LIMIT).good();
+    assert!(ended.out.contains("load ok"), "{}\n{}", ended.out, ended.err);
+    let exported = lab.export();
+    assert!(exported != plan.disk, "nothing was written");
+    let expected = Digest::of(&exported).to_string();
+    assert!(ended.out.contains(&expected), "the guest read something else than {expected}:\n{}", ended.out);
+    let told: Vec<_> =
+        lab.audit().iter().map(|e| e["details"]["what"].as_str().unwrap_or_default().to_owned()).collect();
+    let at = |what: &str| told.iter().position(|w| w == what).unwrap_or_else(|| panic!("no {what} in {told:?}"));
+    assert!(at("quiesced") < at("keys-wiped") && at("keys-wiped") < at("keys-back"), "{told:?}");
+}
+
+/// What the machine did so far.
+#[track_caller]
+fn counters(lab: &Lab, socket: &str) -> Value {
+    let info = lab.run_tool("fealty", &["ctl", socket, "info", "--json"]).good().out;
+    serde_json::from_str::<Value>(&info).expect("JSON")["counters"].clone()
+}
+
+#[test]
+fn attack_45_a_vm_whose_reports_nobody_takes_stands_still_until_somebody_does() {
+    let settings = lease(600, 10) + r#", "unreported_seconds": 4"#;
+    let mut lab = Lab::new(&Plan { words: "hello,tick".into(), settings, ..Plan::default() });
+    let socket = lab.text("api.sock");
+    let mut vm = Background::start(&mut lab.vm(&["--api-socket", &socket]));
+    vm.until("tick", LIMIT);
+    wait("the first report", || lab.audit_kinds().contains(&"report".into()));
+    lab.stop_provider(9);
+    let ctl = |word: &str| lab.run_tool("fealty", &["ctl", &socket, word]).good().out;
+    // Something to report.
+    ctl("pause");
+    ctl("resume");
+    vm.until("reports could not be delivered; the VM pauses", LIMIT);
+    wait("the pause", || ctl("info").contains("paused until its reports are delivered"));
     let stopped = ticks(&vm);
     std::thread::sleep(Duration::from_secs(3));
-    assert_eq!(ticks(&vm), stopped, "a vCPU ran after the lease's end:\n{}", vm.out());
+    assert_eq!(ticks(&vm), stopped, "it ran unwatched");
+    assert!(lab.run_tool("fealty", &["ctl", &socket, "resume"]).code == Some(4), "the operator can't let it go on");
     lab.start_provider();
+    vm.until("reports are delivered again", LIMIT);
     wait("the guest goes on", || ticks(&vm) > stopped);
-    let kinds = lab.audit_kinds();
-    assert!(kinds.iter().filter(|k| *k == "keys-released").count() >= 2, "{kinds:?}");
-    vm.signal(15);
-    vm.signal(15);
-    vm.end(LIMIT);
+    lab.run_tool("fealty", &["ctl", &socket, "shutdown"]).good();
+    vm.end(LIMIT).good();
+    let reports: Vec<_> = lab.audit().into_iter().filter(|e| e["kind"] == "report").collect();
+    let told: Vec<_> = reports.iter().filter_map(|e| e["details"]["operation"].as_str()).collect();
+    assert_eq!(told, ["vm.pause", "vm.resume", "vm.shutdown"]);
 }
 
 #[test]

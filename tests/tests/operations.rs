@@ -2,7 +2,12 @@
 
 use fealty_tests::lab::{LIMIT, Lab, POWER_ON_ONLY, Plan, lease};
 use fealty_tests::process::{Background, Ended, program, run};
+use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
+use std::io::{IoSlice, Read};
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::net::UnixStream;
 use std::process::Command;
+use std::time::{Duration, Instant};
 
 fn start(lab: &Lab) -> Background {
     let mut vm = Background::start(&mut lab.vm(&["--api-socket", &lab.text("api.sock")]));
@@ -74,4 +79,57 @@ fn a_core_dump_is_refused_by_default_and_sealed_when_permitted() {
     let before = kinds.iter().position(|k| k == "operation-permitted").expect("a before");
     assert!(kinds[before..].iter().any(|k| k == "report"), "its outcome: {kinds:?}");
     assert!(kinds.contains(&"dump-opened".into()), "{kinds:?}");
+}
+
+/// Asks for a core dump into a pipe; the pipe's other end, and the connection on which the answer comes.
+fn dump_into_pipe(lab: &Lab) -> (OwnedFd, UnixStream) {
+    let (reader, writer) = rustix::pipe::pipe().expect("a pipe");
+    let socket = UnixStream::connect(lab.path("api.sock")).expect("a control socket");
+    let request = b"PUT /api/v1/fealty/vm.coredump HTTP/1.1\r\nHost: vm\r\nContent-Length: 0\r\n\r\n";
+    let mut space = [std::mem::MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+    let mut beside = SendAncillaryBuffer::new(&mut space);
+    let writer = [writer.as_fd()];
+    assert!(beside.push(SendAncillaryMessage::ScmRights(&writer)));
+    let sent = sendmsg(&socket, &[IoSlice::new(request)], &mut beside, SendFlags::empty()).expect("sent");
+    assert_eq!(sent, request.len());
+    (reader, socket)
+}
+
+#[test]
+fn a_core_dump_that_nobody_takes_holds_up_neither_the_vm_nor_its_end() {
+    let rules = format!("{POWER_ON_ONLY}\npermit (principal, action == Action::\"vm.coredump\", resource);");
+    let lab = Lab::new(&Plan { words: "hello,write:5:0x55,tick".into(), rules, ..Plan::default() });
+    let mut vm = start(&lab);
+    let (_pipe, mut socket) = dump_into_pipe(&lab);
+    let mut answer = [0; 4096];
+    socket.set_read_timeout(Some(LIMIT)).expect("a timeout");
+    let length = socket.read(&mut answer).expect("an answer");
+    let answer = String::from_utf8_lossy(&answer[..length]).into_owned();
+    assert!(answer.starts_with("HTTP/1.1 500") && answer.contains("nobody took any of it"), "{answer}");
+    let ticks = |vm: &Background| vm.out().matches("tick").count();
+    let before = ticks(&vm);
+    let begun = Instant::now();
+    while ticks(&vm) == before {
+        assert!(begun.elapsed() < LIMIT, "it stands still after the dump");
+        std::thread::sleep(Duration::from_millis(50));
+    }
+
+    let (pipe, _socket) = dump_into_pipe(&lab);
+    // The first bytes have come; the rest waits for a reader.
+    let mut first = [0; 16];
+    assert!(rustix::io::read(&pipe, &mut first).expect("a dump") > 0);
+    std::thread::sleep(Duration::from_secs(1));
+    let begun = Instant::now();
+    vm.signal(15);
+    vm.until("power-button", LIMIT);
+    vm.signal(15);
+    let ended = vm.end(LIMIT);
+    assert!(begun.elapsed() < Duration::from_secs(20), "it took {:?}", begun.elapsed());
+    assert_eq!(ended.code, Some(14), "{}", ended.err);
+    assert!(ended.err.contains("its volumes are flushed") && !ended.err.contains("not-"), "{}", ended.err);
+    assert!(lab.export()[5 * 4096..6 * 4096].iter().all(|b| *b == 0x55));
+    let log = lab.audit();
+    let outcomes = log.iter().filter(|e| e["details"]["what"] == "outcome").map(|e| &e["details"]["done"]);
+    assert_eq!(outcomes.collect::<Vec<_>>(), ["false", "false"], "{log:#?}");
+    assert!(!log.iter().any(|e| e["kind"] == "report-gap"), "{log:#?}");
 }

@@ -3,6 +3,7 @@
 use fealty_tests::lab::{Lab, Plan};
 use fealty_tests::process::Background;
 use policy::Digest;
+use serde_json::json;
 
 #[test]
 fn an_attested_guest_reads_changes_and_flushes_its_encrypted_disk() {
@@ -48,6 +49,28 @@ fn an_encrypted_disk_has_several_queues_and_forgets_what_it_is_told_to() {
         changed[range.start * 4096..range.end * 4096].fill(0);
     }
     assert!(exported[512 * 4096..] == changed[512 * 4096..], "what the storm left alone is as it was, or zeroes");
+}
+
+#[test]
+fn a_read_only_disk_stays_as_it_is_and_is_free_at_the_end() {
+    let lab = Lab::new(&Plan::default());
+    let base: Vec<u8> = (0..1u32 << 20).map(|at| (at >> 9) as u8).collect();
+    lab.make_volume("base", &base);
+    let disk = |name: &str, readonly: bool| {
+        let volume = lab.volume_id(name);
+        json!({"id": name, "volume": volume, "readonly": readonly, "anchor_mode": "flush"})
+    };
+    let words = "hello,disk:1,hash,write:3:0x33,disk:0,write:7:0xab,flush,poweroff";
+    lab.seal_disks(words, &[disk("root", false), disk("base", true)]);
+    for _ in 0..2 {
+        let ran = lab.run_vm(&[]).good();
+        assert!(ran.out.contains(&Digest::of(&base).to_string()), "{}\n{}", ran.out, ran.err);
+        assert!(ran.out.contains("disk error write:3:0x33"), "{}", ran.out);
+        assert!(!ran.err.contains("volume-not-closed"), "{}", ran.err);
+        assert_eq!(ran.err.matches("volume-closed").count(), 2, "{}", ran.err);
+        assert!(lab.export_volume("base") == base, "somebody wrote");
+        assert_eq!(lab.export()[7 * 4096], 0xab);
+    }
 }
 
 #[test]

@@ -83,6 +83,15 @@ fn without_its_provider_nothing_starts() {
 }
 
 #[test]
+fn a_ca_that_the_vm_file_does_not_pin_is_the_wrong_provider() {
+    let lab = lab("hello,poweroff");
+    let roots = lab.tpm.roots().display().to_string();
+    let ended = lab.run_vm(&["--provider-ca", &roots]);
+    assert_eq!(ended.code, Some(6), "{}", ended.err);
+    no_guest(ended, &["ca certificate"]);
+}
+
+#[test]
 fn a_kernel_with_another_digest_is_not_booted_and_the_instance_ends() {
     let lab = lab("hello,poweroff");
     let kernel = lab.path("store/guest");

@@ -11,6 +11,7 @@ use crate::steps::Steps;
 use attest::tcti::Tcti;
 use clap::error::ErrorKind;
 use clap::{Args, Parser, Subcommand};
+use std::ffi::OsString;
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -140,9 +141,14 @@ fn usage(error: &clap::Error) -> Exit {
     let text = error.to_string();
     let what = text.lines().next().unwrap_or_default().trim_start_matches("error: ");
     // A script that asked for JSON gets it, also where the rest of its words can't be read.
-    let json = std::env::args_os().any(|word| word == "--json");
-    Steps::new(json).failure(&Failure::new(Exit::Usage, format!("{what} (see fealty --help)")));
+    Steps::new(wants_json(std::env::args_os()))
+        .failure(&Failure::new(Exit::Usage, format!("{what} (see fealty --help)")));
     Exit::Usage
+}
+
+/// Whether a command line that can't be read asks for JSON all the same.
+fn wants_json(words: impl IntoIterator<Item = OsString>) -> bool {
+    words.into_iter().take_while(|word| word != "--").any(|word| word == "--json")
 }
 
 fn perform(command: Command) -> Exit {
@@ -199,6 +205,14 @@ mod tests {
     #[test]
     fn the_command_line_is_sound() {
         Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn a_command_line_that_can_not_be_read_may_ask_for_json() {
+        let wants = |words: &[&str]| wants_json(words.iter().map(OsString::from));
+        assert!(wants(&["fealty", "run", "--json", "--nonsense"]));
+        assert!(!wants(&["fealty", "run", "--nonsense"]));
+        assert!(!wants(&["fealty", "run", "--", "--json"]));
     }
 
     #[test]

@@ -23,7 +23,7 @@ pub enum Exit {
     WrongProvider = 6,
     /// The TPM or its service is missing or fails.
     Tpm = 7,
-    /// A volume is missing, damaged, not the newest, or not this VM's.
+    /// A volume is missing, damaged, not the newest, not this VM's, or could not be flushed at the VM's end.
     Volume = 8,
     /// There is no usable /dev/kvm.
     Kvm = 9,
@@ -52,7 +52,7 @@ Exit codes:
    5  key provider not reachable
    6  not the key provider that the VM file names
    7  TPM or TPM service
-   8  volume
+   8  volume: missing, damaged, not the newest, not this VM's, or not flushed at the end
    9  no usable /dev/kvm
   10  the guest failed
   11  the lease ended

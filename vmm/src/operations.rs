@@ -4,7 +4,7 @@
 //! more reports fit, nothing is done.
 
 use crate::dump;
-use crate::exit::Failure;
+use crate::exit::{Exit, Failure};
 use crate::helm::{Helm, Hold};
 use crate::lease::boottime_ms;
 use crate::post::{Message, Post};
@@ -92,9 +92,9 @@ impl OperationError {
     pub fn status(&self) -> u16 {
         match self {
             Self::State(_) | Self::Unprotected(_) => 409,
-            Self::Refused(failure) if failure.exit == crate::exit::Exit::Refused => 403,
-            Self::Refused(_) | Self::Full(_) => 503,
-            Self::Dump(_) => 500,
+            Self::Refused(Failure { exit: Exit::Refused, .. }) => 403,
+            Self::Refused(Failure { exit: Exit::Unreachable, .. }) | Self::Full(_) => 503,
+            Self::Refused(_) | Self::Dump(_) => 500,
         }
     }
 }

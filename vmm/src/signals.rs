@@ -1,6 +1,7 @@
 //! Signals as something to poll for: SIGTERM, SIGINT, SIGHUP and SIGQUIT are blocked everywhere and read from a descriptor.
 #![allow(unsafe_code)]
 
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, FromRawFd, OwnedFd};
 
@@ -48,6 +49,12 @@ impl Signals {
             libc::pthread_sigmask(libc::SIG_SETMASK, &raw const before, std::ptr::null_mut());
             started
         }
+    }
+
+    /// Whether one waits; it goes on waiting.
+    pub fn pending(&self) -> bool {
+        let now = Timespec { tv_sec: 0, tv_nsec: 0 };
+        poll(&mut [PollFd::new(self, PollFlags::IN)], Some(&now)).is_ok_and(|ready| ready > 0)
     }
 
     /// How many of them came since the last call; two of one kind that came together count once.

@@ -14,6 +14,7 @@ use policy::{VolumeAnchor, VolumeId};
 use secretmem::Secret;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
 
 /// All volumes of one VM, in the order of its disks.
 #[derive(Default)]
@@ -45,7 +46,7 @@ impl Volumes {
             match open(disk, opened, opener, link, steps) {
                 Ok(volume) => volumes.all.push(volume),
                 Err(failure) => {
-                    volumes.close(link, steps);
+                    volumes.close_unused(link, steps);
                     return Err(failure);
                 }
             }
@@ -58,17 +59,9 @@ impl Volumes {
         self.all.iter()
     }
 
-    /// Makes everything durable that the guest wrote, before keys go.
+    /// Makes everything durable that the guest wrote, before keys go: of all, whatever becomes of one, and without the provider.
     pub fn rest(&self) -> Result<(), String> {
-        let mut result = Ok(());
-        for opened in &self.all {
-            let rested =
-                if opened.readonly { Ok(()) } else { opened.volume.flush().and_then(|()| opened.volume.checkpoint()) };
-            if let Err(error) = rested {
-                result = Err(format!("volume {} is not flushed: {}", opened.name, chain(&error)));
-            }
-        }
-        result
+        self.all.iter().map(Opened::rest).fold(Ok(()), Result::and)
     }
 
     /// Wipes all keys, at once.
@@ -88,20 +81,46 @@ impl Volumes {
         Ok(())
     }
 
-    /// Closes all: flushed, and anchored as closed. What does not work is told; the data are durable in any case.
-    pub fn close(&self, link: &Link, steps: Steps) {
-        for opened in &self.all {
-            let anchored = match opened.volume.close() {
-                Ok(anchor) => match link.anchor(anchor, true) {
-                    AnchorAnswer::Kept => Ok(()),
-                    AnchorAnswer::Away(why) | AnchorAnswer::Refused(why) => Err(why),
-                },
-                Err(error) => Err(chain(&error)),
-            };
-            match anchored {
+    /// Closes all: first everything is made durable, then each is anchored as closed. An anchor that is not kept is told and no
+    /// more: the next opener finds what is durable. An error is data that are not.
+    pub fn close(&self, link: &Link, steps: Steps) -> Result<(), String> {
+        let rested: Vec<_> = self.all.iter().map(Opened::rest).collect();
+        let mut result = Ok(());
+        for (opened, rested) in self.all.iter().zip(rested) {
+            let closed = opened.volume.close().map_err(|e| chain(&e));
+            result = result.and(rested.or(closed.as_ref().map(drop).map_err(|why| opened.not_flushed(why))));
+            match closed.and_then(|anchor| opened.anchor_closed(anchor, link)) {
                 Ok(()) => steps.step("volume-closed", &opened.name),
                 Err(why) => steps.step("volume-not-closed", &format!("{}: {why}", opened.name)),
             }
+        }
+        result
+    }
+
+    /// Closes all before a guest ran: there is nothing of it to lose, and nothing to wait for.
+    pub fn close_unused(&self, link: &Link, steps: Steps) {
+        link.hurry(Duration::ZERO);
+        let _ = self.close(link, steps);
+    }
+}
+
+impl Opened {
+    fn rest(&self) -> Result<(), String> {
+        self.volume.checkpoint().map_err(|e| self.not_flushed(&chain(&e)))
+    }
+
+    fn not_flushed(&self, why: &str) -> String {
+        format!("volume {} is not flushed: {why}", self.name)
+    }
+
+    fn anchor_closed(&self, anchor: VolumeAnchor, link: &Link) -> Result<(), String> {
+        if self.readonly {
+            // Nothing was written under its open number, so that there is nothing to anchor: the instance's end frees it.
+            return Ok(());
+        }
+        match link.anchor(anchor, true) {
+            AnchorAnswer::Kept => Ok(()),
+            AnchorAnswer::Away(why) | AnchorAnswer::GivenUp(why) | AnchorAnswer::Refused(why) => Err(why),
         }
     }
 }
@@ -159,6 +178,7 @@ impl Anchors for Keeper {
         match self.link.anchor(anchor.clone(), false) {
             AnchorAnswer::Kept => Ok(()),
             AnchorAnswer::Away(why) => Err(AnchorRefused::Away(why)),
+            AnchorAnswer::GivenUp(why) => Err(AnchorRefused::GivenUp(why)),
             AnchorAnswer::Refused(why) => Err(AnchorRefused::Refused(why)),
         }
     }
@@ -238,5 +258,83 @@ fn disk_error(error: VolumeError) -> DiskError {
     match error {
         VolumeError::NoKeys => DiskError::NoKeys,
         other => DiskError::Io(Box::new(other)),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::provider::Contacts;
+    use blockcrypt::{MemoryStore, Nobody, Store, inspect};
+    use policy::disk::{CipherSuite, VolumeGrant};
+    use policy::{AnchorMode, KeyId};
+    use std::io;
+    use std::sync::atomic::AtomicBool;
+
+    /// A store that one day makes nothing durable any more.
+    #[derive(Default)]
+    struct Failing {
+        inner: MemoryStore,
+        fails: AtomicBool,
+    }
+
+    impl Store for Failing {
+        fn len(&self) -> io::Result<u64> {
+            self.inner.len()
+        }
+        fn read_at(&self, buffer: &mut [u8], offset: u64) -> io::Result<()> {
+            self.inner.read_at(buffer, offset)
+        }
+        fn write_at(&self, bytes: &[u8], offset: u64) -> io::Result<()> {
+            self.inner.write_at(bytes, offset)
+        }
+        fn sync_data(&self) -> io::Result<()> {
+            if self.fails.load(Ordering::SeqCst) { Err(io::ErrorKind::StorageFull.into()) } else { Ok(()) }
+        }
+        fn set_len(&self, bytes: u64) -> io::Result<()> {
+            self.inner.set_len(bytes)
+        }
+    }
+
+    /// A volume that holds something which is not durable yet.
+    fn opened(name: &str, store: &Arc<Failing>) -> Opened {
+        let grant = VolumeGrant {
+            volume: VolumeId::random(),
+            customer: "acme".parse().expect("label"),
+            cipher: CipherSuite::Aes256XtsHmacSha256,
+            kek_id: KeyId(1),
+            key_id: KeyId(2),
+            open_number: 1.try_into().expect("number"),
+            anchor: None,
+            anchor_mode: AnchorMode::Interval,
+        };
+        let kek = Kek::new(KeyId(1), Secret::random().expect("memory"));
+        let volume = Volume::create(store.clone(), 1 << 20, &grant, &kek, Arc::new(Nobody), Arc::new(Nobody));
+        let volume = volume.expect("a volume");
+        volume.write(0, &[7; 4096]).expect("written");
+        Opened { name: name.into(), readonly: false, volume: Arc::new(volume) }
+    }
+
+    #[test]
+    fn volumes_that_are_closed_say_whether_they_are_flushed_whatever_becomes_of_one_and_of_anchors() {
+        let nobody = || Err(Failure::new(Exit::Tpm, "there is no TPM"));
+        let (post, _inbox) = crate::post::office().expect("an office");
+        let link = Link::start(Contacts { attester: Box::new(nobody) }, Steps::new(true), post).expect("a thread");
+        let stores: Vec<Arc<Failing>> = (0..3).map(|_| Arc::default()).collect();
+        let all = ["a", "b", "c"].iter().zip(&stores).map(|(name, store)| opened(name, store)).collect();
+        let volumes = Volumes { all };
+        stores[1].fails.store(true, Ordering::SeqCst);
+        let flushed = volumes.close(&link, Steps::new(true));
+        assert!(flushed.as_ref().is_err_and(|why| why.starts_with("volume b is not flushed")), "{flushed:?}");
+        let closed = |store: &Arc<Failing>| inspect(store).expect("a volume").closed;
+        assert!(closed(&stores[0]) && closed(&stores[2]), "no anchor is kept, and they are durable all the same");
+
+        let volumes = Volumes { all: vec![opened("d", &Arc::default())] };
+        assert_eq!(volumes.rest(), Ok(()));
+        volumes.wipe_keys();
+        assert_eq!(volumes.close(&link, Steps::new(true)), Ok(()), "what rested before its keys went is flushed");
+        let volumes = Volumes { all: vec![opened("e", &Arc::default())] };
+        volumes.wipe_keys();
+        assert!(volumes.close(&link, Steps::new(true)).is_err());
     }
 }

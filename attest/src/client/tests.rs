@@ -164,7 +164,7 @@ fn an_omitted_ca_may_be_given_and_must_match_the_pin() {
     let url = Server { sends_authority: false, ..good(&ours) }.start();
     wrong(ask(vec![url.clone()], ours.pin(), None), "CA");
     assert!(ask(vec![url.clone()], ours.pin(), Some(ours.certificate.to_vec())).is_ok());
-    assert!(matches!(ask(vec![url], ours.pin(), Some(theirs.certificate.to_vec())), Err(ClientError::Setup(_))));
+    assert!(matches!(ask(vec![url], ours.pin(), Some(theirs.certificate.to_vec())), Err(ClientError::WrongAuthority)));
 }
 
 #[test]

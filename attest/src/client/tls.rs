@@ -24,8 +24,7 @@ pub(super) fn client_config(
     let provider = Arc::new(provider());
     let authority = authority.map(CertificateDer::from);
     if authority.as_ref().is_some_and(|given| spki_digest(given) != Some(pin)) {
-        let reason = "the given CA certificate is not the one that the VM file pins";
-        return Err(ClientError::Setup(reason.into()));
+        return Err(ClientError::WrongAuthority);
     }
     let verifier = Arc::new(PinnedVerifier { pin, authority, provider: provider.clone() });
     let mut config = ClientConfig::builder_with_provider(provider)

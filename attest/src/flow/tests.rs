@@ -379,7 +379,7 @@ fn attest(twist: Twist, again: u32) -> (Arc<Scene>, Result<OpenedRelease, FlowEr
     let (scene, mut attester) = Scene::start(twist, again);
     let mut steps = Vec::new();
     let request = OperationRequest::plain(Operation::PowerOn);
-    let result = attester.attest(&request, &mut |step| steps.push(step.name));
+    let result = attester.attest(&request, &mut |step: Step| steps.push(step.name));
     (scene, result, steps)
 }
 
@@ -410,7 +410,7 @@ fn later(twist: Twist) -> Result<OpenedRelease, FlowError> {
 }
 
 fn renew(attester: &mut Attester) -> Result<OpenedRelease, FlowError> {
-    attester.attest(&OperationRequest::plain(Operation::Renew), &mut |_| {})
+    attester.attest(&OperationRequest::plain(Operation::Renew), &mut |_: Step| {})
 }
 
 #[test]
@@ -422,12 +422,12 @@ fn the_same_process_attests_again_with_the_same_client_key() {
 #[test]
 fn a_power_on_comes_first_and_once() {
     let (scene, mut attester) = Scene::start(HONEST, 0);
-    let renewal = attester.attest(&OperationRequest::plain(Operation::Renew), &mut |_| {});
+    let renewal = attester.attest(&OperationRequest::plain(Operation::Renew), &mut |_: Step| {});
     assert!(matches!(renewal, Err(FlowError::Mismatch("a power-on comes first, and once"))));
     let power_on = OperationRequest::plain(Operation::PowerOn);
-    let opened = attester.attest(&power_on, &mut |_| {}).expect("a start");
+    let opened = attester.attest(&power_on, &mut |_: Step| {}).expect("a start");
     attester.establish(opened.establish(&scene.trust()).expect("the customer's"));
-    assert!(matches!(attester.attest(&power_on, &mut |_| {}), Err(FlowError::Mismatch(_))));
+    assert!(matches!(attester.attest(&power_on, &mut |_: Step| {}), Err(FlowError::Mismatch(_))));
 }
 
 #[test]
@@ -557,6 +557,44 @@ fn attack_29_a_host_whose_clock_goes_slowly_gets_no_renewal_however_often_it_ask
         );
     }
     assert!(renew(0).is_ok());
+}
+
+#[test]
+fn keys_that_were_released_and_do_not_open_have_an_instance_all_the_same() {
+    let wrong: [(&str, Twist); 4] = [
+        ("sealed", Twist { released: |r| r.sealed.0[40] ^= 1, ..HONEST }),
+        ("event", Twist { event: |e| e.vm = None, ..HONEST }),
+        ("lease", Twist { release: |r| r.lease.quiesce_seconds = r.lease.seconds, ..HONEST }),
+        ("keys", Twist { release: |r| r.keys = vec![KeyName::Volume(0)], ..HONEST }),
+    ];
+    for (what, twist) in wrong {
+        let (_scene, mut attester) = Scene::start(twist, 0);
+        assert_eq!(attester.released(), None);
+        attester.attest(&OperationRequest::plain(Operation::PowerOn), &mut |_: Step| {}).err().expect(what);
+        assert_eq!(attester.released(), Some(testing::release().instance), "{what}");
+    }
+    let (_scene, mut attester) = Scene::start(Twist { refusal: Some("policy-refuses"), ..HONEST }, 0);
+    assert!(attester.attest(&OperationRequest::plain(Operation::PowerOn), &mut |_: Step| {}).is_err());
+    assert_eq!(attester.released(), None, "nothing was released");
+}
+
+#[test]
+fn evidence_leaves_only_while_whoever_follows_wants_it_to() {
+    struct Unwilling(Vec<&'static str>);
+    impl Follow for Unwilling {
+        fn done(&mut self, step: Step) {
+            self.0.push(step.name);
+        }
+        fn may_send(&mut self) -> bool {
+            false
+        }
+    }
+    let (scene, mut attester) = Scene::start(HONEST, 0);
+    let mut follower = Unwilling(Vec::new());
+    let ended = attester.attest(&OperationRequest::plain(Operation::PowerOn), &mut follower);
+    assert!(matches!(ended, Err(FlowError::GivenUp)));
+    assert_eq!(follower.0.last(), Some(&"quote"));
+    assert_eq!(*scene.logged.lock().expect("lock"), 8, "the provider released nothing");
 }
 
 #[test]

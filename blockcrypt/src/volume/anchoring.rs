@@ -32,6 +32,8 @@ struct State {
     /// No anchor leaves before `close`: a new volume.
     silent: bool,
     refused: Option<String>,
+    /// Nobody waited for the last one that was asked for.
+    given_up: Option<String>,
     keys_wiped: bool,
     stopped: bool,
 }
@@ -49,6 +51,7 @@ impl Anchoring {
             kept,
             late_since: None,
             refused: None,
+            given_up: None,
             keys_wiped: false,
             stopped: false,
         };
@@ -134,7 +137,7 @@ impl Anchoring {
         self.keep(Some(self.patience))
     }
 
-    /// Asks until the newest state is kept, or refused, or the keys are gone, or for `patience`.
+    /// Asks until the newest state is kept, or refused, or given up, or the keys are gone, or for `patience`.
     fn keep(&self, patience: Option<Duration>) -> Result<(), VolumeError> {
         if self.state().silent {
             return Ok(());
@@ -177,10 +180,16 @@ impl Anchoring {
             Ok(()) => {
                 state.late_since = (state.durable.as_ref() != Some(&newest)).then_some(asked);
                 state.kept = Some(newest);
+                state.given_up = None;
                 self.changed.notify_all();
                 Ok(())
             }
             Err(AnchorRefused::Away(why)) => Err(VolumeError::Anchor(AnchorRefused::Away(why))),
+            Err(AnchorRefused::GivenUp(why)) => {
+                state.given_up = Some(why.clone());
+                self.changed.notify_all();
+                Err(VolumeError::Anchor(AnchorRefused::GivenUp(why)))
+            }
             Err(AnchorRefused::Refused(why)) => {
                 state.refused = Some(why.clone());
                 self.changed.notify_all();
@@ -199,6 +208,9 @@ impl Anchoring {
             self.events.note("FLUSH waits: the provider has kept no anchor of this volume for 30 s");
         }
         while late(&state) && state.refused.is_none() {
+            if let Some(why) = &state.given_up {
+                return Err(VolumeError::Anchor(AnchorRefused::GivenUp(why.clone())));
+            }
             if state.keys_wiped {
                 return Err(VolumeError::NoKeys);
             }
@@ -289,6 +301,35 @@ mod tests {
             }
             let ended = flush.join().expect("joined");
             assert!(matches!(ended, Err(VolumeError::NoKeys | VolumeError::Closed)), "{ended:?}");
+        }
+    }
+
+    #[test]
+    fn what_is_given_up_is_not_asked_for_again_and_a_flush_that_waits_ends_with_it() {
+        let given_up = || Err(AnchorRefused::GivenUp("the VM ends".to_owned()));
+        for mode in [AnchorMode::Interval, AnchorMode::Flush, AnchorMode::Close] {
+            let (ours, heard, answer) = anchoring(mode);
+            ours.durable(anchor(2));
+            std::thread::sleep(Duration::from_millis(80));
+            answer.send(given_up()).expect("heard");
+            let ended = if mode == AnchorMode::Interval {
+                let flush = {
+                    let ours = ours.clone();
+                    std::thread::spawn(move || ours.after_flush())
+                };
+                std::thread::sleep(Duration::from_millis(50));
+                assert!(!flush.is_finished(), "late: it waits");
+                ours.tick();
+                flush.join().expect("joined")
+            } else {
+                ours.keep_now()
+            };
+            assert!(matches!(ended, Err(VolumeError::Anchor(AnchorRefused::GivenUp(_)))), "{mode:?}: {ended:?}");
+            assert_eq!(heard.try_iter().count(), 1, "{mode:?}: once");
+            // Nothing was refused: where there is time again, it is asked for again.
+            answer.send(Ok(())).expect("heard");
+            ours.keep_now().expect("kept");
+            ours.after_flush().expect("nothing is owed");
         }
     }
 

@@ -118,7 +118,7 @@ impl Shared {
     }
 
     pub(super) fn checkpoint(&self) -> Result<(), VolumeError> {
-        self.ready()?;
+        self.open()?;
         if self.read_only {
             return Ok(());
         }
@@ -141,6 +141,7 @@ impl Shared {
                 return core.writable();
             }
         }
+        self.backing.has_keys()?;
         self.write_checkpoint(group, Occasion::Running)
     }
 

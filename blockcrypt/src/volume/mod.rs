@@ -228,7 +228,8 @@ impl Volume {
         self.shared.flush()
     }
 
-    /// Writes the map, so that opening needs no replay. Includes a FLUSH of the data, not its anchor.
+    /// Writes the map, so that opening needs no replay. Includes a FLUSH of the data, not its anchor: the provider can't delay it. Where
+    /// nothing changed since the last one it needs no keys.
     pub fn checkpoint(&self) -> Result<(), VolumeError> {
         self.shared.checkpoint()
     }

@@ -98,10 +98,8 @@ impl Provider {
 
 impl Anchors for Provider {
     fn keep(&self, anchor: &VolumeAnchor) -> Result<(), AnchorRefused> {
-        match &*lock(&self.refuse) {
-            Some(AnchorRefused::Away(why)) => return Err(AnchorRefused::Away(why.clone())),
-            Some(AnchorRefused::Refused(why)) => return Err(AnchorRefused::Refused(why.clone())),
-            None => {}
+        if let Some(why) = &*lock(&self.refuse) {
+            return Err(why.clone());
         }
         let mut kept = lock(&self.anchor);
         if let Some(old) = &*kept {

@@ -286,6 +286,20 @@ fn keys_are_wiped_while_the_store_hangs_and_nothing_is_lost_when_they_come_back(
     volume.close().expect("closed");
 }
 
+#[test]
+fn a_volume_at_rest_is_durable_without_its_keys() {
+    let provider = Provider::new(AnchorMode::Close);
+    let volume = provider.create(SimStore::new(), MIB).expect("a volume");
+    volume.write(0, &[1; 4096]).expect("written");
+    volume.checkpoint().expect("rests");
+    volume.wipe_keys();
+    volume.checkpoint().expect("nothing to do");
+    volume.put_back_keys(&provider.kek()).expect("the same key again");
+    volume.write(0, &[2; 4096]).expect("written");
+    volume.wipe_keys();
+    assert!(matches!(volume.checkpoint(), Err(VolumeError::NoKeys)));
+}
+
 /// A FLUSH makes durable what was written before it, not what comes while it runs.
 #[test]
 fn a_flush_frees_nothing_that_was_superseded_while_it_ran() {

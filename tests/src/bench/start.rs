@@ -162,7 +162,7 @@ impl Protected {
             "cpus": {"boot_vcpus": 1},
             "memory": {"size": MEMORY_SIZE},
             "payload": {"kernel": {"name": "guest"}, "cmdline": command_line(words)},
-            "disks": [{"id": "root", "volume": self.lab.volume_id(), "anchor_mode": "interval"}],
+            "disks": [{"id": "root", "volume": self.lab.volume_id("root"), "anchor_mode": "interval"}],
         });
         let (path, out) = (self.lab.path("store/bench.json"), self.lab.text("store/payroll.vm"));
         std::fs::write(&path, config.to_string()).map_err(|error| BenchError::Io(path, error))?;

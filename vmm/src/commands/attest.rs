@@ -8,7 +8,7 @@ use crate::run::{Host, read_vm_file};
 use crate::sandbox::{Filter, close_inherited, close_thread, harden, process};
 use crate::steps::Steps;
 use attest::eventlog::{firmware, layer::LayerLog};
-use attest::flow::Examined;
+use attest::flow::{Examined, Step};
 use attest::protocol::{Evidence, Opinion};
 use policy::Operation;
 use policy::operation::OperationRequest;
@@ -28,7 +28,7 @@ pub fn run(file: &Path, host: &Host, steps: Steps) -> Result<Exit, Failure> {
     let mut attester = (contacts.attester)()?;
     harden().and_then(|()| close_thread(Filter::Provider)).map_err(|e| Failure::of(Exit::Host, &e))?;
     let examined = attester
-        .examine(&OperationRequest::plain(Operation::PowerOn), &mut |s| steps.timed(s.name, &s.detail, s.took))
+        .examine(&OperationRequest::plain(Operation::PowerOn), &mut |s: Step| steps.timed(s.name, &s.detail, s.took))
         .map_err(|e| failure(&e))?;
     let described = describe(&examined);
     let good = examined.opinion.would_release;

@@ -156,8 +156,16 @@ impl Talk {
             return Ok(body);
         }
         let title = body["title"].as_str().unwrap_or("the VM process refused");
-        let exit = if status >= 500 { Exit::Unreachable } else { Exit::Refused };
-        Err(Failure::new(exit, title))
+        Err(Failure::new(exit(status), title))
+    }
+}
+
+/// What an answer's status above 399 means for the exit code.
+fn exit(status: u16) -> Exit {
+    match status {
+        503 => Exit::Unreachable,
+        500.. => Exit::Host,
+        _ => Exit::Refused,
     }
 }
 
@@ -197,4 +205,25 @@ fn print(text: String) {
     let lines: Vec<_> = text.lines().map(one_line).collect();
     // Whoever closed standard output does not want it.
     let _ = std::io::stdout().write_all((lines.join("\n") + "\n").as_bytes());
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::dump::DumpError;
+    use crate::operations::OperationError;
+
+    #[test]
+    fn scripts_can_tell_a_provider_that_is_away_from_a_dump_that_failed() {
+        let refused = |exit| OperationError::Refused(Failure::new(exit, "no"));
+        for (error, expected) in [
+            (OperationError::State("paused".into()), Exit::Refused),
+            (refused(Exit::Refused), Exit::Refused),
+            (refused(Exit::Unreachable), Exit::Unreachable),
+            (refused(Exit::Tpm), Exit::Host),
+            (DumpError::Write(std::io::ErrorKind::StorageFull.into()).into(), Exit::Host),
+        ] {
+            assert_eq!(exit(error.status()), expected, "{error}");
+        }
+    }
 }

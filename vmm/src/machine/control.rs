@@ -119,6 +119,11 @@ impl Control {
         crowd.want != RUN && crowd.parked >= crowd.alive
     }
 
+    /// Whether the machine ends or has ended.
+    pub fn ends(&self) -> bool {
+        self.want.load(Ordering::SeqCst) == STOP
+    }
+
     /// Changes the word, wakes who is parked, and brings out who is in the guest. Nothing follows a stop.
     fn set(&self, want: u8) {
         {

@@ -1,6 +1,6 @@
 //! The handle to a machine that runs.
 
-use super::block::{BlockCounters, BlockDevice};
+use super::block::{BlockCounters, BlockDevice, DiskError};
 use super::bus::Bus;
 use super::control::Control;
 use super::devices::{DeviceCounters, Devices};
@@ -128,6 +128,16 @@ impl Running {
         self.0.background.iter().for_each(|device| device.stop());
     }
 
+    /// Whether it ends, or has ended: nothing lets it run again.
+    pub fn ends(&self) -> bool {
+        self.0.control.ends()
+    }
+
+    /// Makes durable what the guest wrote to its disks: to all, whatever becomes of one. The name of one that failed, and why.
+    pub fn flush_disks(&self) -> Result<(), (&str, DiskError)> {
+        self.0.disks.iter().map(|disk| disk.flush().map_err(|e| (disk.name(), e))).fold(Ok(()), Result::and)
+    }
+
     /// How the machine tells its end.
     pub fn events(&self) -> &Arc<Events> {
         self.0.control.events()
@@ -151,7 +161,8 @@ impl Running {
         self.0.disks.iter().find(|disk| disk.name() == name).map(|disk| disk.look_again())
     }
 
-    /// Looks at memory and registers of a paused machine, which can't be resumed meanwhile.
+    /// Looks at memory and registers of a paused machine, which can't be resumed or stopped meanwhile: `look` must not wait for
+    /// anybody.
     pub fn inspect<R>(&self, look: impl FnOnce(&Frozen<'_>) -> R) -> Result<R, InspectError> {
         let _turn = lock(&self.0.turn);
         if !self.0.control.resting() {

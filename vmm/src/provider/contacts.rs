@@ -27,7 +27,7 @@ pub fn contacts(
     let authority = host.provider_ca.as_deref().map(read_authority).transpose()?;
     let (header, digest) = (file.header.clone(), file.digest);
     let attester = move || {
-        let provider = ProviderClient::new(&header, authority).map_err(|e| Failure::of(Exit::Host, &e))?;
+        let provider = ProviderClient::new(&header, authority).map_err(|e| super::failure(&e.into()))?;
         let claims = claims()?;
         let (service, mut registrar) = registered.recv().map_err(|_| super::gone())?;
         let reconnect = Box::new(move || {

@@ -13,7 +13,7 @@ pub fn failure(error: &FlowError) -> Failure {
         FlowError::Bundle(_) | FlowError::Mismatch(_) | FlowError::Receipt(_) => Exit::WrongProvider,
         FlowError::Lease(_) | FlowError::Late | FlowError::SlowClock => Exit::Lease,
         FlowError::Memory(_) | FlowError::Host(_) => Exit::Host,
-        FlowError::Parameters(_) => Exit::Internal,
+        FlowError::Parameters(_) | FlowError::GivenUp => Exit::Internal,
     };
     Failure::of(exit, error)
 }
@@ -23,7 +23,9 @@ fn client_exit(error: &ClientError) -> Exit {
         ClientError::Refused(_) if error.problem() == Some(ProblemType::Unavailable) => Exit::Unreachable,
         ClientError::Refused(_) => Exit::Refused,
         ClientError::Unreachable { .. } => Exit::Unreachable,
-        ClientError::WrongProvider { .. } | ClientError::BadAnswer { .. } => Exit::WrongProvider,
+        ClientError::WrongProvider { .. } | ClientError::BadAnswer { .. } | ClientError::WrongAuthority => {
+            Exit::WrongProvider
+        }
         ClientError::Setup(_) => Exit::Host,
     }
 }

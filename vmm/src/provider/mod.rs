@@ -1,12 +1,14 @@
 //! The thread that talks to the key provider: attestations, renewals, anchors, reports. It alone reads network bytes, and
 //! everything else in the process speaks to it through a [`Link`].
 
+mod asked;
 mod contacts;
 mod failure;
 mod outbox;
 mod talker;
 mod timing;
 
+pub use asked::{Asked, Denied};
 pub use contacts::contacts;
 pub use failure::failure;
 pub use outbox::{CAPACITY, Outbox, OutboxFull};
@@ -16,17 +18,24 @@ use crate::exit::{Exit, Failure};
 use crate::lease::boottime_ms;
 use crate::post::Post;
 use crate::steps::Steps;
+use asked::Stage;
 use attest::flow::{Established, OpenedRelease};
 use policy::operation::OperationRequest;
 use policy::report::{EndReason, ReportEvent};
-use policy::{CustomerId, VmId, VolumeAnchor};
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::mpsc::{Receiver, Sender, channel};
+use policy::{CustomerId, InstanceNumber, LeaseTerms, VmId, VolumeAnchor};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-/// How long anybody waits for an anchor to be kept before it counts as refused.
-const ANCHOR_WAIT: Duration = Duration::from_secs(45);
+/// Milliseconds that anybody waits for an anchor to be kept before it is asked for again.
+const ANCHOR_MS: u64 = 45_000;
+
+/// The same for one that is asked for when there is no time any more: a provider that is well answers in less.
+const LAST_ANCHOR_MS: u64 = 1_000;
+
+/// How often whoever waits for an anchor looks whether there is time still.
+const LOOK: Duration = Duration::from_millis(100);
 
 /// How long the end of a VM waits for its last words to be delivered.
 const FAREWELL: Duration = Duration::from_secs(10);
@@ -43,6 +52,8 @@ pub enum AnchorAnswer {
     Kept,
     /// Nobody answered; it may be tried again.
     Away(String),
+    /// Nobody answered, and there is no time to try again.
+    GivenUp(String),
     /// It won't be kept.
     Refused(String),
 }
@@ -50,9 +61,11 @@ pub enum AnchorAnswer {
 /// What the thread is asked to do.
 enum Job {
     /// Attest for an operation, and answer with what was released.
-    Attest(OperationRequest, Sender<Result<OpenedRelease, Failure>>),
-    /// Keep the lease of this instance from now on.
-    KeepLease(Box<talker::Instance>),
+    Attest(OperationRequest, Arc<Stage>, Sender<Result<OpenedRelease, Denied>>),
+    /// Speak for this instance from now on.
+    SpeakFor(InstanceNumber),
+    /// Keep a lease that was asked for then, in milliseconds of CLOCK_BOOTTIME.
+    KeepLease(LeaseTerms, u64),
     /// Hold later releases against what was started.
     Establish(Box<Established>),
     /// Make an anchor durable.
@@ -68,6 +81,8 @@ struct Shared {
     outbox: Mutex<Option<Outbox>>,
     /// Whether keys were wiped, so that the next attestation asks for them back.
     wiped: AtomicBool,
+    /// Until when anchors are waited for, in milliseconds of CLOCK_BOOTTIME.
+    hurry_ms: AtomicU64,
 }
 
 impl Shared {
@@ -88,7 +103,11 @@ impl Link {
     /// waits for work.
     pub fn start(contacts: Contacts, steps: Steps, post: Post) -> Result<Self, Failure> {
         let (jobs, inbox): (_, Receiver<Job>) = channel();
-        let shared = Arc::new(Shared { outbox: Mutex::new(None), wiped: AtomicBool::new(false) });
+        let shared = Arc::new(Shared {
+            outbox: Mutex::new(None),
+            wiped: AtomicBool::new(false),
+            hurry_ms: AtomicU64::new(u64::MAX),
+        });
         let ours = shared.clone();
         crate::threads::spawn("provider", post.clone(), move || talker::run(contacts, steps, inbox, &ours, &post))?;
         Ok(Self { jobs, shared })
@@ -96,23 +115,27 @@ impl Link {
 
     /// Attests for `request` and waits for what is released.
     pub fn attest(&self, request: OperationRequest) -> Result<OpenedRelease, Failure> {
-        self.begin(request)?.recv().map_err(|_| gone())?
+        self.ask(request)?.wait(|| None).map_err(|denied| denied.failure)
     }
 
-    /// Has the thread attest for `request`; what is released comes through the channel. A channel that ends without it is a
-    /// thread that died.
-    pub fn begin(&self, request: OperationRequest) -> Result<Receiver<Result<OpenedRelease, Failure>>, Failure> {
+    /// Has the thread attest for `request`.
+    pub fn ask(&self, request: OperationRequest) -> Result<Asked, Failure> {
         let (answer, wait) = channel();
-        self.jobs.send(Job::Attest(request, answer)).map_err(|_| gone())?;
-        Ok(wait)
+        let stage = Arc::new(Stage::default());
+        self.jobs.send(Job::Attest(request, stage.clone(), answer)).map_err(|_| gone())?;
+        Ok(Asked::new(wait, stage))
     }
 
-    /// From now on reports are numbered for this instance and its lease is renewed.
-    pub fn keep(&self, customer: &CustomerId, vm: &VmId, opened: &OpenedRelease) {
-        *self.shared.outbox() = Some(Outbox::new(customer, vm, opened.release.instance));
-        let instance = talker::Instance::of(opened);
+    /// From now on reports and anchors are those of this instance.
+    pub fn speak_for(&self, customer: &CustomerId, vm: &VmId, instance: InstanceNumber) {
+        *self.shared.outbox() = Some(Outbox::new(customer, vm, instance));
         // A thread that is gone has said so to the watching thread.
-        let _ = self.jobs.send(Job::KeepLease(Box::new(instance)));
+        let _ = self.jobs.send(Job::SpeakFor(instance));
+    }
+
+    /// From now on the lease of what was released is renewed.
+    pub fn keep_lease(&self, opened: &OpenedRelease) {
+        let _ = self.jobs.send(Job::KeepLease(opened.release.lease, opened.asked_ms));
     }
 
     /// From now on releases must fit what was started. Without this, there are none.
@@ -126,7 +149,29 @@ impl Link {
         if self.jobs.send(Job::Anchor { anchor, closed, answer }).is_err() {
             return AnchorAnswer::Refused(gone().message);
         }
-        wait.recv_timeout(ANCHOR_WAIT).unwrap_or_else(|_| AnchorAnswer::Away("no answer in time".into()))
+        let asked_ms = boottime_ms();
+        loop {
+            let answer = wait.recv_timeout(LOOK);
+            let (now_ms, hurry_ms) = (boottime_ms(), self.shared.hurry_ms.load(Ordering::SeqCst));
+            match answer {
+                Ok(AnchorAnswer::Away(why)) if now_ms >= hurry_ms => return AnchorAnswer::GivenUp(why),
+                Ok(answer) => return answer,
+                Err(RecvTimeoutError::Disconnected) => return AnchorAnswer::Refused(gone().message),
+                Err(RecvTimeoutError::Timeout) if now_ms >= hurry_ms.max(asked_ms.saturating_add(LAST_ANCHOR_MS)) => {
+                    return AnchorAnswer::GivenUp("no answer, and the VM ends".into());
+                }
+                Err(RecvTimeoutError::Timeout) if now_ms >= asked_ms.saturating_add(ANCHOR_MS) => {
+                    return AnchorAnswer::Away("no answer in time".into());
+                }
+                Err(RecvTimeoutError::Timeout) => {}
+            }
+        }
+    }
+
+    /// The VM ends: anchors are waited for so long from now on, all of them together, and each for a moment.
+    pub fn hurry(&self, patience: Duration) {
+        let end_ms = boottime_ms().saturating_add(u64::try_from(patience.as_millis()).unwrap_or(u64::MAX));
+        self.shared.hurry_ms.fetch_min(end_ms, Ordering::SeqCst);
     }
 
     /// Whether an operation may be done: there is room for its report.

@@ -20,6 +20,8 @@ pub struct Outbox {
     waiting: VecDeque<Waiting>,
     /// What happened and found no room.
     lost: u64,
+    /// The end is among them: nothing happens to an instance after it.
+    ended: bool,
 }
 
 /// A report as it will be sent.
@@ -39,7 +41,7 @@ pub struct OutboxFull;
 impl Outbox {
     /// The outbox of a new instance.
     pub fn new(customer: &CustomerId, vm: &VmId, instance: InstanceNumber) -> Self {
-        Self { next: 1, previous: chain_start(customer, vm, instance), waiting: VecDeque::new(), lost: 0 }
+        Self { next: 1, previous: chain_start(customer, vm, instance), waiting: VecDeque::new(), lost: 0, ended: false }
     }
 
     /// Whether an operation may be done: its report, and what follows from it, has room.
@@ -47,13 +49,17 @@ impl Outbox {
         if self.waiting.len() < CAPACITY - RESERVED { Ok(()) } else { Err(OutboxFull) }
     }
 
-    /// Appends what happened at `boottime_ms`.
+    /// Appends what happened at `boottime_ms`; what comes after the end, from a thread that has not heard of it, is dropped.
     pub fn put(&mut self, event: ReportEvent, boottime_ms: u64) {
+        if self.ended {
+            return;
+        }
         if self.waiting.len() >= CAPACITY {
             // Nothing of this is an operation: those asked for room first.
             self.lost += 1;
             return;
         }
+        self.ended = matches!(event, ReportEvent::Ended { .. });
         let report = Report { sequence: self.next, previous: self.previous, boottime_ms, event: bounded(event) };
         // The digest is that of the JSON as sent: this serialisation of these types can't fail.
         let bytes = serde_json::to_vec(&report).unwrap_or_default();
@@ -136,11 +142,17 @@ mod tests {
         assert_eq!(outbox.len(), CAPACITY - RESERVED);
         outbox.put(ReportEvent::Ended { reason: EndReason::Failed, detail: String::new() }, 1);
         assert_eq!((outbox.len(), outbox.lost()), (CAPACITY - RESERVED + 1, 0));
-        for _ in 0..CAPACITY {
+        outbox.put(ReportEvent::Runs, 2);
+        assert_eq!((outbox.len(), outbox.lost()), (CAPACITY - RESERVED + 1, 0), "nothing follows the end");
+    }
+
+    #[test]
+    fn attack_45_what_finds_no_room_is_counted() {
+        let mut outbox = outbox();
+        for _ in 0..CAPACITY + 3 {
             outbox.put(ReportEvent::Quiesced, 2);
         }
-        assert_eq!(outbox.len(), CAPACITY);
-        assert!(outbox.lost() > 0);
+        assert_eq!((outbox.len(), outbox.lost()), (CAPACITY, 3));
     }
 
     #[test]

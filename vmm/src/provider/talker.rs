@@ -1,5 +1,6 @@
 //! What the talking thread does: one thing at a time, what others wait for first.
 
+use super::asked::{Denied, Following, Stage};
 use super::timing::{Backoff, jitter};
 use super::{AnchorAnswer, Job, Renewal, Shared};
 use crate::exit::{Exit, Failure, chain};
@@ -8,10 +9,10 @@ use crate::post::{Message, Post};
 use crate::sandbox::{Filter, close_thread};
 use crate::steps::Steps;
 use attest::client::{ClientError, ProviderClient};
-use attest::flow::{Attester, OpenedRelease};
+use attest::flow::{Attester, OpenedRelease, Step};
 use attest::protocol::{AnchorUpdate, ProblemType};
 use policy::operation::OperationRequest;
-use policy::{InstanceNumber, LeaseTerms, Operation, VolumeAnchor};
+use policy::{InstanceNumber, Operation, VolumeAnchor};
 use std::sync::atomic::Ordering;
 use std::sync::mpsc::{Receiver, RecvTimeoutError};
 use std::time::Duration;
@@ -23,19 +24,6 @@ const LOOK: Duration = Duration::from_secs(60);
 pub struct Contacts {
     /// Makes the attester; called in the thread, before its sandbox closes.
     pub attester: Box<dyn FnOnce() -> Result<Attester, Failure> + Send>,
-}
-
-/// A running instance, as far as this thread cares.
-pub(super) struct Instance {
-    number: InstanceNumber,
-    terms: LeaseTerms,
-    asked_ms: u64,
-}
-
-impl Instance {
-    pub(super) fn of(opened: &OpenedRelease) -> Self {
-        Self { number: opened.release.instance, terms: opened.release.lease, asked_ms: opened.asked_ms }
-    }
 }
 
 /// The thread.
@@ -68,8 +56,8 @@ pub(super) fn run(contacts: Contacts, steps: Steps, jobs: Receiver<Job>, shared:
 fn refuse_all(jobs: &Receiver<Job>, failure: &Failure) {
     while let Ok(job) = jobs.recv() {
         match job {
-            Job::Attest(_, answer) => {
-                let _ = answer.send(Err(Failure::new(failure.exit, &failure.message)));
+            Job::Attest(_, _, answer) => {
+                let _ = answer.send(Err(Failure::new(failure.exit, &failure.message).into()));
             }
             Job::Anchor { answer, .. } => {
                 let _ = answer.send(AnchorAnswer::Refused(failure.message.clone()));
@@ -78,7 +66,7 @@ fn refuse_all(jobs: &Receiver<Job>, failure: &Failure) {
                 let _ = answer.send(false);
                 return;
             }
-            Job::KeepLease(_) | Job::Establish(_) | Job::Reports => {}
+            Job::SpeakFor(_) | Job::KeepLease(..) | Job::Establish(_) | Job::Reports => {}
         }
     }
 }
@@ -88,7 +76,8 @@ struct Talker<'t> {
     steps: Steps,
     shared: &'t Shared,
     post: &'t Post,
-    instance: Option<Instance>,
+    /// Whom it speaks for.
+    instance: Option<InstanceNumber>,
     /// Boot-time milliseconds; never is `u64::MAX`.
     renew_at: u64,
     renewals: Backoff,
@@ -109,14 +98,14 @@ impl Talker<'_> {
             }
             let due = self.report_at.min(self.renew_at).saturating_sub(boottime_ms());
             match jobs.recv_timeout(Duration::from_millis(due).min(LOOK)) {
-                Ok(Job::Attest(request, answer)) => {
+                Ok(Job::Attest(request, stage, answer)) => {
                     // Who asked may have given up: then what came is dropped, and with it wiped.
-                    let _ = answer.send(self.attest(request));
+                    let _ = answer.send(self.attest(&request, &stage));
                 }
-                Ok(Job::KeepLease(instance)) => {
-                    self.renewals = Backoff::for_lease(&instance.terms);
-                    self.renew_at = instance.asked_ms.saturating_add(instance.terms.renew_ms());
-                    self.instance = Some(*instance);
+                Ok(Job::SpeakFor(instance)) => self.instance = Some(instance),
+                Ok(Job::KeepLease(terms, asked_ms)) => {
+                    self.renewals = Backoff::for_lease(&terms);
+                    self.renew_at = asked_ms.saturating_add(terms.renew_ms());
                 }
                 Ok(Job::Establish(established)) => self.attester.establish(*established),
                 Ok(Job::Anchor { anchor, closed, answer }) => {
@@ -133,28 +122,27 @@ impl Talker<'_> {
         }
     }
 
-    fn attest(&mut self, request: OperationRequest) -> Result<OpenedRelease, Failure> {
-        let steps = self.steps;
-        let tell = &mut |step: attest::flow::Step| steps.timed(step.name, &step.detail, step.took);
-        self.attester.attest(&request, tell).map_err(|error| super::failure(&error))
+    fn attest(&mut self, request: &OperationRequest, stage: &Stage) -> Result<OpenedRelease, Denied> {
+        let following = &mut Following { steps: self.steps, stage };
+        let opened = self.attester.attest(request, following);
+        opened.map_err(|error| Denied { failure: super::failure(&error), instance: self.attester.released() })
     }
 
     fn renew(&mut self) {
         let wiped = self.shared.wiped.load(Ordering::SeqCst);
         let operation = if wiped { Operation::ResumeKeys } else { Operation::Renew };
-        match self.attester.attest(&OperationRequest::plain(operation), &mut |_| {}) {
+        match self.attester.attest(&OperationRequest::plain(operation), &mut |_: Step| {}) {
             Ok(opened) => {
-                let instance = Instance::of(&opened);
-                let late = instance.asked_ms.saturating_add(instance.terms.quiesce_ms()) <= boottime_ms();
-                self.renewals = Backoff::for_lease(&instance.terms);
+                let (terms, asked_ms) = (opened.release.lease, opened.asked_ms);
+                let late = asked_ms.saturating_add(terms.quiesce_ms()) <= boottime_ms();
+                self.renewals = Backoff::for_lease(&terms);
                 self.told.clear();
                 if late {
                     // It came when it was over: asked again at once, with the usual pause between.
                     self.renew_at = boottime_ms() + self.renewals.next(jitter());
                     return;
                 }
-                self.renew_at = instance.asked_ms.saturating_add(instance.terms.renew_ms());
-                self.instance = Some(instance);
+                self.renew_at = asked_ms.saturating_add(terms.renew_ms());
                 self.post.put(Message::Renewed(Box::new(Renewal { opened })));
             }
             Err(error) => {
@@ -185,7 +173,7 @@ impl Talker<'_> {
     /// Delivers reports in order until none waits or one can't be delivered now.
     fn deliver(&mut self) {
         self.report_at = u64::MAX;
-        let Some(number) = self.instance.as_ref().map(|i| i.number) else { return };
+        let Some(number) = self.instance else { return };
         loop {
             let first = self.shared.outbox().as_ref().and_then(|o| o.first().cloned());
             let Some(report) = first else { return };
@@ -210,7 +198,7 @@ impl Talker<'_> {
     }
 
     fn anchor(&mut self, anchor: VolumeAnchor, closed: bool) -> AnchorAnswer {
-        let Some(number) = self.instance.as_ref().map(|i| i.number) else {
+        let Some(number) = self.instance else {
             return AnchorAnswer::Refused("there is no instance that holds the volume".into());
         };
         match self.client().anchor(number, &AnchorUpdate { anchor, closed }) {

@@ -142,27 +142,63 @@ fn machine_failure(error: &MachineError) -> Failure {
     Failure::of(exit, error)
 }
 
-/// What the end of a VM means: for the exit code, for the line that explains it, and for the provider.
-fn outcome(end: End) -> (Result<Exit, Failure>, EndReason, String) {
-    match end {
+/// What the end of a VM means: for the exit code, for the line that explains it, and for the provider. Volumes that are not
+/// flushed are no good end.
+fn outcome(end: End, flushed: Result<(), String>) -> (Result<Exit, Failure>, EndReason, String) {
+    let failed = |exit, why: &str| Err(Failure::new(exit, why));
+    let (result, reason, detail) = match end {
         End::PowerOff => (Ok(Exit::Done), EndReason::PowerOff, String::new()),
         End::Shutdown => (Ok(Exit::Done), EndReason::Shutdown, String::new()),
         End::Reset => {
-            let failure = Failure::new(Exit::Reset, "the guest asked for a reset; start it again");
-            (Err(failure), EndReason::Reset, String::new())
+            (failed(Exit::Reset, "the guest asked for a reset; start it again"), EndReason::Reset, String::new())
         }
         End::Panicked => {
             let why = "the guest's kernel panicked";
-            (Err(Failure::new(Exit::Panic, format!("{why}; its console says why"))), EndReason::Failed, why.into())
+            (failed(Exit::Panic, &format!("{why}; its console says why")), EndReason::Failed, why.into())
         }
         End::Stopped => {
-            let failure = Failure::new(Exit::Stopped, "stopped before the guest powered off; its volumes are flushed");
-            (Err(failure), EndReason::Shutdown, "stopped by a signal".into())
+            let detail = "stopped by a signal".into();
+            (failed(Exit::Stopped, "stopped before the guest powered off"), EndReason::Shutdown, detail)
         }
-        End::Failed(why) => {
-            (Err(Failure::new(Exit::Guest, format!("the guest failed: {why}"))), EndReason::Failed, why)
+        End::Failed(why) => (failed(Exit::Guest, &format!("the guest failed: {why}")), EndReason::Failed, why),
+        End::Lease(why) => (failed(Exit::Lease, &why), EndReason::Lease, why),
+        End::Broken(why) => (failed(Exit::Internal, &why), EndReason::Failed, why),
+    };
+    match (result, flushed) {
+        (Err(Failure { exit: Exit::Stopped, message }), Ok(())) => {
+            (failed(Exit::Stopped, &format!("{message}; its volumes are flushed")), reason, detail)
         }
-        End::Lease(why) => (Err(Failure::new(Exit::Lease, &why)), EndReason::Lease, why),
-        End::Broken(why) => (Err(Failure::new(Exit::Internal, &why)), EndReason::Failed, why),
+        (result, Ok(())) => (result, reason, detail),
+        (Ok(_), Err(why)) => (failed(Exit::Volume, &why), reason, why),
+        (Err(Failure { exit, message }), Err(why)) => {
+            let exit = if matches!(exit, Exit::Stopped | Exit::Reset) { Exit::Volume } else { exit };
+            let both = format!("{message}; {why}");
+            (failed(exit, &both), reason, both)
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_end_says_that_volumes_are_flushed_only_where_they_are() {
+        let ended = |end: End, flushed: Result<(), &str>| match outcome(end, flushed.map_err(str::to_owned)) {
+            (Ok(exit), _, _) => (exit, String::new()),
+            (Err(failure), _, _) => (failure.exit, failure.message),
+        };
+        let (exit, said) = ended(End::Stopped, Ok(()));
+        assert!(exit == Exit::Stopped && said.ends_with("its volumes are flushed"), "{said}");
+        assert_eq!(ended(End::PowerOff, Ok(())).0, Exit::Done);
+        let why = "volume root is not flushed: no room";
+        for end in [End::PowerOff, End::Shutdown, End::Reset, End::Stopped] {
+            let (exit, said) = ended(end.clone(), Err(why));
+            assert!(exit == Exit::Volume && said.ends_with(why), "{end:?}: {said}");
+        }
+        for (end, expected) in [(End::Lease("it ended".into()), Exit::Lease), (End::Panicked, Exit::Panic)] {
+            let (exit, said) = ended(end.clone(), Err(why));
+            assert!(exit == expected && said.ends_with(why), "{end:?}: {said}");
+        }
     }
 }

@@ -18,7 +18,7 @@ use crate::opener::{Access, Mapping, Opener};
 use crate::operations::{Facts, Operations, Protected};
 use crate::permit::StartPermit;
 use crate::post::{Inbox, Post, office};
-use crate::provider::{Link, contacts, gone};
+use crate::provider::{Denied, Link, contacts};
 use crate::registrar::Registrar;
 use crate::sandbox::{Filter, close_inherited, close_thread, harden, process};
 use crate::signals::Signals;
@@ -27,10 +27,10 @@ use crate::volumes::{VolumeDisk, Volumes};
 use crate::watch::{End, Watch};
 use attest::flow::OpenedRelease;
 use attest::vmfile::{FILE_LIMIT, VmFile};
-use policy::Operation;
 use policy::config::{ProvedFile, VmConfig};
 use policy::operation::OperationRequest;
 use policy::report::{EndReason, ReportEvent};
+use policy::{Operation, VmHeader};
 use std::fs::File;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
@@ -38,6 +38,12 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{RecvTimeoutError, channel};
 use std::time::{Duration, Instant};
+
+/// How often whoever waits for another thread looks for signals.
+const LOOK: Duration = Duration::from_millis(100);
+
+/// How long a VM that ends waits for the key provider to keep its volumes' last anchors: for all of them together.
+const CLOSING: Duration = Duration::from_secs(10);
 
 /// What a protected VM is started with.
 pub struct ProtectedRun {
@@ -79,34 +85,44 @@ pub fn run(start: &ProtectedRun, settings: &Settings) -> Result<Exit, Failure> {
     let (prepared, kvm) = prepare(start, settings)?;
     close_thread(Filter::Main).map_err(|e| Failure::of(Exit::Host, &e))?;
     // While the provider's thread attests, this one makes what needs no keys.
-    let answer = prepared.link.begin(OperationRequest::plain(Operation::PowerOn))?;
-    let early = Machine::open(kvm).map_err(|e| machine_failure(&e))?;
-    let opened = loop {
-        match answer.recv_timeout(Duration::from_millis(100)) {
-            Ok(answer) => break answer?,
-            Err(RecvTimeoutError::Timeout) if prepared.signals.count() == 0 => {}
-            Err(RecvTimeoutError::Timeout) => {
-                return Err(Failure::new(Exit::Stopped, "stopped by a signal before the VM started"));
-            }
-            Err(RecvTimeoutError::Disconnected) => return Err(gone()),
-        }
+    let asked = prepared.link.ask(OperationRequest::plain(Operation::PowerOn))?;
+    let released = match Machine::open(kvm) {
+        Ok(early) => asked.wait(|| unwanted(&prepared.signals)).map(|opened| (early, opened)),
+        Err(error) => Err(asked.give_up(machine_failure(&error))),
     };
     let link = prepared.link.clone();
-    link.keep(&prepared.file.header.customer, &prepared.file.header.vm, &opened);
-    // A fault of this program is an end too, and is reported as one.
-    let lived = catch_unwind(AssertUnwindSafe(|| live(prepared, early, opened, settings)));
-    let lived = lived.unwrap_or_else(|_| Err(Failure::new(Exit::Internal, "a fault of this program ended the VM")));
+    let VmHeader { customer, vm, .. } = prepared.file.header.clone();
+    let lived = match released {
+        Ok((early, opened)) => {
+            link.speak_for(&customer, &vm, opened.release.instance);
+            link.keep_lease(&opened);
+            // A fault of this program is an end too, and is reported as one.
+            let lived = catch_unwind(AssertUnwindSafe(|| live(prepared, early, opened, settings)));
+            lived.unwrap_or_else(|_| Err(Failure::new(Exit::Internal, "a fault of this program ended the VM")))
+        }
+        Err(Denied { failure, instance: None }) => return Err(failure),
+        Err(Denied { failure, instance: Some(instance) }) => {
+            link.speak_for(&customer, &vm, instance);
+            Err(failure)
+        }
+    };
     let (result, reason, detail) = match lived {
-        Ok(end) => outcome(end),
+        Ok((end, flushed)) => outcome(end, flushed),
         Err(failure) => {
+            let reason = if failure.exit == Exit::Stopped { EndReason::Shutdown } else { EndReason::Failed };
             let detail = failure.message.clone();
-            (Err(failure), EndReason::Failed, detail)
+            (Err(failure), reason, detail)
         }
     };
     if !link.end(reason, &detail) {
         steps.step("end-not-reported", "the VM may start elsewhere once its lease is past");
     }
     result
+}
+
+/// Why not to start a VM whose process was asked to end. The signals stay where they are.
+fn unwanted(signals: &Signals) -> Option<Failure> {
+    signals.pending().then(|| Failure::new(Exit::Stopped, "stopped by a signal before the VM started"))
 }
 
 /// Everything that needs paths, other processes or a fork: before the sandbox closes.
@@ -154,8 +170,13 @@ fn tell_release(opened: &OpenedRelease, steps: Steps) {
     steps.step("released", &detail);
 }
 
-/// From released keys to the end of the VM's life.
-fn live(prepared: Prepared, early: EarlyVm, opened: OpenedRelease, settings: &Settings) -> Result<End, Failure> {
+/// From released keys to the end of the VM's life; and whether its volumes are flushed.
+fn live(
+    prepared: Prepared,
+    early: EarlyVm,
+    opened: OpenedRelease,
+    settings: &Settings,
+) -> Result<(End, Result<(), String>), Failure> {
     let steps = settings.steps;
     let lease = LeaseClock::new(opened.release.lease, opened.asked_ms);
     // Until the guard watches: a store that hangs must not keep keys in memory past the lease.
@@ -166,8 +187,12 @@ fn live(prepared: Prepared, early: EarlyVm, opened: OpenedRelease, settings: &Se
     steps.step("opened", "the sealed part fits its header, the release stands in the audit log");
     let Prepared { file, opener, signals, post, inbox, lines, api, link } = prepared;
     link.establish(established);
-    let (machine, volumes) = build(early, &config, &opened, &opener, &link, steps)?;
+    let (machine, volumes) = build(early, &config, &opened, &opener, &link, &signals, steps)?;
     drop(opener);
+    if let Some(failure) = unwanted(&signals) {
+        volumes.close_unused(&link, steps);
+        return Err(failure);
+    }
     let volumes = Arc::new(volumes);
     let gate = Arc::new(LeaseGate::closed());
     gate.open_until(lease.quiesce_ms(), lease.end_ms());
@@ -176,7 +201,7 @@ fn live(prepared: Prepared, early: EarlyVm, opened: OpenedRelease, settings: &Se
     let (running, keyboard, typing, raw) = match started {
         Ok(started) => started,
         Err(failure) => {
-            volumes.close(&link, steps);
+            volumes.close_unused(&link, steps);
             return Err(failure);
         }
     };
@@ -212,11 +237,13 @@ fn live(prepared: Prepared, early: EarlyVm, opened: OpenedRelease, settings: &Se
     if closing.is_err() {
         volumes.wipe_keys();
     }
+    // Requests in hand may wait for an anchor, and so do volumes that are closed.
+    link.hurry(CLOSING);
     running.stop();
     drop(raw);
-    volumes.close(&link, steps);
+    let flushed = volumes.close(&link, steps);
     volumes.wipe_keys();
-    end
+    end.map(|end| (end, flushed))
 }
 
 /// The end of a process whose volumes do not open within their lease. No guest ran, so nothing is lost; its keys go with it.
@@ -234,6 +261,7 @@ fn build(
     opened: &OpenedRelease,
     opener: &Opener,
     link: &Link,
+    signals: &Signals,
     steps: Steps,
 ) -> Result<(Machine, Volumes), Failure> {
     let proved = |file: &ProvedFile| {
@@ -242,8 +270,10 @@ fn build(
     };
     let kernel = proved(&config.payload.kernel)?;
     let initrd = config.payload.initramfs.as_ref().map(proved).transpose()?;
+    let (opening, opened_all) = channel::<()>();
     let (machine, volumes) = std::thread::scope(|scope| {
-        let volumes = std::thread::Builder::new().name("volumes".into()).spawn_scoped(scope, || {
+        let volumes = std::thread::Builder::new().name("volumes".into()).spawn_scoped(scope, move || {
+            let _opening = opening;
             let begun = Instant::now();
             let volumes = Volumes::open(&config.disks, opened, opener, link, steps)?;
             if !config.disks.is_empty() {
@@ -252,6 +282,12 @@ fn build(
             Ok(volumes)
         });
         let machine = load(early, config, &kernel, initrd.as_ref(), steps);
+        // A provider that hangs holds up nobody who does not want the VM any more.
+        while opened_all.recv_timeout(LOOK) == Err(RecvTimeoutError::Timeout) {
+            if machine.is_err() || signals.pending() {
+                link.hurry(Duration::ZERO);
+            }
+        }
         let volumes = match volumes {
             Ok(thread) => {
                 thread.join().unwrap_or_else(|_| Err(Failure::new(Exit::Internal, "a volume's opening panicked")))
@@ -263,10 +299,11 @@ fn build(
     match (machine, volumes) {
         (Ok(machine), Ok(volumes)) => Ok((machine, volumes)),
         (Err(failure), Ok(volumes)) => {
-            volumes.close(link, steps);
+            volumes.close_unused(link, steps);
             Err(failure)
         }
-        (_, Err(failure)) => Err(failure),
+        // What was given up because of a signal is no volume's fault.
+        (_, Err(failure)) => Err(unwanted(signals).unwrap_or(failure)),
     }
 }
 

@@ -62,7 +62,9 @@ pub fn run(file: &Path, settings: &Settings) -> Result<Exit, Failure> {
     let end = watch.until_end(running.events());
     running.stop();
     drop(raw);
-    let (result, _, _) = outcome(end);
+    let flushed = running.flush_disks();
+    let flushed = flushed.map_err(|(name, e)| format!("disk {name} is not flushed: {}", crate::exit::chain(&e)));
+    let (result, _, _) = outcome(end, flushed);
     result
 }
 

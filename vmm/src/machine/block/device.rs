@@ -1,7 +1,7 @@
 //! What the guest sees of a disk.
 
 use super::counters::{BlockCounters, Tally};
-use super::disk::Disk;
+use super::disk::{Disk, DiskError};
 use super::request::{EXTENT_SECTORS_MAX, EXTENTS_MAX, SECTOR};
 use super::uring::DiskRing;
 use super::worker::Desk;
@@ -112,6 +112,11 @@ impl BlockDevice {
         let sectors = self.desk.disk.size() / SECTOR;
         self.config.change(|bytes| bytes[..8].copy_from_slice(&sectors.to_le_bytes()));
         sectors * SECTOR
+    }
+
+    /// Makes durable what the guest wrote.
+    pub fn flush(&self) -> Result<(), DiskError> {
+        if self.desk.read_only { Ok(()) } else { self.desk.disk.flush() }
     }
 
     /// Starts its threads.
