@@ -88,7 +88,7 @@ fn a_ca_that_the_vm_file_does_not_pin_is_the_wrong_provider() {
     let roots = lab.tpm.roots().display().to_string();
     let ended = lab.run_vm(&["--provider-ca", &roots]);
     assert_eq!(ended.code, Some(6), "{}", ended.err);
-    no_guest(ended, &["ca certificate"]);
+    ended.no_guest(&["ca certificate"]);
 }
 
 #[test]
