@@ -43,6 +43,7 @@ pub mod fuzz {
     pub use super::balloon::fuzz::fuzz_balloon;
     pub use super::block::fuzz::fuzz_requests;
     pub use super::boot::fuzz_kernel;
+    pub use super::bus::fuzz::fuzz_bus;
     pub use super::console::fuzz::fuzz_console;
     pub use super::net::fuzz::fuzz_net;
     pub use super::pci::fuzz::fuzz_pci;

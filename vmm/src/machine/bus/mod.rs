@@ -1,5 +1,7 @@
 //! What a vCPU finds outside of RAM: ports and memory that devices answer for.
 
+pub(super) mod fuzz;
+
 use super::layout::{PCI_CONFIG_PORT, PCI_CONFIG_PORTS, POWER_PORT, POWER_PORTS, SERIAL_PORT, SERIAL_PORTS};
 use super::pci::PciBus;
 use super::power::Power;
