@@ -88,7 +88,8 @@ impl Volumes {
         let mut result = Ok(());
         for (opened, rested) in self.all.iter().zip(rested) {
             let closed = opened.volume.close().map_err(|e| chain(&e));
-            result = result.and(rested.or(closed.as_ref().map(drop).map_err(|why| opened.not_flushed(why))));
+            // What closes is flushed, whatever came before.
+            result = result.and(if closed.is_ok() { Ok(()) } else { rested });
             match closed.and_then(|anchor| opened.anchor_closed(anchor, link)) {
                 Ok(()) => steps.step("volume-closed", &opened.name),
                 Err(why) => steps.step("volume-not-closed", &format!("{}: {why}", opened.name)),
@@ -106,11 +107,7 @@ impl Volumes {
 
 impl Opened {
     fn rest(&self) -> Result<(), String> {
-        self.volume.checkpoint().map_err(|e| self.not_flushed(&chain(&e)))
-    }
-
-    fn not_flushed(&self, why: &str) -> String {
-        format!("volume {} is not flushed: {why}", self.name)
+        self.volume.checkpoint().map_err(|e| format!("volume {} is not flushed: {}", self.name, chain(&e)))
     }
 
     fn anchor_closed(&self, anchor: VolumeAnchor, link: &Link) -> Result<(), String> {
