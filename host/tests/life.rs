@@ -125,6 +125,26 @@ fn earlier_peers_are_known_until_a_service_dies() {
 }
 
 #[test]
+fn a_process_that_is_registered_again_is_one_and_has_one_connection() {
+    let host = Host::booted();
+    let service = host.ready();
+    let mut vm = host.vm("acme", "payroll");
+    let again = host.register(&vm.process, &vm.customer, &vm.name, vm.file);
+    assert!(vm.client.identity().is_err() && !vm.client.is_of_use(), "the older connection is closed");
+    vm.client = again;
+    assert_eq!(earlier(&mut vm), EarlierPeer::None, "there is no other");
+    assert_eq!(host.control().status().expect("status").vms, 1);
+    // By the next service too, which can't know of others.
+    service.signal(9);
+    service.end(LIMIT);
+    let _service = host.serve(&[]);
+    assert!(!vm.client.is_of_use());
+    vm.client = host.register(&vm.process, &vm.customer, &vm.name, vm.file);
+    assert_eq!(earlier(&mut vm), EarlierPeer::Unknown);
+    assert_eq!(earlier(&mut host.vm("acme", "payroll")), EarlierPeer::Lives);
+}
+
+#[test]
 fn a_service_that_ends_without_vms_forgets_nobody() {
     let host = Host::booted();
     let service = host.ready();

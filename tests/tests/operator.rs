@@ -45,7 +45,7 @@ fn files_lie_where_the_operator_says_and_the_first_provider_that_answers_is_aske
     // The certificate of the authority, which the server sends anyway; that of another; and what is none.
     lab.run_vm(&["--provider-ca", &lab.text("keys/ca.pem")]).good();
     lab.run_vm(&["--provider-ca", &lab.text("tpm/roots.pem")]).no_guest(&["is not the one that the vm file pins"]);
-    lab.run_vm(&["--provider-ca", &lab.text("root.img")]).no_guest(&["holds no certificate"]);
+    lab.run_vm(&["--provider-ca", &lab.text("policy.txt")]).no_guest(&["holds no certificate"]);
 
     std::fs::create_dir(lab.path("elsewhere")).expect("a folder");
     std::fs::rename(lab.path("store/guest"), lab.path("elsewhere/kernel")).expect("moved");

@@ -145,12 +145,10 @@ fn holds(bytes: &[u8], key: &[u8]) -> bool {
     forms.extend((0..3).map(|at| plain(&base64(&key[at..at + 15]))));
     forms.push(hex::encode(&key[..16]).into_bytes());
     forms.push(hex::encode_upper(&key[..16]).into_bytes());
-    let found = |form: &Vec<u8>| {
-        let first = form[0];
-        let starts = bytes.iter().enumerate().filter(|(_, b)| **b == first);
-        starts.into_iter().any(|(at, _)| bytes[at..].starts_with(form))
-    };
-    forms.iter().any(found)
+    let mut starting: Vec<Vec<&[u8]>> = vec![Vec::new(); 256];
+    forms.iter().for_each(|form| starting[usize::from(form[0])].push(form));
+    let stands = |at: usize| starting[usize::from(bytes[at])].iter().any(|form| bytes[at..].starts_with(form));
+    (0..bytes.len()).any(stands)
 }
 
 #[test]

@@ -194,7 +194,7 @@ fn a_flipped_bit_is_an_error_and_never_other_data() {
         println!("byte {at}: {:?} {}", ended.code, ended.out);
         assert!(read || !ended.out.contains("sha256"), "other data: {}", ended.out);
         if ended.code == Some(0) {
-            assert!(read || ended.out.contains("failed hash"), "{}", ended.out);
+            assert!(read || ended.out.contains("disk error hash"), "{}", ended.out);
             failed += usize::from(!read);
         } else {
             assert_eq!(ended.no_guest(&["volume"]).code, Some(8));

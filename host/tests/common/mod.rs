@@ -131,13 +131,18 @@ impl Host {
         let process = Sleeper::new();
         let (customer, name) = (customer.parse().expect("a label"), name.parse().expect("a label"));
         let file = Digest::of(b"the VM file");
+        let client = self.register(&process, &customer, &name, file);
+        Vm { process, client, customer, name, file }
+    }
+
+    pub fn register(&self, process: &Sleeper, customer: &CustomerId, name: &VmId, file: Digest) -> Client {
         let (ours, theirs) = UnixStream::pair().expect("a pair");
-        let pidfd = pidfd(&process);
+        let pidfd = pidfd(process);
         self.control()
-            .register(&customer, &name, file, theirs.as_fd(), pidfd.as_fd())
+            .register(customer, name, file, theirs.as_fd(), pidfd.as_fd())
             .and_then(Registering::done)
             .expect("registered");
-        Vm { process, client: Client::new(ours), customer, name, file }
+        Client::new(ours)
     }
 
     /// What the firmware log and a layer log replay to.

@@ -16,11 +16,18 @@ pub(super) struct Memory {
 /// Mappings at least this large are the guest's memory, KiB.
 const GUEST: u64 = 64 << 10;
 
-/// The process's memory less its guest's.
+/// The process's memory less its guest's, with what its children have written: all else of theirs is its own pages.
 pub(super) fn without_guest(pid: u32) -> Result<Memory, BenchError> {
     let path = PathBuf::from(format!("/proc/{pid}/smaps"));
-    let (guest, rest) = split(&read(&path)?);
-    if guest.resident == 0 { Err(BenchError::Memory(path)) } else { Ok(rest) }
+    let (guest, mut rest) = split(&read(&path)?);
+    if guest.resident == 0 {
+        return Err(BenchError::Memory(path));
+    }
+    for child in read(Path::new(&format!("/proc/{pid}/task/{pid}/children")))?.split_whitespace() {
+        let written = of(child.parse().map_err(|_| BenchError::Memory(path.clone()))?)?.dirty;
+        rest = Memory { resident: rest.resident + written, dirty: rest.dirty + written };
+    }
+    Ok(rest)
 }
 
 /// The whole process's memory.
