@@ -10,6 +10,9 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 use ureq::unversioned::transport::{Buffers, ConnectionDetails, Connector, LazyBuffers, NextTimeout, Transport};
 
+/// The most pieces of TLS housekeeping that an idle connection may bring at once.
+const HOUSEKEEPING: usize = 16;
+
 /// Opens TLS connections to the pinned provider, and nothing else.
 #[derive(Debug)]
 pub(super) struct PinnedConnector {
@@ -177,15 +180,20 @@ impl Transport for TlsTransport {
         if socket.set_nonblocking(true).is_err() {
             return false;
         }
-        let idle = match self.stream.conn.read_tls(socket) {
-            Ok(0) => false,
-            Ok(_) => self
-                .stream
-                .conn
-                .process_new_packets()
-                .is_ok_and(|state| state.plaintext_bytes_to_read() == 0 && !state.peer_has_closed()),
-            Err(e) => e.kind() == io::ErrorKind::WouldBlock,
-        };
+        // What came may be followed by the end, so all of it is read; a peer that keeps this busy is no idle one.
+        let idle = (0..HOUSEKEEPING).find_map(|_| match self.stream.conn.read_tls(socket) {
+            Ok(0) => Some(false),
+            Ok(_) => {
+                let kept = self
+                    .stream
+                    .conn
+                    .process_new_packets()
+                    .is_ok_and(|state| state.plaintext_bytes_to_read() == 0 && !state.peer_has_closed());
+                (!kept).then_some(false)
+            }
+            Err(e) => Some(e.kind() == io::ErrorKind::WouldBlock),
+        });
+        let idle = idle.unwrap_or(false);
         self.stream.sock.socket.set_nonblocking(false).is_ok() && idle
     }
 
