@@ -15,10 +15,12 @@
 //! | [`instance`] | when a VM may start again: one instance at most |
 //! | [`anchor`], [`disk`] | volume anchors and the hand-over of a volume to a tool |
 //! | [`document`] | the customer's policy document: settings and rules |
+//! | [`calendar`] | dates of days |
 //! | [`audit`], [`report`] | events of the audit log, and what a VM process reports |
 
 pub mod anchor;
 pub mod audit;
+pub mod calendar;
 pub mod config;
 pub mod device;
 pub mod disk;

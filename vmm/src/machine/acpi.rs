@@ -1,10 +1,10 @@
-//! ACPI tables of reduced hardware (ACPI 6.5, 4.1): no fixed registers, no PIT, RTC or 8042; what is there is a local APIC for
-//! each processor, an I/O APIC, a PCI host bridge with ECAM, COM1, a power button, and the VM generation id.
+//! ACPI tables of reduced hardware (ACPI 6.5, 4.1): no fixed registers, no PIT or 8042; what is there is a local APIC for
+//! each processor, an I/O APIC, a PCI host bridge with ECAM, COM1, a clock chip, a power button, and the VM generation id.
 
 use super::generation::{ADDRESS_NAME, COMPATIBLE};
 use super::layout::{
     ACPI_TABLES, ECAM, ECAM_SIZE, GENERATION_ID, IO_APIC, LOCAL_APIC, PCI_CONFIG_PORT, PCI_CONFIG_PORTS, PCI_WINDOW,
-    PCI_WINDOW_SIZE, POWER_GSI, POWER_PORT, SERIAL_GSI, SERIAL_PORT, SERIAL_PORTS,
+    PCI_WINDOW_SIZE, POWER_GSI, POWER_PORT, RTC_PORT, RTC_PORTS, SERIAL_GSI, SERIAL_PORT, SERIAL_PORTS,
 };
 use super::memory::GuestRam;
 use super::power::{EVENT_BUTTON, EVENT_GENERATION, RESET_VALUE, SLEEP_TYPE_OFF};
@@ -26,8 +26,8 @@ use vm_memory::{Bytes, GuestAddress};
 const OEM: [u8; 6] = *b"FEALTY";
 const OEM_TABLE: [u8; 8] = *b"FEALTYVM";
 const OEM_REVISION: u32 = 1;
-/// FADT, IA-PC boot architecture: no VGA, no RTC in CMOS; and a legacy device, the serial port.
-const BOOT_ARCHITECTURE: u16 = 1 << 5 | 1 << 2 | 1;
+/// FADT, IA-PC boot architecture: no VGA; and legacy devices, the serial port and the clock chip.
+const BOOT_ARCHITECTURE: u16 = 1 << 2 | 1;
 const RSDP_SPACE: u64 = 64;
 
 /// The tables do not fit: there is a bug, or a processor too many.
@@ -100,7 +100,7 @@ fn mcfg() -> impl Aml {
 
 fn dsdt() -> impl Aml {
     let mut body = vec![];
-    for object in [host_bridge, ecam_reservation, serial, power_button, generation, power_events, power_off] {
+    for object in [host_bridge, ecam_reservation, serial, clock, power_button, generation, power_events, power_off] {
         object(&mut body);
     }
     let mut dsdt = Sdt::new(*b"DSDT", 36, 6, OEM, OEM_TABLE, OEM_REVISION);
@@ -167,6 +167,20 @@ fn serial(out: &mut Vec<u8>) {
             &Name::new("_UID".into(), &ZERO),
             &Name::new("_DDN".into(), &"COM1"),
             &Name::new("_CRS".into(), &ResourceTemplate::new(vec![&interrupt, &ports])),
+        ],
+    );
+}
+
+/// Without an interrupt: it has no alarm.
+fn clock(out: &mut Vec<u8>) {
+    let ports = IO::new(RTC_PORT, RTC_PORT, 1, RTC_PORTS as u8);
+    device(
+        out,
+        "RTC_",
+        vec![
+            &Name::new("_HID".into(), &EISAName::new("PNP0B00")),
+            &Name::new("_UID".into(), &ZERO),
+            &Name::new("_CRS".into(), &ResourceTemplate::new(vec![&ports])),
         ],
     );
 }

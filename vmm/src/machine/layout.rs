@@ -24,6 +24,7 @@
 //! # I/O ports
 //!
 //! ```text
+//! 0x70, 0x71    clock chip (MC146818A): index, data; the host's time in UTC, no alarm, no interrupt
 //! 0x3f8..0x400  COM1, a 16550A on GSI 4 (edge)
 //! 0x600         sleep control, byte: 0x34 (SLP_TYP 5, SLP_EN) powers off
 //! 0x601         sleep status, byte: reads 0
@@ -48,7 +49,7 @@
 //! - *PVH* (an ELF file with the note XEN_ELFNOTE_PHYS32_ENTRY, 18, name "Xen"): 32-bit protected mode, no paging, flat segments, `ebx` =
 //!   [`PVH_START_INFO`] (`hvm_start_info` version 1 with memory map, command line, RSDP, and the initrd as module 0), interrupts off.
 //!
-//! The other vCPUs wait for INIT and SIPI. APIC id = index. No PIT, no RTC, no i8042.
+//! The other vCPUs wait for INIT and SIPI. APIC id = index. No PIT, no i8042.
 
 /// One mebibyte.
 pub const MIB: u64 = 1 << 20;
@@ -111,6 +112,10 @@ pub const KVM_TSS: u64 = KVM_IDENTITY_MAP + 0x1000;
 /// The hotplug window starts at a multiple of this.
 pub const HOTPLUG_ALIGNMENT: u64 = GIB;
 
+/// First port of the clock chip.
+pub const RTC_PORT: u16 = 0x70;
+/// Ports of the clock chip.
+pub const RTC_PORTS: u16 = 2;
 /// First port of the serial line.
 pub const SERIAL_PORT: u16 = 0x3f8;
 /// Ports of the serial line.

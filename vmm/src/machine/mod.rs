@@ -28,6 +28,7 @@ mod power;
 pub mod rate;
 mod reset;
 pub mod rng;
+mod rtc;
 mod running;
 mod serial;
 mod sync;

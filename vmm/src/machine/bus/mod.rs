@@ -2,9 +2,12 @@
 
 pub(super) mod fuzz;
 
-use super::layout::{PCI_CONFIG_PORT, PCI_CONFIG_PORTS, POWER_PORT, POWER_PORTS, SERIAL_PORT, SERIAL_PORTS};
+use super::layout::{
+    PCI_CONFIG_PORT, PCI_CONFIG_PORTS, POWER_PORT, POWER_PORTS, RTC_PORT, RTC_PORTS, SERIAL_PORT, SERIAL_PORTS,
+};
 use super::pci::PciBus;
 use super::power::Power;
+use super::rtc::Rtc;
 use super::serial::SerialPort;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -13,6 +16,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 pub(super) struct Bus {
     serial: Arc<SerialPort>,
     power: Arc<Power>,
+    rtc: Rtc,
     pci: PciBus,
     stray: AtomicU64,
 }
@@ -20,7 +24,7 @@ pub(super) struct Bus {
 impl Bus {
     /// The buses of a machine.
     pub(super) fn new(serial: Arc<SerialPort>, power: Arc<Power>, pci: PciBus) -> Self {
-        Self { serial, power, pci, stray: AtomicU64::new(0) }
+        Self { serial, power, rtc: Rtc::default(), pci, stray: AtomicU64::new(0) }
     }
 
     /// A read of `data.len()` (1, 2 or 4) bytes from a port.
@@ -31,6 +35,9 @@ impl Bus {
             }
             POWER_PORT.. if port - POWER_PORT < POWER_PORTS => {
                 bytes(port - POWER_PORT, data, |at, byte| *byte = self.power.read(at));
+            }
+            RTC_PORT.. if port - RTC_PORT < RTC_PORTS => {
+                bytes(port - RTC_PORT, data, |at, byte| *byte = self.rtc.read(at));
             }
             PCI_CONFIG_PORT.. if port - PCI_CONFIG_PORT < PCI_CONFIG_PORTS => self.pci.port_read(port, data),
             _ => {
@@ -49,6 +56,9 @@ impl Bus {
             }
             POWER_PORT.. if port - POWER_PORT < POWER_PORTS => {
                 bytes(port - POWER_PORT).for_each(|(at, byte)| self.power.write(at, byte));
+            }
+            RTC_PORT.. if port - RTC_PORT < RTC_PORTS => {
+                bytes(port - RTC_PORT).for_each(|(at, byte)| self.rtc.write(at, byte));
             }
             PCI_CONFIG_PORT.. if port - PCI_CONFIG_PORT < PCI_CONFIG_PORTS => self.pci.port_write(port, data),
             _ => self.note_stray(),
