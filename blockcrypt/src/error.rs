@@ -57,8 +57,10 @@ pub enum VolumeError {
         /// The highest in anchor and superblocks.
         highest: u32,
     },
-    /// The grant names a key that takes no new writes.
-    #[error("key {0} of this volume takes no new writes; ask the provider for a new key id")]
+    /// A key that takes no new writes, or none of a rotation.
+    #[error(
+        "key {0} of this volume has sealed as much as one key may; rekey the volume (a rekey that this ends goes on under the next key)"
+    )]
     KeyExhausted(KeyId),
     /// 2^40 blocks were written under one open number.
     #[error("this open number is used up; close the volume and open it again")]

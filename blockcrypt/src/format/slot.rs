@@ -30,6 +30,8 @@ impl Slot {
     pub(crate) const SIZE: usize = 128;
     /// Blocks that one key seals at most: 2^36 AES blocks of 16 bytes.
     pub(crate) const LIMIT: u64 = 1 << 28;
+    /// Blocks after which its end is near: a rotation goes on under another key, and leaves the rest to the guest.
+    pub(crate) const NEARLY: u64 = Self::LIMIT / 8 * 7;
 
     pub(crate) fn parse(bytes: &[u8; Self::SIZE]) -> Result<Self, FormatError> {
         zero(&bytes[100..])?;

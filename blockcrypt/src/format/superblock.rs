@@ -14,6 +14,7 @@ const MAGIC: &[u8; 16] = b"fealty volume\r\n\x1a";
 pub(crate) const MAC_AT: usize = BLOCK - MAC;
 const CLEAN: u32 = 1;
 const SLOT_AT: usize = 384;
+const ROTATION_AT: usize = SLOT_AT + Slot::SIZE;
 
 /// A superblock, one block.
 ///
@@ -37,7 +38,7 @@ const SLOT_AT: usize = 384;
 /// 368   blocks of the pool in use, u64
 /// 376   number of snapshots ever taken, u64
 /// 384   the current key's slot, 128 bytes
-/// 512   zero
+/// 512   rotation: key id under which it began, u64 (0: none so far)   520   1 if it came to its end, u32   524   zero
 /// 4064  MAC, under the superblock key of the current key id, over a type byte and bytes 0 to 4064
 /// ```
 ///
@@ -65,7 +66,17 @@ pub(crate) struct Superblock {
     pub(crate) taken: u64,
     /// The current key's slot; its key id is the current key id.
     pub(crate) slot: Slot,
+    pub(crate) rotation: Rotation,
     pub(crate) mac: [u8; MAC],
+}
+
+/// The newest rotation. It may take several keys, one after the other: what is under any of them is done.
+#[derive(Clone, Copy, PartialEq, Eq, Default)]
+pub(crate) struct Rotation {
+    /// The first of them.
+    pub(crate) first: Option<KeyId>,
+    /// Nothing is left to do.
+    pub(crate) ended: bool,
 }
 
 /// Where replay starts.
@@ -94,6 +105,11 @@ impl Superblock {
         let flags = u32_at(block, 108);
         let cut = Cut { offset: u64_at(block, 208), sequence: u64_at(block, 216), chain: array_at(block, 224) };
         let slot = Slot::parse(&array_at(block, SLOT_AT))?;
+        let first = Some(key_at(block, ROTATION_AT)).filter(|key| key.0 != 0);
+        let rotation = Rotation { first, ended: u32_at(block, ROTATION_AT + 8) == 1 };
+        if u32_at(block, ROTATION_AT + 8) > 1 || (rotation.ended && first.is_none()) {
+            return Err(FormatError("its rotation is impossible"));
+        }
         let writer =
             OpenNumber::try_from(u64::from(u32_at(block, 104))).map_err(|_| FormatError("its writer is no number"))?;
         if u64_at(block, 72) != geometry.log_start() || cut.offset >= geometry.log_blocks {
@@ -117,6 +133,7 @@ impl Superblock {
             used: u64_at(block, 368),
             taken: u64_at(block, 376),
             slot,
+            rotation,
             mac: array_at(block, MAC_AT),
         })
     }
@@ -138,6 +155,7 @@ impl Superblock {
             used: 0,
             taken: 0,
             slot,
+            rotation: Rotation::default(),
             mac: [0; MAC],
         }
     }
@@ -175,6 +193,8 @@ impl Superblock {
         put(b, 368, &self.used.to_le_bytes());
         put(b, 376, &self.taken.to_le_bytes());
         put(b, SLOT_AT, &self.slot.to_bytes());
+        put(b, ROTATION_AT, &self.rotation.first.map_or(0, |key| key.0).to_le_bytes());
+        put(b, ROTATION_AT + 8, &u32::from(self.rotation.ended).to_le_bytes());
         out
     }
 
@@ -225,5 +245,5 @@ fn check_constants(block: &Block) -> Result<(), FormatError> {
     if u16_at(block, 90) != ENTRIES as u16 || u16_at(block, 92) != CHILDREN as u16 || u16_at(block, 94) != 0 {
         return Err(FormatError("another page geometry"));
     }
-    zero(&block[SLOT_AT + Slot::SIZE..MAC_AT])
+    zero(&block[ROTATION_AT + 12..MAC_AT])
 }

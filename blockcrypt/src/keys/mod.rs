@@ -223,9 +223,9 @@ impl KeyRing {
         self.0.insert(0, key);
     }
 
-    /// Forgets all others.
-    pub(crate) fn keep_current(&mut self) {
-        self.0.truncate(1);
+    /// Forgets all but the newest, the current one first.
+    pub(crate) fn keep_newest(&mut self, count: usize) {
+        self.0.truncate(count);
     }
 
     /// The key for new writes.

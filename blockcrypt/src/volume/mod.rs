@@ -110,6 +110,8 @@ pub(crate) struct Core {
     pub(crate) generations: u64,
     /// Blocks sealed under the current key.
     pub(crate) written: u64,
+    /// It was told that this is nearly as many as it may be.
+    warned: bool,
     pub(crate) dropped: u64,
     /// The store had no room for more spare blocks.
     tight: bool,
@@ -148,10 +150,13 @@ pub struct VolumeInfo {
     pub writer: u32,
     /// The key for new writes.
     pub key_id: KeyId,
-    /// Older keys that may still be in use.
+    /// Keys that may still be in use, and that a rotation makes needless: those older than the current one, or than the first key of
+    /// a rotation that took several.
     pub older_keys: usize,
     /// Blocks sealed under the current key.
     pub blocks_written: u64,
+    /// Whether the current key has sealed so many that a rotation goes on under another only.
+    pub key_used_up: bool,
     /// Unacknowledged writes that the last recovery found incomplete and dropped.
     pub dropped_writes: u64,
     /// Whether it takes writes.
@@ -299,7 +304,9 @@ impl Volume {
     /// keys, unless snapshots need them. `heard` is told of how many blocks of how many were looked at, those of the map included, and ends
     /// it by returning `false`; then, and after a crash, the next call goes on. Returns whether it came to its end.
     ///
-    /// A new key comes with a grant that names its id: open the volume with it, then call this.
+    /// A new key comes with a grant that names its id: open the volume with it, then call this. Where one key can't seal so much, it ends
+    /// with [`VolumeError::KeyExhausted`], and an eighth of what the key may seal is left for other writes: open the volume with
+    /// another new key, and it goes on under that.
     pub fn rotate(&self, heard: &mut dyn FnMut(u64, u64) -> bool) -> Result<bool, VolumeError> {
         self.shared.rotate(heard)
     }

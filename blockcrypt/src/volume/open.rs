@@ -13,7 +13,7 @@ use crate::format::geometry::Geometry;
 use crate::format::page::{Child, Header, Tree};
 use crate::format::slot::{MAX_PAGES, Slot, SlotPage};
 use crate::format::snapshot::{MAX_PAGES as SNAPSHOT_PAGES, Snapshot, SnapshotPage};
-use crate::format::superblock::{Superblock, claimed_total, has_magic};
+use crate::format::superblock::{Rotation, Superblock, claimed_total, has_magic};
 use crate::format::{BLOCK, Block, FormatError, zero_block};
 use crate::keys::{KeyRing, VolumeKey, same};
 use crate::space::Space;
@@ -229,6 +229,7 @@ impl Shared {
             if grant.key_id != core.superblock.key() {
                 core.new_key(grant, kek, &self.backing)?;
             }
+            core.warn_of_limit(&self.backing);
         }
         self.first_checkpoint()?;
         self.anchoring.keep_now()?;
@@ -281,6 +282,7 @@ impl Core {
             snapshots_taken: superblock.taken,
             generations: 0,
             written: superblock.slot.written,
+            warned: false,
             dropped: 0,
             tight: false,
             checkpointing: false,
@@ -317,6 +319,10 @@ impl Core {
         let slot = kek.wrap(&master, grant.key_id, from.uuid, &grant.customer)?;
         let key = VolumeKey::expand(grant.key_id, from.uuid, &master)?;
         from.change_keys(|ring| ring.renew(key))?;
+        if !self.is_used_up() || self.superblock.rotation.ended {
+            // Otherwise a rotation under way goes on under this key.
+            self.superblock.rotation = Rotation::default();
+        }
         let last = Slot { written: self.written, ..std::mem::replace(&mut self.superblock.slot, slot) };
         self.older.insert(0, last);
         self.slots_changed = true;

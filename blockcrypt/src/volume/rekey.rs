@@ -5,6 +5,7 @@
 //! - **Rotation**: an opener whose grant names a new key id has a new master for what it writes. [`Shared::rotate`] writes
 //!   the rest again under it, block by block and page by page, while requests are served; what is under the new key already is
 //!   passed over, so that a crash costs nothing but a look at the map. When nothing needs them any more, the older slots go.
+//!   Where one key can't seal all, another follows, with another opening: the superblock says under which one the rotation began.
 //! - **Erase**: without its slots a volume is noise, whoever has which key.
 //!
 //! Blocks that held slots are overwritten with zeroes before they are free.
@@ -14,6 +15,7 @@ use super::durable::Occasion;
 use super::open::{older_slot_blocks, superblock_places};
 use super::shared::Shared;
 use super::{Core, leaf};
+use crate::backing::Backing;
 use crate::format::page::{ENTRIES, Entry, Tree};
 use crate::format::slot::Slot;
 use crate::format::{BLOCK, Block, zero_block};
@@ -59,6 +61,13 @@ impl Shared {
     /// whether it came to its end.
     pub(super) fn rotate(&self, heard: &mut dyn FnMut(u64, u64) -> bool) -> Result<bool, VolumeError> {
         self.check_writable(0, 0)?;
+        {
+            // No checkpoint is under way, which would take this back.
+            let _group = self.flushing();
+            let mut core = self.core()?;
+            let current = core.superblock.key();
+            core.superblock.rotation.first.get_or_insert(current);
+        }
         let blocks = self.backing.geometry().blocks();
         // Each block, then each leaf of the map once more.
         let all = blocks + blocks.div_ceil(ENTRIES as u64);
@@ -79,8 +88,17 @@ impl Shared {
         if !self.drop_older_keys(&mut |leaf| heard(blocks + leaf.min(all - blocks), all))? {
             return Ok(false);
         }
+        self.end_rotation()?;
         heard(all, all);
         Ok(true)
+    }
+
+    /// From here on another new key is another rotation's.
+    fn end_rotation(&self) -> Result<(), VolumeError> {
+        let _among_others = self.among_others()?;
+        let group = self.flushing();
+        let before = std::mem::replace(&mut self.core()?.superblock.rotation.ended, true);
+        if before { Ok(()) } else { self.write_checkpoint(&group, Occasion::Running) }
     }
 
     fn rotate_leaf(&self, first: u64) -> Result<(), VolumeError> {
@@ -93,12 +111,18 @@ impl Shared {
             let _locked = self.lock_blocks(std::iter::once(at..end));
             let mut entries = [Entry::UNMAPPED; ENTRIES];
             let entries = &mut entries[..(end - at) as usize];
-            let current = self.with_core(|core| {
+            let fresh = self.with_core(|core| {
                 core.lookup(at, entries)?;
-                Ok(core.superblock.key())
+                Ok(core.fresh_keys())
             })?;
-            let stale = |entry: &Entry| entry.data().is_some() && entry.key != current;
+            let stale = |entry: &Entry| entry.data().is_some() && !fresh.contains(&entry.key);
             let Some(skip) = entries.iter().position(stale) else { break };
+            {
+                let core = self.core()?;
+                if core.is_used_up() {
+                    return Err(VolumeError::KeyExhausted(core.superblock.key()));
+                }
+            }
             let run = entries[skip..].iter().take_while(|entry| stale(entry)).take(CHUNK as usize).count();
             at += skip as u64;
             blocks.resize(run, [0; BLOCK]);
@@ -135,7 +159,7 @@ impl Shared {
         let (_alone, group) = loop {
             let taken = {
                 let core = self.core()?;
-                if core.older.is_empty() || !core.snapshots.is_empty() {
+                if core.fresh_keys().len() > core.older.len() || !core.snapshots.is_empty() {
                     return Ok(true);
                 }
                 core.snapshots_taken
@@ -153,18 +177,18 @@ impl Shared {
             }
         };
         self.settle_all(&group)?;
-        let (current, older) = {
+        let (current, older, fresh) = {
             let core = self.core()?;
-            (core.superblock.slot.clone(), core.older.clone())
+            (core.superblock.slot.clone(), core.older.clone(), core.fresh_keys().len())
         };
-        self.core()?.change_slots(current.clone(), Vec::new());
+        self.core()?.change_slots(current.clone(), older[..fresh - 1].to_vec());
         if let Err(error) = self.write_checkpoint(&group, Occasion::Running) {
             self.core()?.change_slots(current, older);
             return Err(error);
         }
         self.write_checkpoint(&group, Occasion::Running)?;
         self.wipe_stale_slots()?;
-        self.backing.change_keys(|ring| ring.keep_current())?;
+        self.backing.change_keys(|ring| ring.keep_newest(fresh))?;
         self.backing.events.note("no older key is needed any more");
         Ok(true)
     }
@@ -202,21 +226,47 @@ impl Core {
 
     /// A page that an older key authenticates is written again by the next checkpoint.
     fn touch(&mut self, id: crate::tree::PageId) -> Result<(), Halt> {
-        let current: KeyId = self.superblock.key();
+        let fresh = self.fresh_keys();
         let page = self.forest.page(id)?;
-        if page.home.is_some() && page.key != current {
+        if page.home.is_some() && !fresh.contains(&page.key) {
             self.forest.page_mut(id)?;
         }
         Ok(())
     }
 
     fn is_under_older_key(&mut self, first: u64) -> Result<bool, Halt> {
-        let current = self.superblock.key();
+        let fresh = self.fresh_keys();
         let mut entries = [Entry::UNMAPPED; ENTRIES];
         self.lookup(first, &mut entries)?;
         let page = self.forest.page(leaf(first).0)?;
-        let page_is = page.home.is_some() && page.key != current;
-        Ok(page_is || entries.iter().any(|entry| entry.physical != 0 && entry.key != current))
+        let page_is = page.home.is_some() && !fresh.contains(&page.key);
+        Ok(page_is || entries.iter().any(|entry| entry.physical != 0 && !fresh.contains(&entry.key)))
+    }
+
+    /// The current key, and older ones that the newest rotation brought, newest first: what is under them is not rewritten by it.
+    pub(super) fn fresh_keys(&self) -> Vec<KeyId> {
+        let first = self.older.iter().position(|slot| Some(slot.key) == self.superblock.rotation.first);
+        let older = self.older[..first.map_or(0, |at| at + 1)].iter().map(|slot| slot.key);
+        std::iter::once(self.superblock.key()).chain(older).collect()
+    }
+
+    /// Whether the current key has sealed so much that a rotation goes on under another only. The last chunk fits in any case.
+    pub(super) fn is_used_up(&self) -> bool {
+        self.written + CHUNK > Slot::NEARLY
+    }
+
+    /// Tells, once, that the current key will soon have sealed all that it may.
+    pub(super) fn warn_of_limit(&mut self, from: &Backing) {
+        if !self.warned && self.written >= Slot::NEARLY {
+            self.warned = true;
+            let (key, gib) = (self.superblock.key(), |blocks: u64| (blocks * BLOCK as u64) >> 30);
+            from.events.note(&format!(
+                "key {key} has sealed {} of the {} GiB that one key may; rekey the volume (fealty-disk rekey, or serve --rekey) before \
+                 it takes no more writes",
+                gib(self.written),
+                gib(Slot::LIMIT)
+            ));
+        }
     }
 }
 
@@ -238,4 +288,192 @@ pub fn erase(store: &dyn Store) -> Result<usize, VolumeError> {
         count += blocks.len();
     }
     Ok(count)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{BLOCK, CHUNK, Slot};
+    use crate::{AnchorRefused, Anchors, Events, Kek, MemoryStore, OpenOptions, Volume, VolumeError};
+    use policy::disk::{CipherSuite, VolumeGrant};
+    use policy::{AnchorMode, KeyId, VolumeAnchor, VolumeId};
+    use secretmem::Secret;
+    use std::sync::{Arc, Mutex};
+
+    const BLOCKS: u64 = 400;
+
+    /// A key provider, and the store of the volume whose keys it has.
+    struct Provider {
+        volume: VolumeId,
+        openings: Mutex<u64>,
+        anchor: Mutex<Option<VolumeAnchor>>,
+        notes: Mutex<Vec<String>>,
+        store: Arc<MemoryStore>,
+    }
+
+    impl Anchors for Provider {
+        fn keep(&self, anchor: &VolumeAnchor) -> Result<(), AnchorRefused> {
+            *self.anchor.lock().expect("no panic") = Some(anchor.clone());
+            Ok(())
+        }
+    }
+
+    impl Events for Provider {
+        fn integrity(&self, lba: Option<u64>, physical: Option<u64>, reason: &str) {
+            panic!("{lba:?} {physical:?} {reason}");
+        }
+        fn note(&self, text: &str) {
+            self.notes.lock().expect("no panic").push(text.to_owned());
+        }
+    }
+
+    impl Provider {
+        fn new() -> Arc<Self> {
+            Arc::new(Self {
+                volume: VolumeId::random(),
+                openings: Mutex::default(),
+                anchor: Mutex::default(),
+                notes: Mutex::default(),
+                store: Arc::default(),
+            })
+        }
+
+        /// The volume, with `key` for new writes; a new one at first.
+        fn open(self: &Arc<Self>, key: u64) -> Volume {
+            let mut openings = self.openings.lock().expect("no panic");
+            *openings += 1;
+            let grant = VolumeGrant {
+                volume: self.volume,
+                customer: "acme".parse().expect("id"),
+                cipher: CipherSuite::Aes256XtsHmacSha256,
+                kek_id: KeyId(1),
+                key_id: KeyId(key),
+                open_number: (*openings).try_into().expect("number"),
+                anchor: self.anchor.lock().expect("no panic").clone(),
+                anchor_mode: AnchorMode::Close,
+            };
+            let (kek, store) = (Kek::new(KeyId(1), Secret::copy_of(&[9; 32]).expect("room")), self.store.clone());
+            let (anchors, events) = (self.clone(), self.clone());
+            let opened = match grant.anchor {
+                None => Volume::create(store, BLOCKS * BLOCK as u64, &grant, &kek, anchors, events),
+                Some(_) => Volume::open(store, &grant, &kek, OpenOptions::default(), anchors, events),
+            };
+            opened.expect("opens")
+        }
+
+        fn warnings(&self) -> usize {
+            self.notes.lock().expect("no panic").iter().filter(|note| note.contains("GiB that one key may")).count()
+        }
+    }
+
+    fn filled(provider: &Arc<Provider>) {
+        let volume = provider.open(1);
+        for lba in 0..BLOCKS {
+            volume.write(lba * BLOCK as u64, &[lba as u8; BLOCK]).expect("written");
+        }
+        volume.close().expect("closed");
+    }
+
+    #[track_caller]
+    fn check(volume: &Volume) {
+        for lba in 0..BLOCKS {
+            let mut found = [0; BLOCK];
+            volume.read(lba * BLOCK as u64, &mut found).expect("read");
+            assert!(found == [lba as u8; BLOCK], "{lba}");
+        }
+        let report = volume.check(&mut |_| {}).expect("checked");
+        assert!(report.good() && report.leaked_blocks == 0, "{report:?}");
+    }
+
+    /// As if so many blocks had been sealed under the current key.
+    fn age(volume: &Volume, written: u64) {
+        volume.shared.core().expect("sound").written = written;
+    }
+
+    fn older_slots(volume: &Volume) -> usize {
+        volume.shared.core().expect("sound").older.len()
+    }
+
+    #[test]
+    fn a_rotation_takes_as_many_keys_as_it_needs_and_seals_nothing_twice() {
+        let provider = Provider::new();
+        filled(&provider);
+        let volume = provider.open(2);
+        let before = Slot::NEARLY - CHUNK - 100;
+        age(&volume, before);
+        assert!(matches!(volume.rotate(&mut |_, _| true), Err(VolumeError::KeyExhausted(KeyId(2)))));
+        let (sealed, used_up) = (volume.info().blocks_written - before, volume.info().key_used_up);
+        assert!((101..=100 + CHUNK).contains(&sealed) && used_up, "{sealed}");
+        assert!(matches!(volume.rotate(&mut |_, _| true), Err(VolumeError::KeyExhausted(KeyId(2)))));
+        volume.close().expect("closed");
+        drop(volume);
+
+        let mut volume = provider.open(3);
+        assert_eq!((volume.info().older_keys, older_slots(&volume)), (1, 2));
+        for _ in 0..2 {
+            assert!(volume.rotate(&mut |_, _| true).expect("rotated"));
+            let info = volume.info();
+            assert_eq!((info.blocks_written, info.older_keys, older_slots(&volume)), (BLOCKS - sealed, 0, 1));
+        }
+        check(&volume);
+        // Nobody wrote much since: the next is another rotation, also where the key is used up by then.
+        for key in 4..7 {
+            age(&volume, if key == 5 { Slot::NEARLY } else { 0 });
+            volume.close().expect("closed");
+            drop(volume);
+            volume = provider.open(key);
+            assert!(volume.info().older_keys > 0);
+            assert!(volume.rotate(&mut |_, _| true).expect("rotated"));
+            let info = volume.info();
+            assert_eq!((info.blocks_written, info.older_keys, older_slots(&volume)), (BLOCKS, 0, 0), "{key}");
+            check(&volume);
+        }
+        volume.close().expect("closed");
+    }
+
+    /// A rekey that was given up for another, by a provider that was restored say, is no part of that.
+    #[test]
+    fn a_rotation_begins_anew_with_a_key_that_the_one_before_did_not_need() {
+        let provider = Provider::new();
+        filled(&provider);
+        let volume = provider.open(2);
+        let mut steps = 0;
+        let ended = volume.rotate(&mut |_, _| {
+            steps += 1;
+            steps < 4
+        });
+        assert!(!ended.expect("stopped") && volume.info().blocks_written > 0);
+        volume.close().expect("closed");
+        drop(volume);
+        let volume = provider.open(3);
+        assert_eq!(volume.info().older_keys, 2);
+        assert!(volume.rotate(&mut |_, _| true).expect("rotated"));
+        assert_eq!((volume.info().blocks_written, older_slots(&volume)), (BLOCKS, 0));
+        check(&volume);
+    }
+
+    #[test]
+    fn a_key_tells_that_its_end_is_near_and_seals_nothing_after_it() {
+        let provider = Provider::new();
+        filled(&provider);
+        let volume = provider.open(1);
+        age(&volume, Slot::NEARLY - 1);
+        assert_eq!(provider.warnings(), 0);
+        volume.write(0, &[0; BLOCK]).expect("written");
+        volume.write(0, &[0; BLOCK]).expect("written");
+        assert_eq!(provider.warnings(), 1);
+        volume.close().expect("closed");
+        drop(volume);
+        let volume = provider.open(1);
+        assert_eq!(provider.warnings(), 2, "each opening tells");
+        age(&volume, Slot::LIMIT - 1);
+        volume.write(0, &[0; BLOCK]).expect("the last");
+        assert!(matches!(volume.write(0, &[0; BLOCK]), Err(VolumeError::KeyExhausted(KeyId(1)))));
+        check(&volume);
+        volume.close().expect("closed");
+        drop(volume);
+        let volume = provider.open(2);
+        volume.write(0, &[0; BLOCK]).expect("under the next key");
+        assert_eq!((volume.info().blocks_written, provider.warnings()), (1, 2));
+        volume.close().expect("closed");
+    }
 }

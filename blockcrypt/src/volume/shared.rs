@@ -137,8 +137,9 @@ impl Shared {
             epoch: core.superblock.epoch,
             writer: core.superblock.writer.get(),
             key_id: core.superblock.key(),
-            older_keys: core.older.len(),
+            older_keys: core.older.len() + 1 - core.fresh_keys().len(),
             blocks_written: core.written,
+            key_used_up: core.is_used_up(),
             dropped_writes: core.dropped,
             read_only: self.read_only,
         }

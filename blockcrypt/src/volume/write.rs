@@ -262,6 +262,7 @@ impl Core {
         // Counted before anything is sealed: a generation is never used twice, whatever fails.
         self.generations += count;
         self.written += count;
+        self.warn_of_limit(from);
         self.log.promise(count);
         Ok(Granted { runs, generation })
     }

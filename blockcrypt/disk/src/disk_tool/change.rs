@@ -7,7 +7,7 @@ use super::holder::{Handover, Holder, HolderError, Leave};
 use super::progress::Progress;
 use super::report::{self, Reporter};
 use super::size::Bytes;
-use super::{Context, older_keys, open_for_writing, rotation};
+use super::{Context, look, open_for_writing, rotation};
 use blockcrypt::{FileStore, Kek, OpenOptions, Volume, VolumeError, VolumeInfo, erase as erase_store, inspect};
 use policy::disk::{VolumeGrant, VolumeOperation, VolumeRequest};
 use policy::{KeyId, VolumeId};
@@ -182,8 +182,8 @@ impl Change<'_> {
         };
         let done = match self.operation {
             Some(request) if request.operation == VolumeOperation::Rekey => {
-                let older = |grant: &VolumeGrant| older_keys(self.path, again, grant, &kek, &holder);
-                let goes_on = rotation::permitted(&holder, &mut grant, older)?;
+                let look = |grant: &VolumeGrant| look(self.path, again, grant, &kek, &holder);
+                let goes_on = rotation::permitted(&holder, &mut grant, look)?;
                 told(&holder, change(&grant, None, goes_on))?
             }
             Some(request) => permitted(&holder, request, |leave| match leave {

@@ -357,6 +357,10 @@ For when a key may be known, or has sealed enough: the key provider issues a new
 takes as long as reading and writing all data. The policy must permit volume.rekey. Where this is interrupted, the next run goes
 on under the same key, and says that it did: then run it once more for a key that is new. Older keys stay as long as snapshots need them.
 
+One key seals 1 TiB at most, and the guest gets I/O errors after that; each opening after a crash counts for up to 2 GiB. From 896 GiB on the
+audit log says so: rekey then (or `serve --rekey`). Where there is more data than that, the rekey ends when its key has sealed so much,
+and the next run goes on under another: run it until it says that it is done.
+
 Example: fealty-keys volume exec acme data -- fealty-disk rekey /store/data.vol";
 
 const REWRAP_HELP: &str = "\

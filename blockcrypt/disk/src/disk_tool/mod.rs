@@ -39,7 +39,7 @@ mod signals;
 mod size;
 mod snapshot;
 
-use blockcrypt::{FileStore, Kek, OpenOptions, Volume};
+use blockcrypt::{FileStore, Kek, OpenOptions, Volume, VolumeInfo};
 use cli::{Cli, Command};
 use error::ToolError;
 use holder::{Handover, Holder};
@@ -126,20 +126,20 @@ fn open_snapshot(path: &Path, file: File, handover: &Handover, snapshot: Option<
     Volume::open(store, grant, kek, options, holder.clone(), holder.clone()).map_err(failed)
 }
 
-/// How many older keys the volume in `file` at `path` has, which this process has locked.
-fn older_keys(
+/// Facts about the volume in `file` at `path`, which this process has locked.
+fn look(
     path: &Path,
     file: File,
     grant: &VolumeGrant,
     kek: &Kek,
     holder: &Arc<Holder>,
-) -> Result<usize, ToolError> {
+) -> Result<VolumeInfo, ToolError> {
     let failed = |e| ToolError::Volume(path.to_owned(), e);
     // Of the same opened file, whose lock stays when this is dropped.
     let store = FileStore::exclusive(file).map_err(failed)?;
     let options = OpenOptions { read_only: true, ..Default::default() };
     let volume = Volume::open(store, grant, kek, options, holder.clone(), holder.clone()).map_err(failed)?;
-    Ok(volume.info().older_keys)
+    Ok(volume.info())
 }
 
 /// The volume at `path`, for writing.

@@ -5,7 +5,7 @@ use super::error::ToolError;
 use super::holder::{Holder, HolderError, Leave};
 use super::progress::Progress;
 use super::report::{self, Reporter};
-use blockcrypt::{Volume, VolumeError};
+use blockcrypt::{Volume, VolumeError, VolumeInfo};
 use policy::disk::{VolumeGrant, VolumeOperation, VolumeRequest};
 use policy::{KeyId, VolumeAnchor};
 use std::sync::Arc;
@@ -22,27 +22,31 @@ pub(super) struct Rotation {
 }
 
 /// Asks whether the volume may be rekeyed; what is written under `grant` is sealed under the new key then. Says whether that is the key of
-/// a rekey that was begun before and goes on. Where that one came to its end, and only its outcome was never heard of, `older_keys`
-/// of the volume are none: then it is told of now, and another is begun.
+/// a rekey that was begun before and goes on. Where that one came to its end, and only its outcome was never heard of, the volume has no
+/// older keys: then it is told of now, and another is begun. Where its key is used up, it goes on under the next one.
 pub(super) fn permitted(
     holder: &Holder,
     grant: &mut VolumeGrant,
-    older_keys: impl FnOnce(&VolumeGrant) -> Result<usize, ToolError>,
+    look: impl FnOnce(&VolumeGrant) -> Result<VolumeInfo, ToolError>,
 ) -> Result<bool, ToolError> {
     let anchored = grant.anchor.as_ref().map(VolumeAnchor::key_id);
     let mut id = ask(holder)?;
-    let goes_on = Some(id) == anchored;
+    let mut goes_on = Some(id) == anchored;
     if goes_on {
-        let older = older_keys(grant).inspect_err(|error| holder.outcome(false, &report::chain(error)))?;
-        if older == 0 {
-            holder.outcome(true, "it was done before, and its end was not told");
+        let info = look(grant).inspect_err(|error| holder.outcome(false, &report::chain(error)))?;
+        goes_on = info.older_keys > 0;
+        let over = match (goes_on, info.key_used_up) {
+            (false, _) => Some("it was done before, and its end was not told"),
+            (true, true) => Some("its key has sealed as much as one key may, and what is left comes under the next"),
+            (true, false) => None,
+        };
+        if let Some(over) = over {
+            holder.outcome(true, over);
             id = ask(holder)?;
             if Some(id) == anchored {
                 holder.outcome(false, "no new key");
-                return Err(no_key("it brought the key that seals everything already"));
+                return Err(no_key("it brought a key that is not new"));
             }
-            grant.key_id = id;
-            return Ok(false);
         }
     }
     grant.key_id = id;

@@ -46,7 +46,7 @@ pub(super) fn serve(context: &Context, words: &Serve) -> Result<(), ToolError> {
     let store = if words.read_only { FileStore::shared(file) } else { FileStore::exclusive(file) }.map_err(failed)?;
     let options = OpenOptions { read_only: words.read_only, ..Default::default() };
     let goes_on = match words.rekey {
-        true => rotation::permitted(&holder, &mut grant, |grant| super::older_keys(path, again, grant, &kek, &holder))?,
+        true => rotation::permitted(&holder, &mut grant, |grant| super::look(path, again, grant, &kek, &holder))?,
         false => {
             drop(again);
             false
