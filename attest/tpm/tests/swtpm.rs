@@ -1,5 +1,6 @@
 //! Keys and commands of the TPM service against software TPMs, one each.
 
+use attest::tcti::Tcti;
 use attest::tpm::pcr::composite;
 use attest::tpm::{Attest, Public, Signature, WRAP_PCRS, check_ak, check_ek, check_wrap_key, policy_pcr_digest};
 use fealty_attest_tpm::{EkChoice, EkKind, HostTpm, Tpm, TpmError};
