@@ -34,7 +34,7 @@ pub enum VolumeError {
     /// A format, cipher or feature that this version does not know.
     #[error("the volume uses {0}, which this version does not know; use a newer fealty")]
     Unsupported(String),
-    /// The key-encryption key does not open the key slots.
+    /// The key slots name another key-encryption key.
     #[error("the key does not open the volume's key slots; ask the provider for this volume's key")]
     WrongKey,
     /// Something that the writer never wrote.
@@ -122,9 +122,6 @@ pub enum VolumeError {
         /// Its size.
         size: u64,
     },
-    /// Opened for reading only, with a log.
-    #[error("the volume was not closed in order; open it for writing once, and close it")]
-    NotClosed,
     /// A name that no snapshot has.
     #[error("a snapshot's name has 1 to 64 bytes, without control characters")]
     SnapshotName,

@@ -92,7 +92,8 @@ fn rekey_leaves_no_older_key() {
     good(&mut keeper, &volume);
     assert!(keeper.good(&["export", &volume, "-"]) == content);
     keeper.kek[0] ^= 1;
-    assert_eq!(keeper.run(&["rekey", &volume]).code, 4);
+    // A key that opens no slot that names it: which of the two is wrong, nobody can tell.
+    assert_eq!(keeper.run(&["rekey", &volume]).code, 3);
 }
 
 /// The provider answers with the key of the rekey before as long as it has not heard of its end.

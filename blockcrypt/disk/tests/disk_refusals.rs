@@ -81,7 +81,9 @@ fn a_wrong_key_number_or_anchor_is_refused() {
 
     let mut other_key = keeper.clone();
     other_key.kek = [1; 32];
-    assert!(other_key.run(&["export", &volume, &to]).failed(4).contains("key"));
+    let ended = other_key.run(&["export", &volume, &to]);
+    assert!(ended.failed(3).contains("the slot of key"), "{ended:?}");
+    assert!(ended.events.iter().any(|e| e.starts_with("integrity: ")), "the audit log hears of it: {ended:?}");
 
     let mut old_number = keeper.clone();
     old_number.opened = 0;

@@ -75,7 +75,7 @@ pub(crate) struct Superblock {
 pub(crate) struct Rotation {
     /// The first of them.
     pub(crate) first: Option<KeyId>,
-    /// Nothing is left to do.
+    /// All that can be is under one of them.
     pub(crate) ended: bool,
 }
 
@@ -226,11 +226,16 @@ pub(crate) fn claimed_total(block: &Block) -> u64 {
     u64_at(block, 64)
 }
 
+/// A superblock's format version, before anything else is known of it.
+pub(crate) fn claimed_version(block: &Block) -> u32 {
+    u32_at(block, 16)
+}
+
 fn check_constants(block: &Block) -> Result<(), FormatError> {
     if !has_magic(block) {
         return Err(FormatError("no superblock"));
     }
-    if u32_at(block, 16) != VERSION {
+    if claimed_version(block) != VERSION {
         return Err(FormatError("another format version"));
     }
     if u32_at(block, 20) != 0 {

@@ -86,7 +86,9 @@ impl Kek {
             let (nonce, tag) = (Nonce::<Aes256Gcm>::from(slot.nonce), Tag::<Aes256Gcm>::from(slot.tag));
             cipher.decrypt_inout_detached(&nonce, &aad, master.expose_mut().as_mut_slice().into(), &tag)
         });
-        opened.map_err(|_| VolumeError::WrongKey)?;
+        let damaged =
+            |_| VolumeError::Damaged(format!("the slot of key {} does not open under the key that it names", slot.key));
+        opened.map_err(damaged)?;
         Ok(master)
     }
 

@@ -130,6 +130,12 @@ fn fresh_pages(core: &Core) -> HashSet<PageId> {
 
 impl Check<'_> {
     fn problem(&mut self, text: String) {
+        self.from.events.integrity(None, None, &text);
+        self.told_problem(text);
+    }
+
+    /// As [`problem`](Self::problem), of what the audit log has heard of already.
+    fn told_problem(&mut self, text: String) {
         self.report.problems += 1;
         (self.heard)(CheckStep::Problem(text));
     }
@@ -151,7 +157,7 @@ impl Check<'_> {
         let (home, bytes) = match self.core.run(self.from, |c| c.forest.page(id).map(|p| (p.home, p.bytes.clone()))) {
             Ok(page) => page,
             Err(VolumeError::Damaged(why)) => {
-                self.problem(why);
+                self.told_problem(why);
                 return Ok(());
             }
             Err(other) => return Err(other),
@@ -226,7 +232,7 @@ impl Check<'_> {
             Ok(bytes) => bytes,
             Err(error @ VolumeError::Damaged(_)) => {
                 let error = self.from.bad_page(&pointer, error);
-                self.problem(format!("snapshot {}: {error}", snapshot.id));
+                self.told_problem(format!("snapshot {}: {error}", snapshot.id));
                 return Ok(());
             }
             Err(other) => return Err(other),

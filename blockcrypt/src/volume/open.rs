@@ -13,8 +13,8 @@ use crate::format::geometry::Geometry;
 use crate::format::page::{Child, Header, Tree};
 use crate::format::slot::{MAX_PAGES, Slot, SlotPage};
 use crate::format::snapshot::{MAX_PAGES as SNAPSHOT_PAGES, Snapshot, SnapshotPage};
-use crate::format::superblock::{Rotation, Superblock, claimed_total, has_magic};
-use crate::format::{BLOCK, Block, FormatError, zero_block};
+use crate::format::superblock::{Rotation, Superblock, claimed_total, claimed_version, has_magic};
+use crate::format::{BLOCK, Block, FormatError, VERSION, zero_block};
 use crate::keys::{KeyRing, VolumeKey, same};
 use crate::space::Space;
 use crate::tree::{Forest, Root};
@@ -83,6 +83,8 @@ pub struct PlainInfo {
 
 /// A superblock as found.
 struct Found {
+    /// The block in which it lies.
+    at: u64,
     place: usize,
     superblock: Superblock,
     block: Box<Block>,
@@ -133,8 +135,9 @@ impl Volume {
         events: Arc<dyn Events>,
     ) -> Result<Self, VolumeError> {
         let opened = Self::open_inner(Box::new(store), grant, kek, options, anchors, &events);
+        // What claims to be newer than this program may be, or may have been made to.
         if let Err(error) = &opened
-            && error.is_integrity()
+            && (error.is_integrity() || matches!(error, VolumeError::Unsupported(_)))
         {
             events.integrity(None, None, &error.to_string());
         }
@@ -155,7 +158,8 @@ impl Volume {
             return Err(VolumeError::Grant("its anchor is another volume's"));
         }
         let found_size = store.len().map_err(VolumeError::store("say its length"))?;
-        let (verified, damaged) = verify_superblocks(find_superblocks(&*store)?, grant, kek)?;
+        let (verified, damaged) = verify_superblocks(find_superblocks(&*store)?, &anchor, grant, kek)?;
+        let good: Vec<(u64, u64)> = verified.iter().map(|found| (found.at, found.superblock.epoch)).collect();
         let (chosen, epoch) = choose(verified, damaged, &anchor, grant)?;
         if options.writes() && !is_anchored_close(&chosen.superblock, &anchor) {
             // A killed process may have left writes that only the kernel has. What was and is read here is overwritten on the
@@ -165,6 +169,13 @@ impl Volume {
         let expected = chosen.superblock.geometry.total * BLOCK as u64;
         if found_size < expected {
             return Err(VolumeError::Truncated { found: found_size, expected });
+        }
+        if chosen.superblock.is_named_by(&anchor) {
+            // Both copies were durable before the anchor that names them was sent. Others a crash may have cut off.
+            let copies = chosen.superblock.geometry.superblocks(chosen.place);
+            for at in copies.into_iter().filter(|at| !good.contains(&(*at, chosen.superblock.epoch))) {
+                events.integrity(None, Some(at), "a copy of the superblock does not verify; the other one does");
+            }
         }
         let ring = KeyRing::open(std::slice::from_ref(&chosen.superblock.slot), kek, &grant.customer)?;
         let backing = Backing::new(store, chosen.superblock.geometry, grant.volume, ring, events.clone());
@@ -459,13 +470,18 @@ fn find_superblocks(store: &dyn Store) -> Result<Vec<Found>, VolumeError> {
                 // Only it says where its end is: a store may be longer, and what is guessed from that belongs to the other slot.
                 Ok(superblock) => {
                     match [0, 1].into_iter().find(|s| superblock.geometry.superblocks(*s).contains(&at)) {
-                        Some(place) => found.push(Found { place, superblock, block }),
+                        Some(place) => found.push(Found { at, place, superblock, block }),
                         None => {
                             problem = VolumeError::Damaged(format!("a superblock in block {at}, where none belongs"))
                         }
                     }
                 }
-                Err(e) => problem = VolumeError::Damaged(format!("superblock in block {at}: {e}")),
+                Err(e) => {
+                    problem = match claimed_version(&block) {
+                        version if version > VERSION => VolumeError::Unsupported(format!("format version {version}")),
+                        _ => VolumeError::Damaged(format!("superblock in block {at}: {e}")),
+                    }
+                }
             }
         }
         if next == 2 {
@@ -479,7 +495,12 @@ fn find_superblocks(store: &dyn Store) -> Result<Vec<Found>, VolumeError> {
 }
 
 /// Those that are of this volume and verify under its keys, and how many are this volume's but don't verify.
-fn verify_superblocks(found: Vec<Found>, grant: &VolumeGrant, kek: &Kek) -> Result<(Vec<Found>, usize), VolumeError> {
+fn verify_superblocks(
+    found: Vec<Found>,
+    anchor: &AnchorFields,
+    grant: &VolumeGrant,
+    kek: &Kek,
+) -> Result<(Vec<Found>, usize), VolumeError> {
     let mut problem = VolumeError::NotAVolume;
     let mut damaged = 0;
     let mut verified = Vec::new();
@@ -490,8 +511,21 @@ fn verify_superblocks(found: Vec<Found>, grant: &VolumeGrant, kek: &Kek) -> Resu
             continue;
         }
         match kek.open(&superblock.slot, &grant.customer) {
+            // The anchor says which key-encryption key opens what it names.
+            Err(VolumeError::WrongKey) if anchor.kek != kek.id() => {
+                if !matches!(problem, VolumeError::Damaged(_)) {
+                    problem = VolumeError::WrongKey;
+                }
+                damaged += 1;
+            }
             Err(VolumeError::WrongKey) => {
-                problem = VolumeError::WrongKey;
+                let named = superblock.slot.kek;
+                problem =
+                    VolumeError::Damaged(format!("its key slot names key {named}, and its anchor {}", anchor.kek));
+                damaged += 1;
+            }
+            Err(error @ VolumeError::Damaged(_)) => {
+                problem = error;
                 damaged += 1;
             }
             Err(other) => return Err(other),

@@ -84,21 +84,23 @@ impl Shared {
             index = next + 1;
         }
         self.rotate_bitmaps()?;
-        self.checkpoint()?;
+        self.end_rotation()?;
         if !self.drop_older_keys(&mut |leaf| heard(blocks + leaf.min(all - blocks), all))? {
             return Ok(false);
         }
-        self.end_rotation()?;
         heard(all, all);
         Ok(true)
     }
 
-    /// From here on another new key is another rotation's.
+    /// All that can be is sealed anew, and durable: from here on another new key is another rotation's.
     fn end_rotation(&self) -> Result<(), VolumeError> {
         let _among_others = self.among_others()?;
         let group = self.flushing();
-        let before = std::mem::replace(&mut self.core()?.superblock.rotation.ended, true);
-        if before { Ok(()) } else { self.write_checkpoint(&group, Occasion::Running) }
+        let due = {
+            let mut core = self.core()?;
+            !std::mem::replace(&mut core.superblock.rotation.ended, true) || core.changed()
+        };
+        if due { self.write_checkpoint(&group, Occasion::Running) } else { Ok(()) }
     }
 
     fn rotate_leaf(&self, first: u64) -> Result<(), VolumeError> {

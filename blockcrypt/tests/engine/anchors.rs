@@ -147,12 +147,12 @@ fn wrong_keys_and_grants_open_nothing() {
         opened.err().unwrap_or_else(|| panic!("opened"))
     };
     let other_key = Kek::new(KeyId(77), Secret::random().expect("room"));
-    assert!(matches!(open(&provider.grant(), &other_key), VolumeError::WrongKey));
+    assert!(matches!(open(&provider.grant(), &other_key), VolumeError::Damaged(_)));
     let other_id = Kek::new(KeyId(78), Secret::random().expect("room"));
     assert!(matches!(open(&provider.grant(), &other_id), VolumeError::Grant(_)));
     let mut grant = provider.grant();
     grant.customer = "other".parse().expect("id");
-    assert!(matches!(open(&grant, &provider.kek()), VolumeError::WrongKey));
+    assert!(matches!(open(&grant, &provider.kek()), VolumeError::Damaged(_)));
     grant = provider.grant();
     grant.volume = VolumeId::random();
     assert!(matches!(open(&grant, &provider.kek()), VolumeError::Grant(_)), "its anchor is another volume's");

@@ -73,7 +73,7 @@ impl Scene {
         let opened = self.provider.open_read_only(self.store.clone());
         let outcome = match opened {
             Err(error) => {
-                assert!(error.is_integrity() || matches!(error, VolumeError::WrongKey), "{what}: {error}");
+                assert!(error.is_integrity(), "{what}: {error}");
                 Outcome::Refused(error)
             }
             Ok(volume) => self.read_all(&volume, what),
@@ -90,7 +90,7 @@ impl Scene {
         let opened = self.provider.open_with(self.store.clone(), &self.provider.grant(), options);
         let volume = match opened {
             Err(error) => {
-                assert!(error.is_integrity() || matches!(error, VolumeError::WrongKey), "{what}: {error}");
+                assert!(error.is_integrity(), "{what}: {error}");
                 return Outcome::Refused(error);
             }
             Ok(volume) => volume,
@@ -621,4 +621,66 @@ fn a_snapshot_whose_map_is_damaged_is_deleted_all_the_same() {
         assert!(report.good(), "{report:?} {said:?}");
         assert_eq!(report.leaked_blocks, 73 * damaged as u64);
     }
+}
+
+/// Whatever the store changed of what the volume begins with, the audit log hears of it.
+#[test]
+fn damage_to_superblocks_is_told_of() {
+    let scene = scene(AnchorMode::Flush);
+    let end = scene.bytes.len();
+    let copies = [0, BLOCK, end - 2 * BLOCK, end - BLOCK];
+    let open = |changes: &[usize], at: usize| {
+        let mut bytes = scene.bytes.clone();
+        changes.iter().for_each(|copy| bytes[copy + at] ^= 8);
+        scene.store.set(bytes);
+        scene.provider.heard();
+        let opened = scene.provider.open_read_only(scene.store.clone());
+        let heard = scene.provider.heard();
+        let told = heard.iter().filter(|event| event.starts_with("integrity")).count();
+        (opened.err(), told)
+    };
+    assert!(matches!(open(&[], 0), (None, 0)));
+    // A key slot in the superblock: key-encryption key, nonce, wrapped master, tag.
+    for at in [8, 32, 44 + 5, 76] {
+        let (error, told) = open(&copies, 384 + at);
+        assert!(matches!(error, Some(VolumeError::Damaged(_))) && told == 1, "{at}: {error:?} {told}");
+    }
+    let (error, told) = open(&copies, 16);
+    assert!(matches!(error, Some(VolumeError::Unsupported(_))) && told == 1, "{error:?} {told}");
+    // Of each slot one copy: the one that counts is among them.
+    for damaged in [[copies[0], copies[1]], [copies[2], copies[3]]] {
+        for at in [0, 100, 384 + 50] {
+            let (error, told) = open(&damaged, at);
+            assert!(error.is_none() && told == 1, "{at}: {error:?} {told}");
+        }
+    }
+}
+
+/// What a check finds the audit log hears of, once.
+#[test]
+fn problems_that_a_check_finds_are_told_of() {
+    let (provider, store) = (Provider::new(AnchorMode::Close), SimStore::new());
+    let volume = provider.create(store.clone(), SIZE).expect("a volume");
+    volume.write(0, &fill(0, 1)).expect("written");
+    volume.close().expect("closed");
+    drop(volume);
+    let volume = provider.open_read_only(store.clone()).expect("opens");
+    let good = store.bytes();
+    let mut told = Vec::new();
+    for at in [0, BLOCK] {
+        let mut bytes = good.clone();
+        bytes[at + 1000] ^= 1;
+        store.set(bytes);
+        provider.heard();
+        let report = volume.check(&mut |_| {}).expect("checked");
+        let heard = provider.heard();
+        assert_eq!(
+            report.problems,
+            heard.iter().filter(|event| event.starts_with("integrity")).count() as u64,
+            "{heard:?}"
+        );
+        told.push(report.problems);
+    }
+    told.sort_unstable();
+    assert_eq!(told, [0, 1], "one of the two slots counts");
 }
