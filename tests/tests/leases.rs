@@ -98,6 +98,8 @@ fn attack_45_a_vm_whose_reports_nobody_takes_stands_still_until_somebody_does() 
     vm.end(LIMIT).good();
     let reports: Vec<_> = lab.audit().into_iter().filter(|e| e["kind"] == "report").collect();
     let told: Vec<_> = reports.iter().filter_map(|e| e["details"]["operation"].as_str()).collect();
+    // Looks at the VM are told once a minute: which of these is, the clock says.
+    let told: Vec<_> = told.into_iter().filter(|operation| *operation != "vm.info").collect();
     assert_eq!(told, ["vm.pause", "vm.resume", "vm.shutdown"]);
 }
 

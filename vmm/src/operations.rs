@@ -15,8 +15,9 @@ use policy::report::ReportEvent;
 use policy::{InstanceNumber, Operation};
 use serde_json::{Map, Value, json};
 use std::fs::File;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError, TryLockError};
+use std::time::{Duration, Instant};
 
 /// What the operator may know of the machine: nothing that is sealed.
 #[derive(Clone, Debug)]
@@ -50,6 +51,8 @@ pub struct Operations {
     post: Post,
     protected: Option<Arc<Protected>>,
     ending: AtomicBool,
+    /// Held from a core dump's permission to the report of its outcome.
+    dumping: Mutex<()>,
     /// Boot-time milliseconds before which no further look at the VM is reported.
     looked_until_ms: AtomicU64,
 }
@@ -102,7 +105,8 @@ impl OperationError {
 impl Operations {
     /// Operations on the VM at `helm`.
     pub fn new(helm: Arc<Helm>, facts: Facts, post: Post, protected: Option<Arc<Protected>>) -> Self {
-        Self { helm, facts, post, protected, ending: AtomicBool::new(false), looked_until_ms: AtomicU64::new(0) }
+        let (ending, dumping, looked_until_ms) = (AtomicBool::new(false), Mutex::new(()), AtomicU64::new(0));
+        Self { helm, facts, post, protected, ending, dumping, looked_until_ms }
     }
 
     /// `vm.info`, in Cloud Hypervisor's shape; reported, once a minute at most.
@@ -251,6 +255,7 @@ impl Operations {
         let mut request = OperationRequest::plain(Operation::CoreDump);
         request.parameters.insert("memory".into(), self.facts.memory.to_string());
         request.parameters.insert("vcpus".into(), self.facts.vcpus.to_string());
+        let _dumping = self.dumping.lock().unwrap_or_else(PoisonError::into_inner);
         let opened = protected.link.attest(request).map_err(OperationError::Refused)?;
         let attestation = opened.release.attestation;
         let stream = |name: &KeyName| matches!(name, KeyName::Stream(_));
@@ -269,6 +274,14 @@ impl Operations {
         self.report(ReportEvent::Outcome { attestation, operation, done: outcome.is_ok(), detail });
         let written = outcome?;
         Ok(Dumped { attestation: attestation.to_string(), bytes: written.bytes, tag: written.tag })
+    }
+
+    /// Waits until a core dump that the VM's end cuts off has reported that, for `limit` at most: nothing is reported after the end.
+    pub fn settle(&self, limit: Duration) {
+        let begun = Instant::now();
+        while matches!(self.dumping.try_lock(), Err(TryLockError::WouldBlock)) && begun.elapsed() < limit {
+            std::thread::sleep(Duration::from_millis(10));
+        }
     }
 
     fn room(&self) -> Result<(), OutboxFull> {

@@ -45,6 +45,9 @@ const LOOK: Duration = Duration::from_millis(100);
 /// How long a VM that ends waits for the key provider to keep its volumes' last anchors: for all of them together.
 const CLOSING: Duration = Duration::from_secs(10);
 
+/// How long a VM that ends waits for a core dump to notice that.
+const SETTLING: Duration = Duration::from_secs(2);
+
 /// What a protected VM is started with.
 pub struct ProtectedRun {
     /// The VM file.
@@ -224,6 +227,7 @@ fn live(
     }
     tell_start(steps, typing, false);
     process::forget_code();
+    let begun_operations = operations.clone();
     let end = guard.map(|guard| {
         let grace = settings.grace;
         let mut watch = Watch { steps, signals, inbox, operations, keyboard, typing, grace, guard: Some(guard) };
@@ -243,6 +247,7 @@ fn live(
     drop(raw);
     let flushed = volumes.close(&link, steps);
     volumes.wipe_keys();
+    begun_operations.settle(SETTLING);
     end.map(|end| (end, flushed))
 }
 
