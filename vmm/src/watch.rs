@@ -1,6 +1,7 @@
 //! The thread that watches over a running VM: signals, the terminal, the machine's own end, the lease's clock, and what the
 //! other threads tell. It never waits for a store or a network.
 
+use crate::console::Keyboard;
 use crate::console::escape::{HELP, Key, Keys};
 use crate::guard::Guard;
 use crate::machine::MachineEvent;
@@ -10,8 +11,6 @@ use crate::signals::Signals;
 use crate::steps::Steps;
 use policy::Operation;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use rustix::stdio::stdin;
-use std::fs::File;
 use std::io::Write;
 use std::os::fd::AsFd;
 use std::sync::Arc;
@@ -48,8 +47,8 @@ pub struct Watch {
     pub inbox: Inbox,
     /// What is done to the VM.
     pub operations: Arc<Operations>,
-    /// Where typed bytes go.
-    pub keyboard: File,
+    /// Where typed bytes come from and go.
+    pub keyboard: Keyboard,
     /// Whether standard input is typed from, and whether it is a terminal, whose escapes count.
     pub typing: Typing,
     /// How long the guest may take to power off after it was asked to.
@@ -131,10 +130,8 @@ impl Watch {
         if let Some(guard) = &self.guard {
             fds.push(PollFd::from_borrowed_fd(guard.as_fd(), PollFlags::IN));
         }
-        let input = self.typing != Typing::No;
-        if input {
-            fds.push(PollFd::from_borrowed_fd(stdin(), PollFlags::IN));
-        }
+        let typed = self.keyboard.typed.as_ref().filter(|_| self.typing != Typing::No);
+        fds.extend(typed.map(|typed| PollFd::new(typed, PollFlags::IN)));
         let left = deadline.map(|d| d.saturating_duration_since(Instant::now()));
         let left = left.and_then(|left| Timespec::try_from(left).ok());
         // A poll that was interrupted found nothing; the loop asks everybody again.
@@ -144,7 +141,7 @@ impl Watch {
             signals: is(fds.first()),
             machine: is(fds.get(1)),
             inbox: is(fds.get(2)),
-            input: input && is(fds.last()),
+            input: typed.is_some() && is(fds.last()),
         }
     }
 
@@ -174,7 +171,8 @@ impl Watch {
     /// Hands what was typed to the guest; true if the key that ends the VM was among it.
     fn typed(&mut self, keys: &mut Keys) -> bool {
         let mut bytes = [0; 1024];
-        let length = match rustix::io::read(stdin(), &mut bytes) {
+        let Some(typed) = &self.keyboard.typed else { return false };
+        let length = match rustix::io::read(typed, &mut bytes) {
             Ok(0) | Err(rustix::io::Errno::IO | rustix::io::Errno::BADF) => {
                 self.typing = Typing::No;
                 return false;
@@ -196,7 +194,7 @@ impl Watch {
             guest.extend_from_slice(&bytes[..length]);
         }
         // A guest that does not read loses what is typed, as on any serial line.
-        let _ = self.keyboard.write_all(&guest);
+        let _ = self.keyboard.guest.write_all(&guest);
         end
     }
 }

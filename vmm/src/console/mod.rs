@@ -5,10 +5,13 @@ pub mod terminal;
 
 use crate::exit::{Exit, Failure};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::fs::{Mode, OFlags, open};
+use rustix::io::Errno;
 use rustix::pipe::{PipeFlags, pipe_with};
+use rustix::stdio::stdin;
 use std::fs::{File, OpenOptions};
 use std::io::Write;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
 use std::path::PathBuf;
 
 /// Where the guest's serial line goes.
@@ -40,10 +43,16 @@ pub struct Console {
     pub output: Box<dyn Write + Send>,
     /// What the guest reads comes from here; never blocks.
     pub input: OwnedFd,
+    /// What this process types into.
+    pub keyboard: Keyboard,
+}
+
+/// From whom typing comes, and where it goes.
+pub struct Keyboard {
+    /// Standard input, where it is typed on. Reading it never blocks, as far as the kernel opens it anew.
+    pub typed: Option<OwnedFd>,
     /// What is written here the guest reads; never blocks.
-    pub keyboard: File,
-    /// Whether standard input is the keyboard.
-    pub typed: bool,
+    pub guest: File,
 }
 
 impl Console {
@@ -56,8 +65,18 @@ impl Console {
         };
         let (input, keyboard) = pipe_with(PipeFlags::CLOEXEC | PipeFlags::NONBLOCK)
             .map_err(|e| Failure::new(Exit::Host, format!("cannot make a pipe for the console: {e}")))?;
-        Ok(Self { output, input, keyboard: keyboard.into(), typed: *target == Target::Stdio })
+        let typed = if *target == Target::Stdio { anew(stdin()) } else { None };
+        Ok(Self { output, input, keyboard: Keyboard { typed, guest: keyboard.into() } })
     }
+}
+
+/// `fd`, a terminal or pipe, opened anew so that a read gives what there is and never blocks. Others have the description that this
+/// process was given: they may take what it was told of, and would change its flags with it. What can't be opened anew (a socket, a
+/// terminal of somebody else) is read as it is.
+fn anew(fd: BorrowedFd<'_>) -> Option<OwnedFd> {
+    let flags = OFlags::RDONLY | OFlags::NONBLOCK | OFlags::NOCTTY | OFlags::CLOEXEC;
+    let path = format!("/proc/self/fd/{}", fd.as_raw_fd());
+    open(path, flags, Mode::empty()).or_else(|_| fd.try_clone_to_owned().map_err(|_| Errno::BADF)).ok()
 }
 
 fn open_file(path: &std::path::Path) -> Result<File, Failure> {
@@ -97,6 +116,24 @@ impl Write for Unbuffered {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::os::fd::AsFd;
+
+    #[test]
+    fn what_somebody_else_took_first_does_not_block() {
+        let (given, mut writer) = std::io::pipe().expect("a pipe");
+        let typed = anew(given.as_fd()).expect("opened anew");
+        let mut bytes = [0; 8];
+        // Announced, and gone before it is read.
+        writer.write_all(b"x").expect("written");
+        assert_eq!(rustix::io::read(&given, &mut bytes), Ok(1));
+        assert_eq!(rustix::io::read(&typed, &mut bytes), Err(Errno::AGAIN));
+        writer.write_all(b"yz").expect("written");
+        assert_eq!(rustix::io::read(&typed, &mut bytes), Ok(2));
+        let flags = rustix::fs::fcntl_getfl(&given).expect("flags");
+        assert!(!flags.contains(OFlags::NONBLOCK), "the others' description stays as it is");
+        drop(writer);
+        assert_eq!(rustix::io::read(&typed, &mut bytes), Ok(0));
+    }
 
     #[test]
     fn a_console_is_one_of_three() {

@@ -15,7 +15,7 @@ pub use unprotected::run as unprotected;
 
 use crate::api::{Api, Socket};
 use crate::console::terminal::RawMode;
-use crate::console::{Console, Target};
+use crate::console::{Console, Keyboard, Target};
 use crate::exit::{Exit, Failure};
 use crate::machine::console::Line;
 use crate::machine::{ConsoleBackend, Machine, MachineError, ThreadHook, ThreadKind};
@@ -107,8 +107,8 @@ fn connect(
     machine: &mut Machine,
     console: Console,
     devices: Devices<'_>,
-) -> Result<(File, Typing, Option<RawMode>), Failure> {
-    let Console { output, input, keyboard, typed } = console;
+) -> Result<(Keyboard, Typing, Option<RawMode>), Failure> {
+    let Console { output, input, keyboard } = console;
     let backend = ConsoleBackend { input: Some(input), output };
     match devices.console {
         Some(virtio) if virtio.mode == ConsoleMode::Tty => {
@@ -116,7 +116,7 @@ fn connect(
         }
         _ => machine.set_console(backend),
     }
-    if !typed {
+    if keyboard.typed.is_none() {
         return Ok((keyboard, Typing::No, None));
     }
     let raw = RawMode::enter().map_err(|e| Failure::new(Exit::Host, format!("cannot make the terminal raw: {e}")))?;

@@ -8,7 +8,7 @@ use super::{
 };
 use crate::api::Api;
 use crate::attach::{Attachment, Ends, add_devices, describe};
-use crate::console::Console;
+use crate::console::{Console, Keyboard};
 use crate::exit::{Exit, Failure, chain};
 use crate::guard::Guard;
 use crate::helm::Helm;
@@ -335,7 +335,7 @@ fn load(
     Ok(machine)
 }
 
-type Started = (Running, File, crate::watch::Typing, Option<crate::console::terminal::RawMode>);
+type Started = (Running, Keyboard, crate::watch::Typing, Option<crate::console::terminal::RawMode>);
 
 fn start(
     mut machine: Machine,
