@@ -65,9 +65,21 @@ fn an_import_killed_at_its_anchor_leaves_a_volume_that_does_not_open() {
     assert!(keeper.good(&["export", &volume, "-"]) == image(64, &[1]));
 }
 
+/// Whether this process, and with it the tool that it starts, ignores a signal.
+fn is_ignored(signal: Signal) -> bool {
+    let status = std::fs::read_to_string("/proc/self/status").expect("proc(5)");
+    let ignored = status.lines().find_map(|line| line.strip_prefix("SigIgn:")).expect("a mask").trim();
+    let ignored = u64::from_str_radix(ignored, 16).expect("a mask in hex");
+    ignored & (1 << (signal.as_raw() - 1)) != 0
+}
+
 #[test]
 fn an_interrupted_import_cleans_up_and_says_so() {
     for (signal, code) in [(Signal::INT, 130), (Signal::TERM, 143), (Signal::HUP, 129)] {
+        if is_ignored(signal) {
+            eprintln!("NOT TESTED: {signal:?} is ignored here, as under nohup, and stays so");
+            continue;
+        }
         let folder = Folder::new();
         let mut keeper = Keeper::new();
         let (running, _image) = half_way(&mut keeper, &folder, Manner::Good);
