@@ -105,8 +105,17 @@ pub enum VolumeError {
     /// A write to a volume that was opened for reading.
     #[error("the volume is open for reading only")]
     ReadOnly,
-    /// No room for data, or for the metadata that would make it durable.
-    #[error("the volume's store is full; make room, then write again (nothing acknowledged is lost)")]
+    /// More room beyond its size than a volume has.
+    #[error("room for {room} bytes beyond the volume's size is too much; it has {most} at most")]
+    Room {
+        /// What was asked for, in bytes.
+        room: u64,
+        /// The most.
+        most: u64,
+    },
+    /// No room for data, or for the metadata that would make it durable: in the store, with its error; or, without one, in what the volume
+    /// uses of it, which its snapshots take up.
+    #[error("{}", no_room(.0.is_some()))]
     Full(#[source] Option<io::Error>),
     /// No snapshot with that number.
     #[error("the volume has no snapshot {0}")]
@@ -167,6 +176,16 @@ impl VolumeError {
         move |source| match source.kind() {
             io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => Self::Full(Some(source)),
             _ => Self::Store(doing, source),
+        }
+    }
+}
+
+fn no_room(in_store: bool) -> &'static str {
+    match in_store {
+        true => "the volume's store is full; make room, then write again (nothing acknowledged is lost)",
+        false => {
+            "the volume's room is used up by what its snapshots hold; delete one, or give the volume more room (fealty-disk resize --room), \
+             then write again (nothing acknowledged is lost)"
         }
     }
 }

@@ -62,6 +62,7 @@ mod uring;
 mod volume;
 
 pub use error::{AnchorRefused, VolumeError};
+pub use format::geometry::store_size;
 pub use hooks::{Anchors, Events, Nobody};
 pub use keys::Kek;
 pub use store::{FileStore, MemoryStore, Store};

@@ -9,6 +9,8 @@ use std::ops::Range;
 const MIN_SIZE: u64 = 512;
 /// The largest volume: 2^50 bytes.
 pub(crate) const MAX_SIZE: u64 = 1 << 50;
+/// The longest store that a volume uses, in blocks.
+const MAX_TOTAL: u64 = 2 * (MAX_SIZE / BLOCK as u64);
 /// The shortest log. Two checkpoints' records and the chunk in hand must fit (see `volume::log`).
 const MIN_LOG: u64 = 32;
 const MAX_LOG: u64 = 4096;
@@ -44,12 +46,12 @@ impl Geometry {
         Ok(Self::with_log(size, store, log_blocks))
     }
 
-    /// The plan of this volume, in a store of `store` bytes, when it has `size` bytes: its log stays.
+    /// The plan of this volume, in a store of `store` bytes, when it has `size` bytes: its log stays. It takes all of the store.
     pub(crate) fn grown(&self, size: u64, store: u64) -> Result<Self, VolumeError> {
         if !(self.size..=MAX_SIZE).contains(&size) || !size.is_multiple_of(512) {
             return Err(VolumeError::Size { size, min: self.size, max: MAX_SIZE });
         }
-        if size == self.size {
+        if size == self.size && store / BLOCK as u64 <= self.total {
             return Ok(*self);
         }
         let grown = Self::with_log(size, store.max(self.total * BLOCK as u64), self.log_blocks);
@@ -68,15 +70,14 @@ impl Geometry {
     fn with_log(size: u64, store: u64, log_blocks: u64) -> Self {
         let blocks = size.div_ceil(BLOCK as u64);
         let map_pages = tree_pages(blocks.div_ceil(ENTRIES as u64));
-        let slack = (blocks / 128).max(256);
-        let mut total = 2 * ENDS + log_blocks + blocks + slack + 2 * map_pages + SLOT_PAGES;
+        let mut total = 2 * ENDS + log_blocks + blocks + slack(blocks) + 2 * map_pages + SLOT_PAGES;
         // The bitmap covers itself: a few rounds until its own size no longer changes the total.
         let mut with_bitmap = total;
         for _ in 0..8 {
             let free_pages = tree_pages(with_bitmap.div_ceil(BITS as u64));
             with_bitmap = total + 2 * free_pages + zone(map_pages + free_pages);
         }
-        total = with_bitmap.max(store / BLOCK as u64);
+        total = with_bitmap.max((store / BLOCK as u64).min(MAX_TOTAL));
         let map_levels = levels(blocks.div_ceil(ENTRIES as u64));
         let free_levels = levels(total.div_ceil(BITS as u64));
         Self { size, total, log_blocks, map_levels, free_levels }
@@ -87,7 +88,7 @@ impl Geometry {
         if !(MIN_SIZE..=MAX_SIZE).contains(&self.size) || !self.size.is_multiple_of(512) {
             return Err(FormatError("its size is impossible"));
         }
-        if !(MIN_LOG..=MAX_LOG).contains(&self.log_blocks) || self.total > 2 * (MAX_SIZE / BLOCK as u64) {
+        if !(MIN_LOG..=MAX_LOG).contains(&self.log_blocks) || self.total > MAX_TOTAL {
             return Err(FormatError("its extents are impossible"));
         }
         let metadata = 2 * ENDS + self.log_blocks + SLOT_PAGES + 2 * self.pages() + zone(self.pages());
@@ -130,6 +131,44 @@ impl Geometry {
         zone(self.pages()) + self.pages() + SLOT_PAGES
     }
 
+    /// Blocks that snapshots may hold beyond those of a volume that is full, where they lie side by side.
+    pub(crate) fn room(&self) -> u64 {
+        let beyond = self.beyond();
+        let (mut fits, mut too_many) = (0, beyond + 1);
+        while too_many - fits > 1 {
+            let middle = fits + (too_many - fits) / 2;
+            if with_pages(middle) <= beyond {
+                fits = middle;
+            } else {
+                too_many = middle;
+            }
+        }
+        fits
+    }
+
+    /// Blocks beyond those of a volume that is full: but for those that what is written anew takes for a moment.
+    fn beyond(&self) -> u64 {
+        let pool = self.pool().end - self.pool().start;
+        pool.saturating_sub(self.blocks() + self.pages() + self.kept_for_pages() + slack(self.blocks()))
+    }
+
+    /// The blocks of the shortest store in which this volume has room for `bytes` of data beyond its size.
+    pub(crate) fn with_room(&self, bytes: u64) -> Result<u64, VolumeError> {
+        let wanted = with_pages(bytes.div_ceil(BLOCK as u64));
+        let mut plan = *self;
+        // More blocks need more of the bitmap, which is a part of them.
+        while plan.beyond() < wanted {
+            let total = plan.total.saturating_add(wanted - plan.beyond());
+            if total > MAX_TOTAL {
+                let most = MAX_TOTAL.saturating_sub(self.total) * BLOCK as u64;
+                return Err(VolumeError::Room { room: bytes, most });
+            }
+            let free_levels = levels(total.div_ceil(BITS as u64));
+            plan = Self { total, free_levels, ..plan };
+        }
+        Ok(plan.total)
+    }
+
     /// Bitmap pages.
     pub(crate) fn bitmaps(&self) -> u64 {
         self.total.div_ceil(BITS as u64)
@@ -153,6 +192,16 @@ impl Geometry {
     fn free_pages(&self) -> u64 {
         tree_pages(self.bitmaps())
     }
+}
+
+/// Blocks that data takes for a moment, between a write and the FLUSH that frees what it replaced.
+fn slack(blocks: u64) -> u64 {
+    (blocks / 128).max(256)
+}
+
+/// So many blocks of a snapshot's data, and the pages of its map that lead to them where they lie side by side.
+fn with_pages(blocks: u64) -> u64 {
+    blocks + tree_pages(blocks.div_ceil(ENTRIES as u64))
 }
 
 /// Blocks of the zone of a volume with that many pages.
@@ -182,9 +231,44 @@ fn tree_pages(leaves: u64) -> u64 {
     all
 }
 
+/// Bytes that the store of a volume of `size` bytes has when there is to be room for `room` bytes of data beyond its size: for what
+/// snapshots hold that the volume does not any more. [`Volume::create`](crate::Volume::create) makes a store as long as it need be
+/// without any, and takes all of a longer one.
+///
+/// # Errors
+/// [`VolumeError::Size`] or [`VolumeError::Room`]: there is no such volume.
+pub fn store_size(size: u64, room: u64) -> Result<u64, VolumeError> {
+    Ok(Geometry::plan(size, 0)?.with_room(room)? * BLOCK as u64)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_store_is_as_long_as_the_room_needs_and_not_much_longer() {
+        for size in [512, 1 << 20, (1 << 30) + 512, 1 << 40] {
+            let least = Geometry::plan(size, 0).expect("a size");
+            assert_eq!(store_size(size, 0).expect("a size"), least.total * BLOCK as u64);
+            for room in [1, 1 << 20, size / 4, size, 3 * size] {
+                let store = store_size(size, room).expect("a size");
+                let plan = Geometry::plan(size, store).expect("a size");
+                assert_eq!((plan.check(), plan.total * BLOCK as u64), (Ok(plan), store));
+                assert!(plan.room() * BLOCK as u64 >= room, "{size} {room}");
+                assert_eq!(plan.with_room(plan.room() * BLOCK as u64).expect("as it is"), plan.total);
+                let pages = room / 50 + (1 << 20);
+                assert!(store <= (least.total * BLOCK as u64) + room + pages, "{size} {room} {store}");
+                let widened = least.grown(size, store).expect("a size");
+                assert_eq!((widened.size, widened.total, widened.check()), (size, plan.total, Ok(widened)));
+            }
+        }
+        for (size, room) in [(1 << 50, 1 << 51), (512, u64::MAX)] {
+            assert!(matches!(store_size(size, room), Err(VolumeError::Room { .. })));
+        }
+        assert!(matches!(store_size(513, 0), Err(VolumeError::Size { .. })));
+        let endless = Geometry::plan(1 << 50, u64::MAX).expect("a size");
+        assert_eq!(endless.check(), Ok(endless));
+    }
 
     #[test]
     fn every_plan_holds_its_data_and_passes_its_own_check() {

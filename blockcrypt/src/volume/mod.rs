@@ -142,6 +142,10 @@ pub struct VolumeInfo {
     pub mapped: u64,
     /// Bytes of it in use: data, map, snapshots.
     pub used: u64,
+    /// Bytes of data for which there is room beyond its size, in use or not: for what snapshots hold that it does not any more.
+    pub room: u64,
+    /// Bytes of data that can still be written to places that hold none, or that a snapshot holds. Some of it is for what is written anew.
+    pub free: u64,
     /// Snapshots.
     pub snapshots: usize,
     /// The newest superblock's epoch.
@@ -273,9 +277,16 @@ impl Volume {
     }
 
     /// The volume has `size` bytes from now on, at least as many as now; what is new reads as zeroes. Requests that change something
-    /// wait meanwhile. Durable, and anchored as the mode asks. Snapshots keep their size.
+    /// wait meanwhile. Durable, and anchored as the mode asks. Snapshots keep their size. A store that is longer than the volume needs is
+    /// used to its end: its room is for snapshots.
     pub fn grow(&self, size: u64) -> Result<(), VolumeError> {
         self.shared.grow(size)
+    }
+
+    /// The volume has room for `room` bytes of data beyond its size from now on, or as much as it has if that is more: for what snapshots hold
+    /// that it does not any more. The store becomes as long as that takes. Durable, and anchored as the mode asks.
+    pub fn widen(&self, room: u64) -> Result<(), VolumeError> {
+        self.shared.widen(room)
     }
 
     /// The volume has `size` bytes from now on, at most as many as now. Data behind that is lost where `discard_tail` says that it may be,

@@ -4,6 +4,8 @@
 //! becomes true with one superblock: before it, the store is only longer than it need be; after it, the blocks that the old
 //! copies took are free. A second checkpoint brings the other slot along.
 //!
+//! Room beyond the size grows in the same way, with a size that stays.
+//!
 //! **Shrinking.** One superblock has the smaller size, a map that ends there, and a dying snapshot of what the volume held, from which the
 //! rest is freed leaf by leaf, as after a revert. The store keeps its length, the map its levels: what is left lies anywhere in the one,
 //! and snapshots, which keep their size, may need the other.
@@ -20,12 +22,25 @@ use crate::tree::Halt;
 
 impl Shared {
     pub(super) fn grow(&self, size: u64) -> Result<(), VolumeError> {
+        self.lengthen(|_, found| Ok((size, found)))
+    }
+
+    pub(super) fn widen(&self, room: u64) -> Result<(), VolumeError> {
+        self.lengthen(|old, found| Ok((old.size, found.max(old.with_room(room)? * BLOCK as u64))))
+    }
+
+    /// The volume has the size that `plan` says from now on, and all of a store that is as long; it is told how long the store is.
+    fn lengthen(
+        &self,
+        plan: impl FnOnce(&Geometry, u64) -> Result<(u64, u64), VolumeError>,
+    ) -> Result<(), VolumeError> {
         self.check_writable(0, 0)?;
         let _alone = self.alone()?;
         let group = self.flushing();
         let (from, old) = (&self.backing, self.backing.geometry());
         let found = from.store.len().map_err(VolumeError::store("say its length"))?;
-        let new = old.grown(size, found)?;
+        let (size, store) = plan(&old, found)?;
+        let new = old.grown(size, store)?;
         if new == old {
             return Ok(());
         }

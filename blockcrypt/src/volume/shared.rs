@@ -133,6 +133,8 @@ impl Shared {
             store_size: bytes(geometry.total),
             mapped: bytes(core.mapped),
             used: bytes(core.space.used()),
+            room: bytes(geometry.room()),
+            free: bytes(core.free_for_data(&self.backing)),
             snapshots: core.snapshots.len(),
             epoch: core.superblock.epoch,
             writer: core.superblock.writer.get(),

@@ -176,8 +176,10 @@ impl Shared {
             };
             if log_full {
                 self.checkpoint()?;
-            } else if !fits || self.core()?.tight {
+            } else if !fits {
                 return granted;
+            } else if self.core()?.tight {
+                return Err(VolumeError::Full(Some(rustix::io::Errno::NOSPC.into())));
             } else if frees_more {
                 // Blocks that were superseded are free once that is durable.
                 let group = self.flushing();

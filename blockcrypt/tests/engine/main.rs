@@ -9,5 +9,6 @@ mod model;
 mod parallel;
 mod rekey;
 mod requests;
+mod room;
 mod snapshots;
 mod tamper;
