@@ -10,7 +10,9 @@
 //! | `socket` | a unix socket that only its owner can connect to, and that goes when the server goes |
 //! | [`nbd`] | the NBD protocol |
 //! | [`vhost_user`] | the vhost-user protocol, and virtio queues |
+//! | [`bench`] | what a volume does on this machine |
 
+pub mod bench;
 mod disk;
 #[doc(hidden)]
 pub mod fuzz;

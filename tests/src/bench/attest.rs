@@ -1,10 +1,10 @@
 //! `bench attest`: where the time of an attested start goes, as the VM process itself tells it.
 
 use super::BenchError;
-use super::figure::{Figure, Printer};
 use super::first_byte;
-use super::sample::Samples;
+use super::printer::Printer;
 use super::start::Protected;
+use fealty_disk::bench::{Figure, Samples};
 use serde::Deserialize;
 
 /// The step after which the guest runs.
@@ -48,15 +48,15 @@ pub(super) fn run(rounds: u32, printer: &mut Printer) -> Result<(), BenchError> 
         tls.add(protected.tls_alone()?);
     }
     for (step, part) in &parts.0 {
-        printer.add(&Figure::new(format!("part: {step}"), "ms", &part.since).against("whole start", &whole, None));
+        printer.add(Figure::new(format!("part: {step}"), "ms", &part.since).against("whole start", &whole, None));
     }
     let name = "part: start of the process, and from there to the first byte";
-    printer.add(&Figure::new(name, "ms", &rest).against("whole start", &whole, None));
-    printer.add(&Figure::new("whole start, to the guest's first byte", "ms", &whole));
+    printer.add(Figure::new(name, "ms", &rest).against("whole start", &whole, None));
+    printer.add(Figure::new("whole start, to the guest's first byte", "ms", &whole));
     let name = format!("steps of the TPM ({})", OF_TPM.join(", "));
-    printer.add(&Figure::new(name, "ms", &parts.sum(&OF_TPM)).against("TPM commands alone", &tpm, None));
+    printer.add(Figure::new(name, "ms", &parts.sum(&OF_TPM)).against("TPM commands alone", &tpm, None));
     let name = format!("steps of the provider ({})", OF_PROVIDER.join(", "));
-    printer.add(&Figure::new(name, "ms", &parts.sum(&OF_PROVIDER)).against("one TLS request alone", &tls, None));
+    printer.add(Figure::new(name, "ms", &parts.sum(&OF_PROVIDER)).against("one TLS request alone", &tls, None));
     Ok(())
 }
 

@@ -2,26 +2,15 @@
 
 use std::fs::read_to_string;
 
-/// Processor, cores, memory, kernel, whether KVM has the processor's help, and how busy it is before it begins, in one line.
+/// The machine, and whether KVM has the processor's help, in one line.
 pub(super) fn describe() -> String {
-    let text = |path: &str| read_to_string(path).unwrap_or_default();
-    let cpus = text("/proc/cpuinfo");
-    let field = |name: &str| {
-        let line = cpus.lines().find(|line| line.starts_with(name));
-        line.and_then(|line| line.split(':').nth(1)).unwrap_or_default().trim()
-    };
-    let cores = cpus.lines().filter(|line| line.starts_with("processor")).count();
-    let memory = text("/proc/meminfo");
-    let kib = memory.split_whitespace().nth(1).and_then(|word| word.parse().ok()).unwrap_or(0u64);
-    let kernel = text("/proc/sys/kernel/osrelease");
-    let has = |flag: &str| field("flags").split(' ').any(|word| word == flag);
+    let cpus = read_to_string("/proc/cpuinfo").unwrap_or_default();
+    let flags = cpus.lines().find(|line| line.starts_with("flags")).unwrap_or_default();
+    let has = |flag: &str| flags.split(' ').any(|word| word == flag);
     let kvm = match (has("vmx"), has("svm")) {
         (true, _) => "KVM with VT-x",
         (_, true) => "KVM with SVM",
         _ => "KVM without VT-x or SVM (the guest's ring 0 is emulated)",
     };
-    let gib = (kib as f64 / f64::from(1 << 20)).round();
-    let load = text("/proc/loadavg");
-    let load = load.split(' ').next().unwrap_or_default();
-    format!("{}, {cores} cores, {gib} GiB, Linux {}, {kvm}, load {load}", field("model name"), kernel.trim())
+    format!("{}, {kvm}", fealty_disk::bench::machine())
 }

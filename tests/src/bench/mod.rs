@@ -3,17 +3,17 @@
 mod attest;
 mod baseline;
 mod disk;
-mod figure;
 mod first_byte;
 mod floor;
 mod machine;
 mod memory;
+mod printer;
 mod queue;
-mod sample;
 mod served;
 mod start;
 
 use clap::{Parser, Subcommand};
+use fealty_disk::bench::MeasureError;
 use std::io;
 use std::path::PathBuf;
 
@@ -84,21 +84,15 @@ pub enum BenchError {
     /// `fealty run --json` told nothing that could be measured.
     #[error("fealty reported no timed steps")]
     NoSteps,
-    /// A volume does not do what is measured.
-    #[error("a volume failed to {0}")]
-    Volume(&'static str, #[source] blockcrypt::VolumeError),
-    /// Something did not come back as it was.
-    #[error("{0} are not what was written")]
-    Unequal(&'static str),
-    /// A thread of the benchmark ended early.
-    #[error("a thread of the benchmark panicked")]
-    Panicked,
+    /// What a volume does can't be measured.
+    #[error(transparent)]
+    Measure(#[from] MeasureError),
 }
 
 impl BenchError {
     /// What a volume failed to do.
     fn volume(what: &'static str) -> impl Fn(blockcrypt::VolumeError) -> Self {
-        move |error| Self::Volume(what, error)
+        move |error| MeasureError::Volume(what, error).into()
     }
 }
 
@@ -110,7 +104,7 @@ pub fn run(arguments: &Arguments) -> Result<(), BenchError> {
     if let What::ServePlain { file, socket } = &arguments.what {
         return served::serve_plain(file, socket);
     }
-    let mut printer = figure::Printer::new(arguments.json);
+    let mut printer = printer::Printer::new(arguments.json);
     printer.machine(&machine::describe());
     let measured = match &arguments.what {
         What::Start { unattested_only } => start::run(arguments.rounds, !*unattested_only, &mut printer),

@@ -2,11 +2,11 @@
 //! do without.
 
 use super::BenchError;
-use super::figure::{Figure, Printer};
 use super::floor::Floor;
-use super::sample::Samples;
+use super::printer::Printer;
 use crate::guest::images;
 use crate::process::program;
+use fealty_disk::bench::{Figure, Samples};
 use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -66,9 +66,9 @@ pub(super) fn run(rounds: u32, printer: &mut Printer) -> Result<(), BenchError> 
         }
         let floor = "ioeventfd and io_uring alone";
         let name = format!("virtio-blk {word} a second, 4 KiB, queue depth {DEPTH}");
-        printer.add(&Figure::new(name, "1/s", &ours.rate).against(floor, &least.rate, None));
+        printer.add(Figure::new(name, "1/s", &ours.rate).against(floor, &least.rate, None));
         let name = format!("CPU for each of these {word}, VM process and guest");
-        printer.add(&Figure::new(name, "µs", &ours.cost).against(floor, &least.cost, None));
+        printer.add(Figure::new(name, "µs", &ours.cost).against(floor, &least.cost, None));
     }
     Ok(())
 }

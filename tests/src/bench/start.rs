@@ -1,13 +1,13 @@
 //! `bench start`: process start to the guest's first byte, and memory.
 
 use super::baseline::{TlsAlone, TpmAlone};
-use super::figure::{Figure, Printer};
 use super::memory::Memory;
-use super::sample::Samples;
+use super::printer::Printer;
 use super::{BenchError, first_byte, memory};
 use crate::guest::images;
 use crate::lab::{Lab, Plan};
 use crate::process::{Background, program};
+use fealty_disk::bench::{Figure, Samples};
 use std::path::Path;
 use std::process::Command;
 use std::time::Duration;
@@ -55,19 +55,19 @@ pub(super) fn run(rounds: u32, attested: bool, printer: &mut Printer) -> Result<
         }
     }
 
-    printer.add(&Figure::new("start, bare program", "ms", &bare_ms));
+    printer.add(Figure::new("start, bare program", "ms", &bare_ms));
     let name = "start, unattested";
-    printer.add(&Figure::new(name, "ms", &plain_ms).against("bare program", &bare_ms, Some(UNATTESTED_BY_BARE)));
-    printer.add(&Figure::new("start, unattested, one disk", "ms", &disk_ms).against("bare program", &bare_ms, None));
+    printer.add(Figure::new(name, "ms", &plain_ms).against("bare program", &bare_ms, Some(UNATTESTED_BY_BARE)));
+    printer.add(Figure::new("start, unattested, one disk", "ms", &disk_ms).against("bare program", &bare_ms, None));
     if protected.is_some() {
         let parts = tpm_ms.with(&tls_ms, |tpm, tls| tpm + tls);
         let more = attested_ms.with(&plain_ms, |attested, plain| attested - plain);
         let name = "start, attested, one volume";
-        printer.add(&Figure::new("TPM commands alone", "ms", &tpm_ms));
-        printer.add(&Figure::new("one TLS request alone", "ms", &tls_ms));
-        printer.add(&Figure::new(name, "ms", &attested_ms).against("bare program", &bare_ms, Some(ATTESTED_BY_BARE)));
+        printer.add(Figure::new("TPM commands alone", "ms", &tpm_ms));
+        printer.add(Figure::new("one TLS request alone", "ms", &tls_ms));
+        printer.add(Figure::new(name, "ms", &attested_ms).against("bare program", &bare_ms, Some(ATTESTED_BY_BARE)));
         let figure = Figure::new("attested less unattested", "ms", &more);
-        printer.add(&figure.against("TPM and TLS alone", &parts, Some(ATTESTED_BY_PARTS)));
+        printer.add(figure.against("TPM and TLS alone", &parts, Some(ATTESTED_BY_PARTS)));
     }
     measure_memory(&plain, protected.as_ref(), printer)
 }
@@ -181,8 +181,8 @@ fn measure_memory(plain: &Plain, protected: Option<&Protected>, printer: &mut Pr
     let service = memory::find(&["fealty-host", "tpm", &protected.lab.tpm.tcti()])
         .ok_or(BenchError::Memory("the TPM service".into()))?;
     let service = memory::of(service)?;
-    printer.add(&Figure::new("memory, TPM service", "MiB", &[mib(service.resident)].into_iter().collect()));
-    printer.add(&Figure::new("memory, TPM service, private dirty", "MiB", &[mib(service.dirty)].into_iter().collect()));
+    printer.add(Figure::new("memory, TPM service", "MiB", &[mib(service.resident)].into_iter().collect()));
+    printer.add(Figure::new("memory, TPM service, private dirty", "MiB", &[mib(service.dirty)].into_iter().collect()));
     Ok(())
 }
 
@@ -197,8 +197,8 @@ fn processes(
         measured.iter().map(|memory| mib(memory.dirty)).collect(),
     );
     let name = format!("memory, {kind} VM process less guest");
-    printer.add(&Figure::new(&name, "MiB", &resident).limit(RESIDENT_MIB));
-    printer.add(&Figure::new(format!("{name}, private dirty"), "MiB", &dirty).limit(DIRTY_MIB));
+    printer.add(Figure::new(&name, "MiB", &resident).limit(RESIDENT_MIB));
+    printer.add(Figure::new(format!("{name}, private dirty"), "MiB", &dirty).limit(DIRTY_MIB));
     Ok(())
 }
 

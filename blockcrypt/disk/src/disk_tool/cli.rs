@@ -63,6 +63,9 @@ pub(crate) enum Command {
     /// Destroy a volume's key slots: nobody can ever read it again
     #[command(after_help = ERASE_HELP)]
     Erase(Erase),
+    /// Measure what a volume does on this machine; needs no keys
+    #[command(after_help = BENCH_HELP)]
+    Bench(Bench),
     /// Lend a volume to other programs as a disk, until SIGTERM
     #[command(after_help = SERVE_HELP)]
     Serve(Serve),
@@ -247,6 +250,25 @@ pub(crate) struct Serve {
     #[arg(long, value_name = "N", default_value_t = 4, value_parser = clap::value_parser!(u16).range(1..=16))]
     pub(crate) queues: u16,
 }
+#[derive(Args, Debug)]
+pub(crate) struct Bench {
+    /// Where to measure: a folder, or a block device, whose content is lost (with --force)
+    pub(crate) place: PathBuf,
+    /// Bytes that are written and read: a number, or one with K, M, G or T (powers of 1024); a multiple of 1M. Three times as much
+    /// room is needed
+    #[arg(long, value_name = "N[K|M|G|T]", default_value = "256M")]
+    pub(crate) size: Size,
+    /// How often each thing is measured
+    #[arg(long, value_name = "N", default_value_t = 10, value_parser = clap::value_parser!(u32).range(1..=10_000))]
+    pub(crate) rounds: u32,
+    /// Past the page cache (O_DIRECT), as `serve --direct`: what the device does, rather than the host's memory
+    #[arg(long)]
+    pub(crate) direct: bool,
+    /// Overwrite the block device
+    #[arg(long)]
+    pub(crate) force: bool,
+}
+
 
 /// How a volume is lent: one of them.
 #[derive(Args, Debug)]
@@ -404,7 +426,21 @@ pub(crate) fn parse() -> Result<Cli, ExitCode> {
         }
         ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand => {
             report::line(
-                "a command is missing: create, import, clone, export, info, check, snapshot, resize, rekey, rewrap, erase or serve (see \
+const BENCH_HELP: &str = "\
+First the ciphers alone, on buffers in the processor's caches, on each path that this processor has: the first is the one that volumes
+take. Then a volume that is half full and a plain file, in turn: 1 MiB in order, 4 KiB at random with 1 and with 32 requests in flight,
+written and read, and written with a FLUSH after each 32. Each line has the median, the quartiles, and the ratio to what it is compared
+with: by the wall's clock the plain file, by processor time (per core) the ciphers alone, the most that is to be had. The volume is used in
+this process: a server adds its own time. Its anchors are kept in memory, so that mode `flush` costs an answer of the key provider's
+more for each FLUSH.
+
+In a folder everything lies in files without a name, which are gone when this ends, however it ends.
+
+Examples: fealty-disk bench /store --direct
+          fealty-disk bench /dev/vdb --size 4G --direct --force";
+
+                "a command is missing: create, import, clone, export, info, check, snapshot, resize, rekey, rewrap, erase, bench or \
+                 serve (see \
                  fealty-disk --help)",
             );
             ExitCode::from(2)

@@ -6,8 +6,10 @@ use super::inherit::InheritError;
 use super::make::MakeError;
 use super::place::PlaceError;
 use super::qemu::{ConvertError, QemuError};
+use super::scratch::ScratchError;
 use blockcrypt::VolumeError;
 use fealty_disk::SocketError;
+use fealty_disk::bench::MeasureError;
 use std::io;
 use std::path::{Path, PathBuf};
 
@@ -58,6 +60,10 @@ pub(crate) enum ToolError {
     Thread(#[source] io::Error),
     #[error("clients can't be waited for")]
     Serve(#[source] io::Error),
+    #[error(transparent)]
+    Scratch(#[from] ScratchError),
+    #[error("{0}")]
+    Bench(PathBuf, #[source] MeasureError),
     #[error("standard output takes no more")]
     Output(#[source] io::Error),
 }
@@ -74,7 +80,11 @@ impl ToolError {
     /// What `--help` promises.
     pub(crate) fn code(&self) -> u8 {
         match self {
-            Self::NoKeys(_) | Self::Inherit(_) | Self::Unforced(_) | Self::NotAFile(_) => USAGE,
+            Self::Scratch(ScratchError::Size(_) | ScratchError::Kind(_))
+            | Self::NoKeys(_)
+            | Self::Inherit(_)
+            | Self::Unforced(_)
+            | Self::NotAFile(_) => USAGE,
             Self::Holder(_) | Self::Make(MakeError::Anchor(_)) => REFUSED,
             Self::Volume(_, error) => of_volume(error),
             Self::Bad { .. } => BAD,

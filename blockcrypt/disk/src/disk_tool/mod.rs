@@ -8,6 +8,7 @@
 //! | `make` | `create`, `import` and `clone`: a volume that appears whole or not at all |
 //! | `change`, `snapshot` | commands that change a volume in its place |
 //! | `export`, `info`, `check` | the other commands |
+//! | `bench`, `scratch` | what a volume does here, measured where nothing is left of it |
 //! | `serve`, `rotation` | a volume as a disk of other programs, and rekeyed meanwhile |
 //! | `image`, `blocks` | raw images, and which of their blocks hold something |
 //! | `qemu`, `qcow2`, `qemu_lock` | images that are not raw, by `qemu-img`, and what it sees of them |
@@ -16,6 +17,7 @@
 //! | `progress`, `report` | what people and scripts see |
 //! | `error` | why it failed, and the exit codes |
 
+mod bench;
 mod blocks;
 mod change;
 mod check;
@@ -34,6 +36,7 @@ mod qemu;
 mod qemu_lock;
 mod report;
 mod rotation;
+mod scratch;
 mod serve;
 mod signals;
 mod size;
@@ -91,6 +94,7 @@ fn perform(cli: Cli) -> Result<(), ToolError> {
         Command::Rekey(words) => change::rekey(&context, &words),
         Command::Rewrap(words) => change::rewrap(&context, &words),
         Command::Erase(words) => change::erase(&context, &words),
+        Command::Bench(words) => bench::bench(&context, &words),
         Command::Serve(words) => serve::serve(&context, &words),
     }
 }

@@ -246,7 +246,8 @@ fn existing(path: &Path) -> Result<Option<Metadata>, PlaceError> {
     }
 }
 
-fn is_device(path: &Path) -> bool {
+/// Whether `path` is a block device.
+pub(crate) fn is_device(path: &Path) -> bool {
     fs::metadata(path).is_ok_and(|m| m.file_type().is_block_device())
 }
 

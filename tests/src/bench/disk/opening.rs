@@ -1,11 +1,10 @@
 //! How long opening takes, in order and after a crash, and what the metadata take.
 
-use super::keeper::Keeper;
 use super::{ms, subject};
 use crate::bench::BenchError;
-use crate::bench::figure::{Figure, Printer};
-use crate::bench::sample::Samples;
+use crate::bench::printer::Printer;
 use blockcrypt::Volume;
+use fealty_disk::bench::{Figure, Keeper, Samples};
 use std::path::Path;
 use std::sync::Arc;
 
@@ -50,7 +49,7 @@ fn open(rounds: u32, mapped: u64, folder: &Path, printer: &mut Printer) -> Resul
         volume.and_then(|volume| volume.close()).map_err(BenchError::volume("open"))?;
     }
     let name = format!("open a volume of 1 TiB, {} MiB mapped", mapped >> 20);
-    printer.add(&Figure::new(name, "ms", &times).limit(OPEN_MS));
+    printer.add(Figure::new(name, "ms", &times).limit(OPEN_MS));
     std::fs::remove_file(&path).map_err(|error| BenchError::Io(path, error))
 }
 
@@ -74,7 +73,7 @@ fn recovery(rounds: u32, folder: &Path, printer: &mut Printer) -> Result<(), Ben
         times.add(time);
     }
     let name = format!("open after a crash with a full log, {writes} writes");
-    printer.add(&Figure::new(name, "ms", &times).limit(RECOVERY_MS));
+    printer.add(Figure::new(name, "ms", &times).limit(RECOVERY_MS));
     drop(volume);
     std::fs::remove_file(&path).map_err(|error| BenchError::Io(path, error))
 }
@@ -104,9 +103,9 @@ fn metadata(folder: &Path, printer: &mut Printer) -> Result<(), BenchError> {
     let share = |bytes: u64| -> Samples { [bytes as f64 / COUNTED as f64 * 100.0].into_iter().collect() };
     let pages = share(report.pages * 4096);
     printer
-        .add(&Figure::new("metadata pages of a full volume of 1 GiB", "% of its size", &pages).limit(METADATA_PERCENT));
+        .add(Figure::new("metadata pages of a full volume of 1 GiB", "% of its size", &pages).limit(METADATA_PERCENT));
     let room = share(store - COUNTED);
-    printer.add(&Figure::new("its store beyond its size: metadata twice, log, slack", "% of its size", &room));
+    printer.add(Figure::new("its store beyond its size: metadata twice, log, slack", "% of its size", &room));
     Ok(())
 }
 

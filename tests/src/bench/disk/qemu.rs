@@ -3,8 +3,8 @@
 //! Sequential work and depth 1 are counted by qemu-io's own clock around each request. Depth 32 and work with FLUSHes are
 //! counted from outside, less what a qemu-io without requests takes: reading its commands counts there.
 
-use super::work::{Timing, Work};
 use crate::bench::BenchError;
+use fealty_disk::bench::{MeasureError, Timing, Work};
 use std::fmt::Write as _;
 use std::io::Write as _;
 use std::path::{Path, PathBuf};
@@ -77,7 +77,7 @@ impl Luks {
         let feeder = std::thread::spawn(move || stdin.map_or(Ok(()), |mut stdin| stdin.write_all(script.as_bytes())));
         let output = child.wait_with_output().map_err(io)?;
         let seconds = start.elapsed().as_secs_f64();
-        feeder.join().map_err(|_| BenchError::Panicked)?.map_err(io)?;
+        feeder.join().map_err(|_| MeasureError::Panicked)?.map_err(io)?;
         if !output.status.success() {
             return Err(BenchError::Failed("qemu-io".to_owned(), output.status.to_string(), String::new()));
         }

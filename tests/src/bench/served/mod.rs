@@ -9,10 +9,9 @@
 mod server;
 
 use super::BenchError;
-use super::disk::thread_time;
-use super::figure::{Figure, Printer};
-use super::sample::Samples;
+use super::printer::Printer;
 use blockcrypt::bench::Ciphers;
+use fealty_disk::bench::{Figure, MeasureError, Samples, thread_time};
 use server::Server;
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -103,15 +102,15 @@ pub(super) fn run(rounds: u32, folder: &Path, printer: &mut Printer) -> Result<(
         let bound = plain.core.with(&crypto[usize::from(work.rw.ends_with("read"))], |plain, one| plain + blocks * one);
         for (volume, ours) in [("", full), (", half of the volume used", half)] {
             let cost = || Figure::new(format!("{}{volume}: server's core for one", work.name), "us", &ours.core);
-            printer.add(&cost().against("qemu-storage-daemon, LUKS", &luks.core, target(BY_LUKS)));
-            printer.add(&cost().against("our server, no ciphers", &plain.core, target(BY_PLAIN)));
-            printer.add(&cost().against("that and the crypto alone", &bound, None));
+            printer.add(cost().against("qemu-storage-daemon, LUKS", &luks.core, target(BY_LUKS)));
+            printer.add(cost().against("our server, no ciphers", &plain.core, target(BY_PLAIN)));
+            printer.add(cost().against("that and the crypto alone", &bound, None));
         }
         let cost = || Figure::new(format!("{}: server's core for one", work.name), "us", &full.core);
-        printer.add(&cost().against("qemu-storage-daemon, raw", &raw.core, None));
-        printer.add(&cost().against("nbdkit, luks filter", &nbdkit.core, None));
+        printer.add(cost().against("qemu-storage-daemon, raw", &raw.core, None));
+        printer.add(cost().against("nbdkit, luks filter", &nbdkit.core, None));
         let rate = Figure::new(format!("{}: by the clock", work.name), "1/s", &full.wall);
-        printer.add(&rate.against("qemu-storage-daemon, LUKS", &luks.wall, None));
+        printer.add(rate.against("qemu-storage-daemon, LUKS", &luks.wall, None));
     }
     Ok(())
 }
@@ -134,7 +133,7 @@ fn cipher_costs(ciphers: &Ciphers) -> Result<[f64; 2], BenchError> {
     for _ in 0..TIMES {
         data.copy_from_slice(&stored);
         if !ciphers.open(&sealed, &mut data) {
-            return Err(BenchError::Unequal("sealed blocks"));
+            return Err(MeasureError::Unequal("sealed blocks").into());
         }
     }
     Ok([seal, micros(thread_time() - start)])

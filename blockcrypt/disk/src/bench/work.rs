@@ -1,23 +1,27 @@
 //! Pieces of work, and how long a subject takes for one.
 
+use super::MeasureError;
+use super::sample::Samples;
 use super::subject::Subject;
-use crate::bench::BenchError;
 use rustix::time::{ClockId, clock_gettime};
 use std::sync::Barrier;
 use std::thread;
 use std::time::Instant;
 
 /// A piece of work: so many requests of so many bytes.
-pub(super) struct Work {
-    pub(super) name: &'static str,
-    pub(super) bytes: usize,
-    pub(super) write: bool,
+pub struct Work {
+    /// What it is called.
+    pub name: &'static str,
+    /// Bytes of a request.
+    pub bytes: usize,
+    /// Whether it writes, or reads.
+    pub write: bool,
     /// Threads that have one request each in flight.
-    pub(super) threads: usize,
+    pub threads: usize,
     /// Requests of each thread.
-    pub(super) requests: usize,
+    pub requests: usize,
     /// A FLUSH after so many requests of a thread.
-    pub(super) flush_each: Option<usize>,
+    pub flush_each: Option<usize>,
 }
 
 const fn large(name: &'static str, write: bool, flush_each: Option<usize>) -> Work {
@@ -29,7 +33,7 @@ const fn small(name: &'static str, write: bool, threads: usize, flush_each: Opti
 }
 
 /// All of them. With 32 threads each flushes once, after its 32nd request.
-pub(super) const WORKS: [Work; 9] = [
+pub const WORKS: [Work; 9] = [
     large("1 MiB sequential write", true, None),
     large("1 MiB sequential write, FLUSH every 32", true, Some(32)),
     large("1 MiB sequential read", false, None),
@@ -41,26 +45,80 @@ pub(super) const WORKS: [Work; 9] = [
     small("4 KiB random read, depth 32", false, 32, None),
 ];
 
+/// Rounds before those that count.
+pub const WARM_UP: u32 = 1;
+
 /// Seconds of one piece of work.
-pub(super) struct Timing {
-    pub(super) wall: f64,
+pub struct Timing {
+    /// By the wall's clock.
+    pub wall: f64,
     /// Of processor time, all threads together.
-    pub(super) core: f64,
+    pub core: f64,
+}
+
+/// What one piece of work gave one subject: its rates by the wall's clock, and by the processor time of the threads that ask.
+#[derive(Default, Clone)]
+pub struct Rates {
+    /// By the wall's clock.
+    pub wall: Samples,
+    /// By processor time, all threads together.
+    pub core: Samples,
+}
+
+impl Rates {
+    fn add(&mut self, work: &Work, timing: &Timing) {
+        self.wall.add(work.rate(timing.wall));
+        self.core.add(work.rate(timing.core));
+    }
+}
+
+/// Does a piece of work with some seed.
+pub type Runner<'a, E> = &'a dyn Fn(&Work, u64) -> Result<Timing, E>;
+
+/// Every piece of work with each subject in turn, `rounds` times after one that does not count; `heard` is told of each piece before it
+/// is done. The rates are in the order of [`WORKS`] and of the subjects.
+///
+/// # Errors
+/// The first of a subject's.
+pub fn interleave<E, const N: usize>(
+    rounds: u32,
+    subjects: [Runner<'_, E>; N],
+    heard: &mut dyn FnMut(&Work),
+) -> Result<Vec<[Rates; N]>, E> {
+    let mut all: Vec<[Rates; N]> = WORKS.iter().map(|_| std::array::from_fn(|_| Rates::default())).collect();
+    for round in 0..rounds + WARM_UP {
+        for (work, rates) in WORKS.iter().zip(&mut all) {
+            for (subject, rates) in subjects.iter().zip(rates) {
+                heard(work);
+                let timing = subject(work, u64::from(round))?;
+                if round >= WARM_UP {
+                    rates.add(work, &timing);
+                }
+            }
+        }
+    }
+    Ok(all)
 }
 
 impl Work {
+    /// Bytes of all its requests.
+    pub fn total(&self) -> u64 {
+        (self.threads * self.requests * self.bytes) as u64
+    }
+
     /// GB/s of large requests, thousands of small ones a second.
-    pub(super) fn rate(&self, seconds: f64) -> f64 {
+    pub fn rate(&self, seconds: f64) -> f64 {
         let requests = (self.threads * self.requests) as f64;
         if self.bytes > 4096 { requests * self.bytes as f64 / seconds / 1e9 } else { requests / seconds / 1e3 }
     }
 
-    pub(super) fn unit(&self) -> &'static str {
+    /// The unit of [`rate`](Self::rate).
+    pub fn unit(&self) -> &'static str {
         if self.bytes > 4096 { "GB/s" } else { "kIOPS" }
     }
 
     /// Where the requests of thread `thread` go, in `size` bytes.
-    pub(super) fn offsets(&self, thread: usize, size: u64, seed: u64) -> Vec<u64> {
+    pub fn offsets(&self, thread: usize, size: u64, seed: u64) -> Vec<u64> {
         let places = size / self.bytes as u64;
         let place = |i: usize| match self.bytes {
             4096 => scattered(seed << 32 | (thread * self.requests + i) as u64) % places,
@@ -70,7 +128,7 @@ impl Work {
     }
 
     /// Does it with `subject`. Only what lies between the first thread's start and the last one's end counts.
-    pub(super) fn run(&self, subject: &dyn Subject, size: u64, seed: u64) -> Result<Timing, BenchError> {
+    pub fn run(&self, subject: &dyn Subject, size: u64, seed: u64) -> Result<Timing, MeasureError> {
         let ready = Barrier::new(self.threads);
         let each = |thread| {
             let offsets = self.offsets(thread, size, seed);
@@ -80,24 +138,24 @@ impl Work {
             ready.wait();
             let (start, core) = (Instant::now(), thread_time());
             self.requests(subject, &offsets, &mut buffer)?;
-            Ok::<_, BenchError>((start, Instant::now(), thread_time() - core))
+            Ok::<_, MeasureError>((start, Instant::now(), thread_time() - core))
         };
         let mut done = Vec::new();
         thread::scope(|scope| {
             let each = &each;
             let threads: Vec<_> = (0..self.threads).map(|thread| scope.spawn(move || each(thread))).collect();
             for thread in threads {
-                done.push(thread.join().map_err(|_| BenchError::Panicked)??);
+                done.push(thread.join().map_err(|_| MeasureError::Panicked)??);
             }
-            Ok::<_, BenchError>(())
+            Ok::<_, MeasureError>(())
         })?;
         let start = done.iter().map(|(start, ..)| *start).min();
         let end = done.iter().map(|(_, end, _)| *end).max();
-        let wall = start.zip(end).map(|(start, end)| (end - start).as_secs_f64()).ok_or(BenchError::Panicked)?;
+        let wall = start.zip(end).map(|(start, end)| (end - start).as_secs_f64()).ok_or(MeasureError::Panicked)?;
         Ok(Timing { wall, core: done.iter().map(|(.., core)| core).sum() })
     }
 
-    fn requests(&self, subject: &dyn Subject, offsets: &[u64], buffer: &mut [u8]) -> Result<(), BenchError> {
+    fn requests(&self, subject: &dyn Subject, offsets: &[u64], buffer: &mut [u8]) -> Result<(), MeasureError> {
         for (i, offset) in offsets.iter().enumerate() {
             if self.write {
                 subject.write(*offset, buffer)?;
@@ -113,7 +171,7 @@ impl Work {
 }
 
 /// Seconds of processor time of this thread.
-pub(in crate::bench) fn thread_time() -> f64 {
+pub fn thread_time() -> f64 {
     let time = clock_gettime(ClockId::ThreadCPUTime);
     time.tv_sec as f64 + time.tv_nsec as f64 / 1e9
 }

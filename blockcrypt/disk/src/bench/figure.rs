@@ -1,11 +1,11 @@
-//! One figure, and how figures are printed: a table for people, or one JSON object a line.
+//! One figure, and how figures are shown: a table for people, or one JSON object each.
 
 use super::sample::Samples;
 use serde::Serialize;
 
-/// A figure. Benchmarks of later issues keep these fields.
+/// A figure. As JSON it has the fields that `scripts/bench` names.
 #[derive(Debug, Clone, Serialize)]
-pub(super) struct Figure {
+pub struct Figure {
     name: String,
     /// Median.
     value: f64,
@@ -27,7 +27,7 @@ pub(super) struct Figure {
 
 impl Figure {
     /// A figure by itself.
-    pub(super) fn new(name: impl Into<String>, unit: &'static str, samples: &Samples) -> Self {
+    pub fn new(name: impl Into<String>, unit: &'static str, samples: &Samples) -> Self {
         Self {
             name: name.into(),
             value: rounded(samples.median()),
@@ -42,7 +42,7 @@ impl Figure {
     }
 
     /// Compared with `other`; the ratio should be at most `target`, where there is one.
-    pub(super) fn against(mut self, name: impl Into<String>, other: &Samples, target: Option<f64>) -> Self {
+    pub fn against(mut self, name: impl Into<String>, other: &Samples, target: Option<f64>) -> Self {
         let other = rounded(other.median());
         self.against = Some(name.into());
         self.against_value = Some(other);
@@ -52,13 +52,18 @@ impl Figure {
     }
 
     /// A rate, compared with `other`; the ratio should be at least `target`, where there is one.
-    pub(super) fn at_least(self, name: impl Into<String>, other: &Samples, target: Option<f64>) -> Self {
+    pub fn at_least(self, name: impl Into<String>, other: &Samples, target: Option<f64>) -> Self {
         Self { rate: true, ..self.against(name, other, target) }
     }
 
     /// Compared with a fixed limit, which it should not exceed.
-    pub(super) fn limit(self, limit: f64) -> Self {
+    pub fn limit(self, limit: f64) -> Self {
         self.against("limit", &[limit].into_iter().collect(), Some(1.0))
+    }
+
+    /// What was measured.
+    pub fn name(&self) -> &str {
+        &self.name
     }
 
     fn row(&self) -> [String; 6] {
@@ -82,54 +87,21 @@ impl Figure {
     }
 }
 
-/// Prints figures as they come (JSON) or together (the table).
-#[derive(Debug)]
-pub(super) struct Printer {
-    json: bool,
-    rows: Vec<[String; 6]>,
-}
-
-impl Printer {
-    /// One of the two ways.
-    pub(super) fn new(json: bool) -> Self {
-        Self { json, rows: Vec::new() }
-    }
-
-    /// Says what the figures were measured on; beside the JSON lines, not among them.
-    pub(super) fn machine(&self, description: &str) {
-        if self.json {
-            eprintln!("{description}");
-        } else {
-            println!("{description}\n");
-        }
-    }
-
-    /// Adds a figure.
-    pub(super) fn add(&mut self, figure: &Figure) {
-        if self.json {
-            match serde_json::to_string(figure) {
-                Ok(line) => println!("{line}"),
-                Err(error) => eprintln!("bench: {}: {error}", figure.name),
-            }
-        } else {
-            self.rows.push(figure.row());
-        }
-    }
-
-    /// Prints the table.
-    pub(super) fn finish(&self) {
-        if self.json {
-            return;
-        }
-        let head = ["what", "median", "quartiles", "against", "ratio", "target"].map(str::to_owned);
-        let rows: Vec<_> = std::iter::once(&head).chain(&self.rows).collect();
-        let widths: [usize; 6] =
-            std::array::from_fn(|n| rows.iter().map(|row| row[n].chars().count()).max().unwrap_or(0));
-        for row in rows {
-            let cells: Vec<String> = row.iter().zip(widths).map(|(cell, width)| format!("{cell:width$}")).collect();
-            println!("{}", cells.join("  ").trim_end());
-        }
-    }
+/// The figures as a table, with a head. Columns that nothing stands in are left out.
+pub fn table<'a>(figures: impl IntoIterator<Item = &'a Figure>) -> String {
+    let head = ["what", "median", "quartiles", "against", "ratio", "target"].map(str::to_owned);
+    let rows: Vec<_> = std::iter::once(head).chain(figures.into_iter().map(Figure::row)).collect();
+    let width = |n: usize| {
+        let widest = rows.iter().skip(1).map(|row| row[n].chars().count()).max().unwrap_or(0);
+        if widest == 0 { 0 } else { widest.max(rows[0][n].chars().count()) }
+    };
+    let widths: Vec<usize> = (0..6).map(width).collect();
+    let line = |row: &[String; 6]| {
+        let cells = row.iter().zip(&widths).filter(|(_, width)| **width > 0);
+        let cells: Vec<String> = cells.map(|(cell, width)| format!("{cell:width$}")).collect();
+        cells.join("  ").trim_end().to_owned()
+    };
+    rows.iter().map(line).collect::<Vec<_>>().join("\n")
 }
 
 /// Four significant digits: more would be noise.
@@ -157,6 +129,19 @@ mod tests {
         assert!(Figure::new("memory", "MiB", &a).limit(2.0).row()[5].ends_with("MISSED"));
         let rate = |target| Figure::new("write", "GB/s", &a).at_least("loop", &b, Some(target)).row()[5].clone();
         assert_eq!((rate(1.4), rate(1.6)), ("at least 1.4: met".to_owned(), "at least 1.6: MISSED".to_owned()));
+    }
+
+    #[test]
+    fn a_table_has_a_head_and_no_empty_column() {
+        let a: Samples = [3.0].into_iter().collect();
+        let (plain, bound) = (Figure::new("first", "ms", &a), Figure::new("second one", "ms", &a).limit(2.0));
+        let short = table([&plain]);
+        assert_eq!(short, "what   median  quartiles\nfirst  3 ms    3 to 3");
+        let long = table([&plain, &bound]);
+        assert!(
+            long.lines().count() == 3 && long.lines().next().is_some_and(|head| head.ends_with("target")),
+            "{long}"
+        );
     }
 
     #[test]

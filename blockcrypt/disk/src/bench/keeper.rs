@@ -7,7 +7,7 @@ use secretmem::Secret;
 use std::sync::{Arc, Mutex, PoisonError};
 
 /// One volume's keys and anchor.
-pub(super) struct Keeper {
+pub struct Keeper {
     volume: VolumeId,
     kek: Secret<32>,
     /// The open number given out last, and the anchor.
@@ -15,15 +15,27 @@ pub(super) struct Keeper {
 }
 
 impl Keeper {
-    pub(super) fn new() -> Result<Arc<Self>, VolumeError> {
+    /// One of a volume that does not exist yet.
+    ///
+    /// # Errors
+    /// No memory for keys.
+    pub fn new() -> Result<Arc<Self>, VolumeError> {
         Ok(Arc::new(Self { volume: VolumeId::random(), kek: Secret::random()?, held: Mutex::default() }))
     }
 
-    pub(super) fn create(self: &Arc<Self>, store: impl Store + 'static, size: u64) -> Result<Volume, VolumeError> {
+    /// Makes the volume.
+    ///
+    /// # Errors
+    /// The engine's.
+    pub fn create(self: &Arc<Self>, store: impl Store + 'static, size: u64) -> Result<Volume, VolumeError> {
         Volume::create(store, size, &self.grant()?, &self.kek()?, self.clone(), self.clone())
     }
 
-    pub(super) fn open(self: &Arc<Self>, store: impl Store + 'static) -> Result<Volume, VolumeError> {
+    /// Opens it.
+    ///
+    /// # Errors
+    /// The engine's.
+    pub fn open(self: &Arc<Self>, store: impl Store + 'static) -> Result<Volume, VolumeError> {
         Volume::open(store, &self.grant()?, &self.kek()?, OpenOptions::default(), self.clone(), self.clone())
     }
 
@@ -55,9 +67,8 @@ impl Anchors for Keeper {
 }
 
 impl Events for Keeper {
-    fn integrity(&self, lba: Option<u64>, _: Option<u64>, reason: &str) {
-        eprintln!("bench: block {lba:?}: {reason}");
-    }
+    /// The request that met it fails too.
+    fn integrity(&self, _: Option<u64>, _: Option<u64>, _: &str) {}
 
     fn note(&self, _: &str) {}
 }

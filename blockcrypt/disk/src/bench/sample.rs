@@ -2,27 +2,32 @@
 
 /// Values in the order in which they were measured, in one unit.
 #[derive(Debug, Clone, Default)]
-pub(super) struct Samples(Vec<f64>);
+pub struct Samples(Vec<f64>);
 
 impl Samples {
     /// Adds one.
-    pub(super) fn add(&mut self, value: f64) {
+    pub fn add(&mut self, value: f64) {
         self.0.push(value);
     }
 
     /// Middle value; NaN of none.
-    pub(super) fn median(&self) -> f64 {
+    pub fn median(&self) -> f64 {
         self.quantile(0.5)
     }
 
     /// First and third quartile.
-    pub(super) fn quartiles(&self) -> [f64; 2] {
+    pub fn quartiles(&self) -> [f64; 2] {
         [self.quantile(0.25), self.quantile(0.75)]
     }
 
     /// Each round's value of these with that round's value of `other`.
-    pub(super) fn with(&self, other: &Self, combine: impl Fn(f64, f64) -> f64) -> Self {
+    pub fn with(&self, other: &Self, combine: impl Fn(f64, f64) -> f64) -> Self {
         Self(self.0.iter().zip(&other.0).map(|(a, b)| combine(*a, *b)).collect())
+    }
+
+    /// Each value by another one.
+    pub fn map(&self, by: impl Fn(f64) -> f64) -> Self {
+        Self(self.0.iter().map(|value| by(*value)).collect())
     }
 
     /// Linear between the two nearest values.
