@@ -84,6 +84,53 @@ fn a_volume_becomes_larger_and_smaller() {
 }
 
 #[test]
+fn a_volume_has_room_for_its_snapshots() {
+    let (folder, mut keeper, volume, content) = made();
+    let info = |keeper: &mut Keeper, volume: &str| {
+        let info = keeper.json(&["info", volume]);
+        ["size", "room", "free", "store_size"].map(|field| info[field].as_u64().expect("a number"))
+    };
+    let [size, room, ..] = info(&mut keeper, &volume);
+    assert_eq!((size, room), (content.len() as u64, 0));
+    let widened = keeper.json(&["resize", &volume, "--room", "3M"]);
+    let [_, room, free, store] = info(&mut keeper, &volume);
+    assert!(widened["size"] == size && widened["room"] == room && room >= 3 << 20 && free > room, "{widened}");
+    assert_eq!(fs::metadata(&volume).expect("there").len(), store);
+    let both = keeper.json(&["resize", &volume, "--size", "4M", "--room", "200%"]);
+    assert!(both["size"] == 4 << 20 && both["room"].as_u64().is_some_and(|room| room >= 8 << 20), "{both}");
+    let [.., store] = info(&mut keeper, &volume);
+    // It does not become less, and what stays is not changed.
+    let same = keeper.json(&["resize", &volume, "--room", "1K"]);
+    assert_eq!((&same["room"], info(&mut keeper, &volume)[3]), (&both["room"], store));
+    good(&mut keeper, &volume);
+    assert!(keeper.good(&["export", &volume, "-"])[..content.len()] == content);
+    for (words, says) in [
+        (vec!["resize", &volume], "--size"),
+        (vec!["resize", &volume, "--room", "half"], "room is a size"),
+        (vec!["resize", &volume, "--room", "8000T"], "too much"),
+    ] {
+        assert!(keeper.run(&words).failed(2).contains(says), "{words:?}");
+    }
+
+    // From its beginning.
+    let (from, wide) = (folder.name("from.img"), folder.name("wide.vol"));
+    let mut other = Keeper::new();
+    other.good(&["import", &from, &wide, "--room", "2M"]);
+    let [.., store] = info(&mut other, &wide);
+    assert!(info(&mut other, &wide)[1] >= 2 << 20 && fs::metadata(&wide).expect("there").len() == store);
+    assert!(other.good(&["export", &wide, "-"]) == content);
+    let mut third = Keeper::new();
+    let empty = folder.name("empty.vol");
+    third.good(&["create", &empty, "--size", "1M", "--room", "100%"]);
+    assert!(info(&mut third, &empty)[1] >= 1 << 20);
+    let before = folder.names();
+    let refused = Keeper::new().run(&["create", &folder.name("no.vol"), "--size", "1M", "--room", "8000T"]);
+    assert!(refused.failed(2).contains("too much") && folder.names() == before, "{refused:?}");
+    let text = String::from_utf8(third.good(&["info", &empty])).expect("text");
+    assert!(text.contains("room         for 1"), "{text}");
+}
+
+#[test]
 fn rekey_leaves_no_older_key() {
     let (_folder, mut keeper, volume, content) = made();
     keeper.key = 3;

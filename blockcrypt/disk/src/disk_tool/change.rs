@@ -6,7 +6,7 @@ use super::error::ToolError;
 use super::holder::{Handover, Holder, HolderError, Leave};
 use super::progress::Progress;
 use super::report::{self, Reporter};
-use super::size::Bytes;
+use super::size::{Bytes, Size};
 use super::{Context, look, open_for_writing, rotation};
 use blockcrypt::{FileStore, Kek, OpenOptions, Volume, VolumeError, VolumeInfo, erase as erase_store, inspect};
 use policy::disk::{VolumeGrant, VolumeOperation, VolumeRequest};
@@ -19,6 +19,7 @@ use std::sync::atomic::AtomicBool;
 struct Resized {
     volume: VolumeId,
     size: u64,
+    room: u64,
 }
 
 #[derive(Serialize)]
@@ -54,20 +55,24 @@ pub(super) struct Change<'a> {
 }
 
 pub(super) fn resize(context: &Context, words: &Resize) -> Result<(), ToolError> {
-    let size = words.size.bytes();
     let change = Change { context, command: "resize", path: &words.volume, operation: None };
     let resized = change.make(|volume, _| {
+        let size = words.size.map_or(volume.size(), Size::bytes);
         if size >= volume.size() {
-            return volume.grow(size);
+            volume.grow(size)?;
+        } else {
+            let mut progress = Progress::of("resize", volume.size() - size, context.report.json);
+            volume.shrink(size, words.discard_tail, &mut |done, all| progress.share(done, all))?;
         }
-        let mut progress = Progress::of("resize", volume.size() - size, context.report.json);
-        volume.shrink(size, words.discard_tail, &mut |done, all| progress.share(done, all))
+        words.room.map_or(Ok(()), |room| volume.widen(room.bytes(size)))?;
+        Ok(volume.info())
     });
-    let (volume, ()) = resized.map_err(|error| match error {
+    let (volume, VolumeInfo { size, room, .. }) = resized.map_err(|error| match error {
         ToolError::Volume(path, error @ VolumeError::DataBeyond { .. }) => ToolError::Tail(path, error),
         other => other,
     })?;
-    context.report.result(&Resized { volume, size }, &format!("volume {volume} has {} now", Bytes(size)))
+    let text = format!("volume {volume} has {} now, and room for {} beyond that", Bytes(size), Bytes(room));
+    context.report.result(&Resized { volume, size, room }, &text)
 }
 
 /// Seals everything under a new key, whose id the provider issues.

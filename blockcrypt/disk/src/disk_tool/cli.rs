@@ -1,7 +1,7 @@
 //! The command line.
 
 use super::report;
-use super::size::Size;
+use super::size::{Room, Size};
 use clap::error::ErrorKind;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use std::path::PathBuf;
@@ -51,7 +51,7 @@ pub(crate) enum Command {
     Check(Check),
     /// Snapshots of a volume: take, list, go back to, delete
     Snapshot(Snapshot),
-    /// Make a volume larger or smaller; what is new reads as zeroes
+    /// Make a volume larger or smaller (what is new reads as zeroes), or give its snapshots more room
     #[command(after_help = RESIZE_HELP)]
     Resize(Resize),
     /// Seal everything anew under a new key, and forget older ones
@@ -78,9 +78,20 @@ pub(crate) struct Create {
     /// Bytes that the guest sees: a number, or one with K, M, G or T (powers of 1024); a multiple of 512
     #[arg(long, value_name = "N[K|M|G|T]")]
     pub(crate) size: Size,
+    #[command(flatten)]
+    pub(crate) more: More,
     /// Replace what stands there
     #[arg(long)]
     pub(crate) force: bool,
+}
+
+/// Room beyond the volume's size.
+#[derive(Args, Debug)]
+pub(crate) struct More {
+    /// Room beyond the volume's size, for what its snapshots hold that it does not any more: as a size, or in percent of the volume's;
+    /// without this hardly any. A file takes it up only when it is used; on a block device the volume has all of the device anyway
+    #[arg(long, value_name = "N[K|M|G|T]|N%")]
+    pub(crate) room: Option<Room>,
 }
 
 #[derive(Args, Debug)]
@@ -96,6 +107,8 @@ pub(crate) struct Import {
     /// What the image is; qcow2 needs qemu-img
     #[arg(long, value_enum, default_value_t)]
     pub(crate) format: Format,
+    #[command(flatten)]
+    pub(crate) more: More,
     /// Replace what stands there
     #[arg(long)]
     pub(crate) force: bool,
@@ -123,6 +136,8 @@ pub(crate) struct Clone {
     /// Clone this snapshot instead of the volume
     #[arg(long, value_name = "N")]
     pub(crate) snapshot: Option<u64>,
+    #[command(flatten)]
+    pub(crate) more: More,
     /// Replace what stands there
     #[arg(long)]
     pub(crate) force: bool,
@@ -203,8 +218,12 @@ pub(crate) struct Resize {
     /// The volume
     pub(crate) volume: PathBuf,
     /// Its new size: a number, or one with K, M, G or T (powers of 1024); a multiple of 512
-    #[arg(long, value_name = "N[K|M|G|T]")]
-    pub(crate) size: Size,
+    #[arg(long, value_name = "N[K|M|G|T]", required_unless_present = "room")]
+    pub(crate) size: Option<Size>,
+    /// Room beyond that size, for what snapshots hold that the volume does not any more: as a size, or in percent of the volume's. It does
+    /// not become less
+    #[arg(long, value_name = "N[K|M|G|T]|N%")]
+    pub(crate) room: Option<Room>,
     /// Where data lies behind a smaller size, lose it
     #[arg(long)]
     pub(crate) discard_tail: bool,
@@ -232,25 +251,6 @@ pub(crate) struct Erase {
 }
 
 #[derive(Args, Debug)]
-pub(crate) struct Serve {
-    /// The volume
-    pub(crate) volume: PathBuf,
-    #[command(flatten)]
-    pub(crate) way: Way,
-    /// Take no writes; others may read the volume too
-    #[arg(long)]
-    pub(crate) read_only: bool,
-    /// Seal everything anew under a new key meanwhile, as `rekey` does, in the background
-    #[arg(long, conflicts_with = "read_only")]
-    pub(crate) rekey: bool,
-    /// Read and write the volume past the page cache (O_DIRECT): saves the host's memory, and costs whatever it would have held
-    #[arg(long)]
-    pub(crate) direct: bool,
-    /// With --vhost-user: virtio queues, each with a thread; as many as the guest has processors serve it best
-    #[arg(long, value_name = "N", default_value_t = 4, value_parser = clap::value_parser!(u16).range(1..=16))]
-    pub(crate) queues: u16,
-}
-#[derive(Args, Debug)]
 pub(crate) struct Bench {
     /// Where to measure: a folder, or a block device, whose content is lost (with --force)
     pub(crate) place: PathBuf,
@@ -269,6 +269,25 @@ pub(crate) struct Bench {
     pub(crate) force: bool,
 }
 
+#[derive(Args, Debug)]
+pub(crate) struct Serve {
+    /// The volume
+    pub(crate) volume: PathBuf,
+    #[command(flatten)]
+    pub(crate) way: Way,
+    /// Take no writes; others may read the volume too
+    #[arg(long)]
+    pub(crate) read_only: bool,
+    /// Seal everything anew under a new key meanwhile, as `rekey` does, in the background
+    #[arg(long, conflicts_with = "read_only")]
+    pub(crate) rekey: bool,
+    /// Read and write the volume past the page cache (O_DIRECT): saves the host's memory, and costs whatever it would have held
+    #[arg(long)]
+    pub(crate) direct: bool,
+    /// With --vhost-user: virtio queues, each with a thread; as many as the guest has processors serve it best
+    #[arg(long, value_name = "N", default_value_t = 4, value_parser = clap::value_parser!(u16).range(1..=16))]
+    pub(crate) queues: u16,
+}
 
 /// How a volume is lent: one of them.
 #[derive(Args, Debug)]
@@ -322,7 +341,8 @@ const CREATE_HELP: &str = "\
 The volume appears under its name when it is complete, and is usable once the provider keeps its first anchor, which is the last
 thing this does.
 
-Example: fealty-keys volume exec acme data -- fealty-disk create /store/data.vol --size 20G";
+Examples: fealty-keys volume exec acme data -- fealty-disk create /store/data.vol --size 20G
+          fealty-keys volume exec acme data -- fealty-disk create /store/data.vol --size 20G --room 25%";
 
 const IMPORT_HELP: &str = "\
 The volume appears under its name when it is complete, and is usable once the provider keeps its first anchor, which is the last
@@ -359,11 +379,16 @@ Make what is in the volume (partitions, file systems) smaller first. Data behind
 discarded it (fstrim, blkdiscard), keeps the volume from becoming smaller: it needs --discard-tail, as qemu-img's resize needs
 --shrink. What is lost so is gone for good, unless a snapshot has it. A volume is not reverted to a snapshot that is larger.
 
+Snapshots hold what the volume did, so that what is written over it takes up room beyond the volume's size. When that is used up, writes
+fail, and nothing that was acknowledged is lost: delete a snapshot, or give the volume more with --room. A block device that became
+longer is used to its end with either option, also with the size that the volume has.
+
 What the volume does not need any more becomes holes of its file (on a block device it is discarded); the file itself stays as long as it
 was, for data may lie anywhere in it. `clone` makes one that is as short as it can be.
 
 Examples: fealty-keys volume exec acme data -- fealty-disk resize /store/data.vol --size 40G
-          fealty-keys volume exec acme data -- fealty-disk resize /store/data.vol --size 10G --discard-tail";
+          fealty-keys volume exec acme data -- fealty-disk resize /store/data.vol --size 10G --discard-tail
+          fealty-keys volume exec acme data -- fealty-disk resize /store/data.vol --room 50%";
 
 const CLONE_HELP: &str = "\
 The clone has a name and an id at the key provider, and keys, all of its own: every block is read, verified and written anew under them,
@@ -401,6 +426,19 @@ volume.erase), then the key slots are destroyed. Without, only this file's slots
 Examples: fealty-keys volume exec acme data -- fealty-disk erase /store/data.vol --force
           fealty-disk erase /store/data.vol --force";
 
+const BENCH_HELP: &str = "\
+First the ciphers alone, on buffers in the processor's caches, on each path that this processor has: the first is the one that volumes
+take. Then a volume that is half full and a plain file, in turn: 1 MiB in order, 4 KiB at random with 1 and with 32 requests in flight,
+written and read, and written with a FLUSH after each 32. Each line has the median, the quartiles, and the ratio to what it is compared
+with: by the wall's clock the plain file, by processor time (per core) the ciphers alone, the most that is to be had. The volume is used in
+this process: a server adds its own time. Its anchors are kept in memory, so that mode `flush` costs an answer of the key provider's
+more for each FLUSH.
+
+In a folder everything lies in files without a name, which are gone when this ends, however it ends.
+
+Examples: fealty-disk bench /store --direct
+          fealty-disk bench /dev/vdb --size 4G --direct --force";
+
 const SERVE_HELP: &str = "\
 It says when it is ready, with a line on standard output. The socket is yours alone (mode 0600) and goes when the server goes. On
 SIGTERM or SIGINT, or when the key holder leaves, requests that were sent are finished and the volume is closed: its anchor at the
@@ -426,19 +464,6 @@ pub(crate) fn parse() -> Result<Cli, ExitCode> {
         }
         ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand => {
             report::line(
-const BENCH_HELP: &str = "\
-First the ciphers alone, on buffers in the processor's caches, on each path that this processor has: the first is the one that volumes
-take. Then a volume that is half full and a plain file, in turn: 1 MiB in order, 4 KiB at random with 1 and with 32 requests in flight,
-written and read, and written with a FLUSH after each 32. Each line has the median, the quartiles, and the ratio to what it is compared
-with: by the wall's clock the plain file, by processor time (per core) the ciphers alone, the most that is to be had. The volume is used in
-this process: a server adds its own time. Its anchors are kept in memory, so that mode `flush` costs an answer of the key provider's
-more for each FLUSH.
-
-In a folder everything lies in files without a name, which are gone when this ends, however it ends.
-
-Examples: fealty-disk bench /store --direct
-          fealty-disk bench /dev/vdb --size 4G --direct --force";
-
                 "a command is missing: create, import, clone, export, info, check, snapshot, resize, rekey, rewrap, erase, bench or \
                  serve (see \
                  fealty-disk --help)",

@@ -109,7 +109,7 @@ fn of_volume(error: &VolumeError) -> u8 {
         | VolumeError::KeyExhausted(_)
         | VolumeError::Grant(_)
         | VolumeError::Anchor(_) => REFUSED,
-        VolumeError::Size { .. } | VolumeError::SnapshotName => USAGE,
+        VolumeError::Size { .. } | VolumeError::Room { .. } | VolumeError::SnapshotName => USAGE,
         _ => FAILED,
     }
 }

@@ -81,6 +81,15 @@ fn authenticated(info: &VolumeInfo) -> String {
         ("volume", info.volume.to_string()),
         ("size", Bytes(info.size).to_string()),
         ("data", Bytes(info.mapped).to_string()),
+        (
+            "room",
+            format!(
+                "for {} beyond its size; {} can be written before it is used up",
+                Bytes(info.room),
+                Bytes(info.free)
+            ),
+        ),
+        ("snapshots", info.snapshots.to_string()),
         ("file", format!("{} bytes", info.store_size)),
         ("epoch", format!("{}, by writer {}", info.epoch, info.writer)),
         ("key", format!("{} ({} blocks written), and {} older", info.key_id, info.blocks_written, info.older_keys)),

@@ -2,7 +2,7 @@
 
 use super::blocks::{PIECE, filled};
 use super::change::permitted;
-use super::cli::{Clone, Create, Format, Import};
+use super::cli::{Clone, Create, Format, Import, More};
 use super::error::ToolError;
 use super::holder::{Answer, Handover, Holder, HolderError, Leave};
 use super::image::{Image, ImageError};
@@ -12,7 +12,7 @@ use super::qcow2::Qcow2;
 use super::qemu;
 use super::size::Bytes;
 use super::{Context, open_file, open_snapshot, open_writable};
-use blockcrypt::{AnchorRefused, Anchors, FileStore, Volume, VolumeError, inspect};
+use blockcrypt::{AnchorRefused, Anchors, FileStore, Store, Volume, VolumeError, inspect, store_size};
 use policy::disk::{VolumeGrant, VolumeOperation, VolumeRequest};
 use policy::{AnchorMode, VolumeAnchor, VolumeId};
 use serde::Serialize;
@@ -68,7 +68,8 @@ struct Making<'a> {
 pub(super) fn create(context: &Context, words: &Create) -> Result<(), ToolError> {
     let size = words.size.bytes();
     let place = Place::begin(&words.volume, Content::Volume, words.force, &context.interrupts)?;
-    let id = make_empty(context, "create", &words.volume, place, size, |_, _| Ok(()))?;
+    let new = New { path: &words.volume, size, more: &words.more };
+    let id = make_empty(context, "create", new, place, |_, _| Ok(()))?;
     let made = Made { volume: id, path: &words.volume, size, data: 0 };
     let text = format!("created volume {id} in {}: {}", words.volume.display(), Bytes(size));
     context.report.result(&made, &text)
@@ -129,7 +130,8 @@ fn make_from_image(
 ) -> Result<(), ToolError> {
     let place = Place::begin(&words.volume, Content::Volume, words.force, &context.interrupts)?;
     let (mut data, mut seconds) = (0, 0.0);
-    let id = make_empty(context, "import", &words.volume, place, size, |volume, holder| {
+    let new = New { path: &words.volume, size, more: &words.more };
+    let id = make_empty(context, "import", new, place, |volume, holder| {
         let mut progress = Progress::of("import", size, context.report.json);
         data = fill(volume, holder, &mut progress)?;
         seconds = progress.seconds();
@@ -185,10 +187,12 @@ pub(super) fn clone(context: &Context, words: &Clone) -> Result<(), ToolError> {
                 let told = progress.get_or_insert_with(|| Progress::of("clone", all * 4096, context.report.json));
                 told.at(data);
             };
-            let made = Volume::create_clone(store, &source, grant, &kek, first, holder.clone(), &mut heard);
             // What is not as it should be, was read.
             let of = |e: &VolumeError| if e.is_integrity() { &words.volume } else { &words.clone };
-            made.map_err(|e| ToolError::Volume(of(&e).clone(), e))
+            let named = |e: VolumeError| ToolError::Volume(of(&e).clone(), e);
+            make_room(&store, source.size(), &words.more).map_err(named)?;
+            let made = Volume::create_clone(store, &source, grant, &kek, first, holder.clone(), &mut heard);
+            made.map_err(named)
         });
         if id.is_err() {
             // It was opened, and is anchored as it is now.
@@ -210,24 +214,39 @@ pub(super) fn clone(context: &Context, words: &Clone) -> Result<(), ToolError> {
     context.report.result(&made, &text)
 }
 
-/// Makes a volume of `size` bytes with what `fill` writes.
+/// What a volume is to be.
+struct New<'a> {
+    path: &'a Path,
+    size: u64,
+    more: &'a More,
+}
+
+/// Makes a new volume with what `fill` writes.
 fn make_empty(
     context: &Context,
     command: &'static str,
-    path: &Path,
+    new: New<'_>,
     place: Place,
-    size: u64,
     fill: impl FnOnce(&Volume, &Holder) -> Result<(), ToolError>,
 ) -> Result<VolumeId, ToolError> {
+    let New { path, size, more } = new;
     let Handover { grant, kek, holder, .. } = context.handover(command)?;
     let making = Making { path, place, grant, holder: holder.clone() };
     making.make(|store, grant, first| {
+        make_room(&store, size, more).map_err(|e| ToolError::Volume(path.to_owned(), e))?;
         let volume = Volume::create(store, size, grant, &kek, first, holder.clone());
         drop(kek);
         let volume = volume.map_err(|e| ToolError::Volume(path.to_owned(), e))?;
         fill(&volume, &holder)?;
         Ok(volume)
     })
+}
+
+/// Makes the store as long as a volume of `size` bytes with so much room takes; it uses all of it.
+fn make_room(store: &FileStore, size: u64, more: &More) -> Result<(), VolumeError> {
+    let Some(room) = more.room else { return Ok(()) };
+    let bytes = store_size(size, room.bytes(size))?;
+    store.set_len(bytes).map_err(|error| VolumeError::Store("be as long as the room takes", error))
 }
 
 impl Making<'_> {

@@ -38,6 +38,43 @@ impl FromStr for Size {
     }
 }
 
+/// Room beyond a volume's size, from the command line.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) enum Room {
+    Bytes(u64),
+    /// Of the volume's size.
+    Percent(u32),
+}
+
+/// Not a room.
+#[derive(Debug, thiserror::Error, PartialEq, Eq)]
+#[error("room is a size, such as 20G, or a share of the volume's, such as 25%")]
+pub(crate) struct RoomError;
+
+impl Room {
+    /// Bytes, for a volume of `size` bytes.
+    pub(crate) fn bytes(self, size: u64) -> u64 {
+        match self {
+            Self::Bytes(bytes) => bytes,
+            Self::Percent(share) => u64::try_from(u128::from(size) * u128::from(share) / 100).unwrap_or(u64::MAX),
+        }
+    }
+}
+
+impl FromStr for Room {
+    type Err = RoomError;
+
+    fn from_str(text: &str) -> Result<Self, RoomError> {
+        match text.strip_suffix('%') {
+            Some(share) if share.bytes().all(|b| b.is_ascii_digit()) => {
+                share.parse().map(Self::Percent).map_err(|_| RoomError)
+            }
+            Some(_) => Err(RoomError),
+            None => text.parse().map(|size: Size| Self::Bytes(size.bytes())).map_err(|_| RoomError),
+        }
+    }
+}
+
 /// Shows bytes in the unit that people would choose: `512 B`, `1.5 MiB`.
 pub(crate) struct Bytes(pub(crate) u64);
 
@@ -70,6 +107,16 @@ mod tests {
         }
         for text in ["", "K", "-1", "+1", "1.5G", "1GiB", "1 G", "20P", "16777216T", "99999999999999999999", "ä"] {
             assert_eq!(text.parse::<Size>(), Err(SizeError), "{text}");
+        }
+    }
+
+    #[test]
+    fn room_is_a_size_or_a_share() {
+        let of = |text: &str, size| text.parse().map(|room: Room| room.bytes(size));
+        assert_eq!((of("8K", 7), of("25%", 1 << 30), of("300%", 512)), (Ok(8192), Ok(1 << 28), Ok(1536)));
+        assert_eq!(of("4294967295%", u64::MAX), Ok(u64::MAX));
+        for text in ["", "%", "+1%", "-1%", "1.5%", "1K%", "4294967296%", "25 %", "much"] {
+            assert_eq!(text.parse::<Room>(), Err(RoomError), "{text}");
         }
     }
 
