@@ -2,7 +2,7 @@
 //!
 //! Keys have a lock of their own, held for a computation and never over I/O: they can be wiped whatever the store does.
 
-use crate::crypto::wipe_registers;
+use crate::crypto::{BATCH, wipe_registers};
 use crate::format::geometry::Geometry;
 use crate::format::page::{Child, Entry, Header};
 use crate::format::{BLOCK, Block, zero_block};
@@ -14,6 +14,9 @@ use policy::VolumeId;
 use secretmem::wiping_stack;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, PoisonError, RwLock};
+
+/// Lots of a large request: few, for each costs a call, and enough that little is computed before the store has work.
+const LOTS: usize = 4;
 
 /// Blocks that are brought together to be written at once: 256 KiB.
 const GATHERED: usize = 64;
@@ -90,9 +93,23 @@ impl Backing {
         self.store.read_at(buffer, first * BLOCK as u64).map_err(VolumeError::store("read"))
     }
 
-    /// Fills several runs of blocks, each from the offset of its first in the store.
-    pub(crate) fn read_runs(&self, runs: &mut [(u64, &mut [u8])]) -> Result<(), VolumeError> {
-        self.store.read_many_at(runs).map_err(VolumeError::store("read"))
+    /// Fills several runs of blocks, each from the offset of its first in the store, by lots: `ready` is given each one's runs once they are
+    /// filled, while later ones may be under way. A lot ends before the run whose number is in `ends`, the last one with the last run.
+    /// After an error of `ready` it is given no more.
+    pub(crate) fn read_lots(
+        &self,
+        runs: &mut [(u64, &mut [u8])],
+        ends: &[usize],
+        mut ready: impl FnMut(&mut [(u64, &mut [u8])]) -> Result<(), VolumeError>,
+    ) -> Result<(), VolumeError> {
+        let mut failed = Ok(());
+        let done = self.store.read_lots_at(runs, ends, &mut |runs| {
+            if failed.is_ok() {
+                failed = ready(runs);
+            }
+        });
+        done.map_err(VolumeError::store("read"))?;
+        failed
     }
 
     pub(crate) fn write_blocks(&self, first: u64, bytes: &[u8]) -> Result<(), VolumeError> {
@@ -104,6 +121,33 @@ impl Backing {
         // Before the write, so that nobody who knows of it finds this unset.
         self.written.store(true, Ordering::Release);
         self.store.write_many_at(runs).map_err(VolumeError::store("write"))
+    }
+
+    /// As [`write_runs`](Self::write_runs), by lots, for which `next` is asked while those before may be under way; until it has none, or an
+    /// error.
+    pub(crate) fn write_lots<'a>(
+        &self,
+        mut next: impl FnMut() -> Result<Option<Vec<(u64, &'a [u8])>>, VolumeError>,
+    ) -> Result<(), VolumeError> {
+        self.written.store(true, Ordering::Release);
+        let mut failed = Ok(());
+        let done = self.store.write_lots_at(&mut || {
+            next().unwrap_or_else(|error| {
+                failed = Err(error);
+                None
+            })
+        });
+        failed.and(done.map_err(VolumeError::store("write")))
+    }
+
+    /// Whether the store works while ciphers do.
+    pub(crate) fn overlaps(&self) -> bool {
+        self.store.overlaps()
+    }
+
+    /// How many of `blocks` blocks go to the store, or come from it, as one lot: all, unless it overlaps.
+    pub(crate) fn lot(&self, blocks: usize) -> usize {
+        if self.overlaps() { (blocks / LOTS).max(BATCH) } else { blocks.max(1) }
     }
 
     /// Writes blocks that lie apart in memory, those that are neighbours in the store as one.

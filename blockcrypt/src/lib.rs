@@ -65,5 +65,5 @@ pub use error::{AnchorRefused, VolumeError};
 pub use format::geometry::store_size;
 pub use hooks::{Anchors, Events, Nobody};
 pub use keys::Kek;
-pub use store::{FileStore, MemoryStore, Store};
+pub use store::{FileStore, MemoryStore, Next, Ready, Store};
 pub use volume::{CheckReport, CheckStep, OpenOptions, PlainInfo, SnapshotInfo, Volume, VolumeInfo, erase, inspect};

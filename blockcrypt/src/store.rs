@@ -43,6 +43,24 @@ pub trait Store: Send + Sync {
         parts.iter().try_for_each(|(offset, bytes)| self.write_at(bytes, *offset))
     }
 
+    /// Whether transfers go on while something else is computed, so that it pays to hand it many in lots.
+    fn overlaps(&self) -> bool {
+        false
+    }
+
+    /// As [`read_many_at`](Self::read_many_at), but gives `ready` each lot of parts when they are filled, in order: those of later lots
+    /// may still be under way then. A lot goes from the end of the one before it to its own in `ends`, which rise to the number of parts.
+    /// After an error no later lot is given.
+    fn read_lots_at(&self, parts: &mut [(u64, &mut [u8])], ends: &[usize], ready: &mut Ready) -> io::Result<()> {
+        read_at_once(self, parts, ends, ready)
+    }
+
+    /// As [`write_many_at`](Self::write_many_at), but takes pieces in lots, and asks `next` for more, until it has none, while those before
+    /// may be under way.
+    fn write_lots_at<'a>(&self, next: &mut Next<'a, '_>) -> io::Result<()> {
+        write_in_turn(self, next)
+    }
+
     /// Returns when everything written before is durable.
     fn sync_data(&self) -> io::Result<()>;
 
@@ -63,6 +81,34 @@ pub trait Store: Send + Sync {
     }
 }
 
+/// Is given a lot's parts: from which offset each was read, and what.
+pub type Ready<'r> = dyn FnMut(&mut [(u64, &mut [u8])]) + 'r;
+
+/// Gives the next lot of parts: at which offset each is written, and what.
+pub type Next<'a, 'n> = dyn FnMut() -> Option<Vec<(u64, &'a [u8])>> + 'n;
+
+fn read_at_once<S: Store + ?Sized>(
+    store: &S,
+    parts: &mut [(u64, &mut [u8])],
+    ends: &[usize],
+    ready: &mut Ready,
+) -> io::Result<()> {
+    store.read_many_at(parts)?;
+    let mut start = 0;
+    for end in ends {
+        ready(&mut parts[start..*end]);
+        start = *end;
+    }
+    Ok(())
+}
+
+fn write_in_turn<'a, S: Store + ?Sized>(store: &S, next: &mut Next<'a, '_>) -> io::Result<()> {
+    while let Some(parts) = next() {
+        store.write_many_at(&parts)?;
+    }
+    Ok(())
+}
+
 impl<S: Store + ?Sized> Store for Arc<S> {
     fn len(&self) -> io::Result<u64> {
         (**self).len()
@@ -78,6 +124,15 @@ impl<S: Store + ?Sized> Store for Arc<S> {
     }
     fn write_many_at(&self, parts: &[(u64, &[u8])]) -> io::Result<()> {
         (**self).write_many_at(parts)
+    }
+    fn overlaps(&self) -> bool {
+        (**self).overlaps()
+    }
+    fn read_lots_at(&self, parts: &mut [(u64, &mut [u8])], ends: &[usize], ready: &mut Ready) -> io::Result<()> {
+        (**self).read_lots_at(parts, ends, ready)
+    }
+    fn write_lots_at<'a>(&self, next: &mut Next<'a, '_>) -> io::Result<()> {
+        (**self).write_lots_at(next)
     }
     fn sync_data(&self) -> io::Result<()> {
         (**self).sync_data()
@@ -194,6 +249,37 @@ impl FileStore {
         Some(done)
     }
 
+    /// Nothing, and nothing was done, where the page cache is used, the kernel gives no ring, or buffers lie badly.
+    fn read_in_flight(
+        &self,
+        parts: &mut [(u64, &mut [u8])],
+        ends: &[usize],
+        ready: &mut Ready,
+    ) -> Option<io::Result<()>> {
+        if !self.direct || parts.iter().any(|(_, buffer)| self.bounces(buffer)) {
+            return None;
+        }
+        self.with_ring(|ring| ring.read(&self.file, parts, ends, ready))
+    }
+
+    /// Nothing, and nothing was done, where the page cache is used, or the kernel gives no ring. What lies badly is written before its lot.
+    fn write_in_flight<'a>(&self, next: &mut Next<'a, '_>) -> Option<io::Result<()>> {
+        if !self.direct {
+            return None;
+        }
+        self.with_ring(|ring| {
+            let mut done = Ok(());
+            let written = ring.write(&self.file, &mut || {
+                let mut parts = next()?;
+                let mut badly = parts.extract_if(.., |(_, bytes)| self.bounces(bytes));
+                done = badly.try_for_each(|(offset, bytes)| self.write_at(bytes, offset));
+                drop(badly);
+                done.is_ok().then_some(parts)
+            });
+            done.and(written)
+        })
+    }
+
     /// Whether all of it was there without waiting.
     fn read_cached(&self, buffer: &mut [u8], offset: u64) -> bool {
         let length = buffer.len();
@@ -234,10 +320,8 @@ impl Store for FileStore {
     /// The device has all of them in hand together. What the kernel has is taken at once; the rest it is told of before the first of them
     /// is waited for, or, past the page cache, given to an io_uring.
     fn read_many_at(&self, parts: &mut [(u64, &mut [u8])]) -> io::Result<()> {
-        if self.direct
-            && parts.len() > 1
-            && !parts.iter().any(|(_, buffer)| self.bounces(buffer))
-            && let Some(done) = self.with_ring(|ring| ring.read(&self.file, parts))
+        if parts.len() > 1
+            && let Some(done) = self.read_in_flight(parts, &[parts.len()], &mut |_| {})
         {
             return done;
         }
@@ -274,14 +358,28 @@ impl Store for FileStore {
     }
 
     fn write_many_at(&self, parts: &[(u64, &[u8])]) -> io::Result<()> {
-        if self.direct
-            && parts.len() > 1
-            && !parts.iter().any(|(_, bytes)| self.bounces(bytes))
-            && let Some(done) = self.with_ring(|ring| ring.write(&self.file, parts))
+        let mut lot = (parts.len() > 1).then(|| parts.to_vec());
+        if lot.is_some()
+            && let Some(done) = self.write_in_flight(&mut || lot.take())
         {
             return done;
         }
         parts.iter().try_for_each(|(offset, bytes)| self.write_at(bytes, *offset))
+    }
+
+    fn overlaps(&self) -> bool {
+        self.direct && self.rings.lock().unwrap_or_else(PoisonError::into_inner).is_some()
+    }
+
+    fn read_lots_at(&self, parts: &mut [(u64, &mut [u8])], ends: &[usize], ready: &mut Ready) -> io::Result<()> {
+        match self.read_in_flight(parts, ends, ready) {
+            Some(done) => done,
+            None => read_at_once(self, parts, ends, ready),
+        }
+    }
+
+    fn write_lots_at<'a>(&self, next: &mut Next<'a, '_>) -> io::Result<()> {
+        self.write_in_flight(next).unwrap_or_else(|| write_in_turn(self, next))
     }
 
     fn sync_data(&self) -> io::Result<()> {
@@ -463,6 +561,57 @@ mod tests {
         }
         let rings = store.rings.lock().expect("whole");
         assert!(rings.is_none(), "none is made where there is none to be had");
+    }
+
+    /// With and without an io_uring.
+    #[test]
+    fn past_the_page_cache_lots_are_worked_on_while_others_are_under_way() {
+        const LOTS: [usize; 4] = [30, 31, 60, 100];
+        let file = tempfile::tempfile_in(".").expect("a file");
+        file.set_len(1 << 20).expect("room");
+        let Ok(store) = FileStore::exclusive(file).expect("free").direct() else { return };
+        for ringless in [false, true] {
+            if ringless {
+                *store.rings.lock().expect("whole") = None;
+            }
+            assert_eq!(store.overlaps(), !ringless);
+            let at = |i: usize| (i * 37 % 100) as u64 * 8192;
+            let mut space = vec![0; 102 * ALIGN];
+            let start = space.as_ptr().align_offset(ALIGN);
+            let (blocks, badly) = space[start..start + 101 * ALIGN].split_at_mut(100 * ALIGN);
+            blocks.iter_mut().enumerate().for_each(|(i, byte)| *byte = (i / 13) as u8 ^ u8::from(ringless));
+            let expected = blocks.to_vec();
+            // The last block of all lies badly in memory.
+            badly[8..8 + 512].copy_from_slice(&blocks[99 * ALIGN..][..512]);
+            let parts: Vec<(u64, &[u8])> = (0..).map(at).zip(blocks.chunks(ALIGN)).collect();
+            let mut lots = vec![parts[31..].to_vec(), vec![], parts[30..31].to_vec(), parts[..30].to_vec()];
+            store.write_lots_at(&mut || lots.pop()).expect("written");
+            let mut lots = vec![vec![(at(99), &badly[8..8 + 512]), (at(0), &blocks[..ALIGN])]];
+            store.write_lots_at(&mut || lots.pop()).expect("written");
+            drop(lots);
+            blocks.fill(0);
+            let mut parts: Vec<(u64, &mut [u8])> = (0..).map(at).zip(blocks.chunks_mut(ALIGN)).collect();
+            let read = |parts: &mut [(u64, &mut [u8])], ends: &[usize]| {
+                let mut seen = 0;
+                let done = store.read_lots_at(parts, ends, &mut |lot| {
+                    for (_, block) in &*lot {
+                        assert!(**block == expected[seen * ALIGN..][..ALIGN], "{seen}");
+                        seen += 1;
+                    }
+                });
+                (done.is_ok(), seen)
+            };
+            assert_eq!(read(&mut parts, &LOTS), (true, 100));
+            // A later lot can't be read: it is not given, nor is what comes behind it.
+            parts[60].0 = 1 << 20;
+            assert_eq!(read(&mut parts, &LOTS), (false, if ringless { 0 } else { 60 }));
+            // Whoever fails in the middle leaves nothing under way.
+            let unwound = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
+                store.read_lots_at(&mut parts[..60], &LOTS[..3], &mut |_| panic!("on purpose"))
+            }));
+            assert!(unwound.is_err());
+            assert_eq!(read(&mut parts[..60], &LOTS[..3]), (true, 60));
+        }
     }
 
     #[test]

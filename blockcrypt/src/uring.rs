@@ -2,6 +2,7 @@
 //! little more time than one.
 #![allow(unsafe_code)]
 
+use crate::store::{Next, Ready};
 use io_uring::types::Fd;
 use io_uring::{IoUring, opcode, squeue};
 use rustix::io::Errno;
@@ -22,73 +23,135 @@ impl Ring {
         IoUring::new(DEPTH as u32).map(Self)
     }
 
-    /// Fills each part from its offset, as `read_exact_at` does.
-    pub(crate) fn read(&mut self, file: &File, parts: &mut [(u64, &mut [u8])]) -> io::Result<()> {
+    /// Fills each part from its offset, as `read_exact_at` does. `ready` is given the parts of a lot as soon as they are filled, while
+    /// those of later lots are still under way; a lot goes from the end of the one before it to its own in `ends`, the last of which is
+    /// the number of parts. After an error no later lot is given.
+    pub(crate) fn read(
+        &mut self,
+        file: &File,
+        parts: &mut [(u64, &mut [u8])],
+        ends: &[usize],
+        ready: &mut Ready,
+    ) -> io::Result<()> {
         let fd = Fd(file.as_raw_fd());
-        let mut done = Ok(());
-        for parts in parts.chunks_mut(DEPTH) {
-            let begin = |(offset, buffer): &mut (u64, &mut [u8])| {
-                opcode::Read::new(fd, buffer.as_mut_ptr(), length(buffer)).offset(*offset).build()
-            };
-            // SAFETY: each entry is of its part's buffer, which is borrowed for writing until this returns, and no longer than it.
-            let results = unsafe { self.run(parts.iter_mut().map(begin)) };
-            for ((offset, buffer), result) in parts.iter_mut().zip(results) {
-                let rest = |moved: usize| file.read_exact_at(&mut buffer[moved..], *offset + moved as u64);
-                done = done.and(finished(result).and_then(rest));
+        let mut flight = Flight::new(&mut self.0, parts.len());
+        for (offset, buffer) in &mut *parts {
+            let entry = opcode::Read::new(fd, buffer.as_mut_ptr(), length(buffer)).offset(*offset).build();
+            // SAFETY: the entry is of its part's buffer, and no longer than it. The buffer is borrowed for writing until this returns, and
+            // used by nobody before its transfer has ended.
+            unsafe { flight.begin(entry) };
+        }
+        flight.submit();
+        let (mut start, mut rest) = (0, parts);
+        for end in ends {
+            let (own, after) = std::mem::take(&mut rest).split_at_mut(end - start);
+            for ((offset, buffer), number) in own.iter_mut().zip(start..) {
+                let moved = finished(flight.result(number))?;
+                file.read_exact_at(&mut buffer[moved..], *offset + moved as u64)?;
             }
+            ready(own);
+            (start, rest) = (*end, after);
+        }
+        Ok(())
+    }
+
+    /// Writes each part at its offset, as `write_all_at` does. Parts come from `next`, which is asked for more while those that it gave
+    /// before are under way, until it has none.
+    pub(crate) fn write<'a>(&mut self, file: &File, next: &mut Next<'a, '_>) -> io::Result<()> {
+        let fd = Fd(file.as_raw_fd());
+        let mut parts: Vec<(u64, &'a [u8])> = Vec::new();
+        let mut flight = Flight::new(&mut self.0, DEPTH);
+        while let Some(lot) = next() {
+            for (offset, bytes) in &lot {
+                let entry = opcode::Write::new(fd, bytes.as_ptr(), length(bytes)).offset(*offset).build();
+                // SAFETY: the entry is of its part's bytes, and no longer than they. They are borrowed for longer than this call.
+                unsafe { flight.begin(entry) };
+            }
+            flight.submit();
+            parts.extend(lot);
+        }
+        let mut done = Ok(());
+        for (number, (offset, bytes)) in parts.iter().enumerate() {
+            let rest = |moved: usize| file.write_all_at(&bytes[moved..], *offset + moved as u64);
+            done = done.and(finished(flight.result(number)).and_then(rest));
         }
         done
     }
+}
 
-    /// Writes each part at its offset, as `write_all_at` does.
-    pub(crate) fn write(&mut self, file: &File, parts: &[(u64, &[u8])]) -> io::Result<()> {
-        let fd = Fd(file.as_raw_fd());
-        let mut done = Ok(());
-        for parts in parts.chunks(DEPTH) {
-            let begin = |(offset, bytes): &(u64, &[u8])| {
-                opcode::Write::new(fd, bytes.as_ptr(), length(bytes)).offset(*offset).build()
-            };
-            // SAFETY: each entry is of its part's bytes, which are borrowed until this returns, and no longer than they.
-            let results = unsafe { self.run(parts.iter().map(begin)) };
-            for ((offset, bytes), result) in parts.iter().zip(results) {
-                let rest = |moved: usize| file.write_all_at(&bytes[moved..], *offset + moved as u64);
-                done = done.and(finished(result).and_then(rest));
-            }
-        }
-        done
+/// Transfers that were begun. None of them is under way any more when this is gone, whatever the caller does meanwhile.
+struct Flight<'a> {
+    ring: &'a mut IoUring,
+    /// Of each transfer, what the kernel answered: bytes, or an error below zero.
+    results: Vec<Option<i32>>,
+    /// Transfers without an answer.
+    under_way: usize,
+}
+
+impl<'a> Flight<'a> {
+    fn new(ring: &'a mut IoUring, about: usize) -> Self {
+        Self { ring, results: Vec::with_capacity(about), under_way: 0 }
     }
 
-    /// Does [`DEPTH`] transfers at most, and says of each what the kernel answered: bytes, or an error below zero. Nothing of them is under
-    /// way any more when this returns.
+    /// Begins a transfer, the next in number, at the latest with [`submit`](Self::submit).
     ///
     /// # Safety
-    /// What the entries point to must be good for their transfer until this returns.
-    unsafe fn run(&mut self, entries: impl Iterator<Item = squeue::Entry>) -> [i32; DEPTH] {
-        // What did not even begin is done the other way.
-        let mut results = [0; DEPTH];
-        let mut left = 0;
-        for (i, entry) in entries.enumerate() {
-            // SAFETY: the caller says so.
-            if unsafe { self.0.submission().push(&entry.user_data(i as u64)) }.is_err() {
-                break;
-            }
-            left += 1;
+    /// What `entry` points to must be good for its transfer until that has a result, or this is dropped.
+    unsafe fn begin(&mut self, entry: squeue::Entry) {
+        while self.under_way >= DEPTH {
+            self.wait();
         }
-        while left > 0 {
-            match self.0.submit_and_wait(left) {
-                Ok(_) => {}
-                Err(error) if [Errno::INTR, Errno::AGAIN, Errno::BUSY].contains(&errno(&error)) => {}
-                // Memory that was lent to the kernel can't be taken back: there is no way on.
-                Err(_) => abort(),
-            }
-            for completion in self.0.completion() {
-                if let Some(result) = results.get_mut(completion.user_data() as usize) {
-                    *result = completion.result();
-                    left -= 1;
-                }
+        let entry = entry.user_data(self.results.len() as u64);
+        // SAFETY: the caller says so; this waits for it before it is gone.
+        let begun = unsafe { self.ring.submission().push(&entry) }.is_ok();
+        // What did not even begin is done the other way: nothing of it was moved.
+        self.results.push(if begun { None } else { Some(0) });
+        self.under_way += usize::from(begun);
+    }
+
+    /// Hands what was begun to the kernel, without waiting for it. Where the kernel does not take it now, it does with the next call.
+    fn submit(&mut self) {
+        let _ = self.ring.submit();
+        self.collect();
+    }
+
+    /// Waits until a transfer has its answer.
+    fn result(&mut self, number: usize) -> i32 {
+        loop {
+            match self.results.get(number) {
+                Some(Some(result)) => return *result,
+                Some(None) => self.wait(),
+                None => return 0,
             }
         }
-        results
+    }
+
+    /// Waits until at least one more transfer has its answer.
+    fn wait(&mut self) {
+        match self.ring.submit_and_wait(1) {
+            Ok(_) => {}
+            Err(error) if [Errno::INTR, Errno::AGAIN, Errno::BUSY].contains(&errno(&error)) => {}
+            // Memory that was lent to the kernel can't be taken back: there is no way on.
+            Err(_) => abort(),
+        }
+        self.collect();
+    }
+
+    fn collect(&mut self) {
+        for completion in self.ring.completion() {
+            if let Some(result @ None) = self.results.get_mut(completion.user_data() as usize) {
+                *result = Some(completion.result());
+                self.under_way -= 1;
+            }
+        }
+    }
+}
+
+impl Drop for Flight<'_> {
+    fn drop(&mut self) {
+        while self.under_way > 0 {
+            self.wait();
+        }
     }
 }
 

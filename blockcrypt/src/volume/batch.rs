@@ -3,10 +3,12 @@
 use crate::format::BLOCK;
 use std::ops::{Deref, Range};
 
-/// Blocks that are written at once, at most: 256 KiB.
+/// Neighbouring blocks that are written at once, at most: 256 KiB.
 pub(super) const CHUNK: u64 = 64;
-/// Blocks that are read at once, at most: 1 MiB, for a disk takes little longer for that than for a part.
-pub(super) const READ_CHUNK: u64 = 256;
+/// Blocks that are read at once, at most: 1 MiB, for a disk takes little longer for that than for a part. As many are written at once where
+/// the store writes while the next ones are sealed; elsewhere a [`CHUNK`], which the processor's cache holds until the store has copied
+/// it.
+pub(super) const LARGE: u64 = 256;
 /// Pieces handled at once: twice as many as there are lanes to hash in, and few enough that the pages of the map that they need
 /// fit the smallest cache.
 const PIECES: usize = 32;

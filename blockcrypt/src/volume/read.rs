@@ -1,7 +1,7 @@
 //! Reads. Blocks are looked up under the lock; the rest is done without it: a block that was reused meanwhile fails its tag and is
 //! looked up again.
 
-use super::batch::{Group, Piece, READ_CHUNK, cut, lead};
+use super::batch::{Group, LARGE, Piece, cut, lead};
 use super::shared::Shared;
 use crate::VolumeError;
 use crate::format::page::Entry;
@@ -42,13 +42,13 @@ impl Shared {
     pub(super) fn read_many(&self, requests: &mut [(u64, &mut [u8])]) -> Vec<Done> {
         let check = |(offset, buffer): &(u64, &mut [u8])| self.check_request(*offset, buffer.len() as u64);
         let mut done: Vec<Done> = requests.iter().map(check).collect();
-        let mut group = Group::new(requests.len(), READ_CHUNK);
+        let mut group = Group::new(requests.len(), LARGE);
         for (request, (offset, buffer)) in requests.iter_mut().enumerate() {
             if done[request].is_err() {
                 continue;
             }
             let mut rest = &mut **buffer;
-            for (offset, length) in cut(*offset, rest.len(), READ_CHUNK) {
+            for (offset, length) in cut(*offset, rest.len(), LARGE) {
                 let (data, after) = rest.split_at_mut(length);
                 rest = after;
                 group.add(Piece { request, offset, data }, |pieces| self.read_group(pieces, &mut done));
@@ -99,7 +99,7 @@ impl Shared {
         }
     }
 
-    /// Reads spans of [`READ_CHUNK`] blocks at most, in all. A block that is bad is its request's matter.
+    /// Reads spans of [`LARGE`] blocks at most, in all. A block that is bad is its request's matter.
     fn try_spans(&self, spans: &mut [Span], done: &mut [Done]) -> Result<(), VolumeError> {
         let entries = &mut vec![Entry::UNMAPPED; spans.iter().map(|span| span.blocks.len()).sum()][..];
         self.with_core(|core| {
@@ -127,29 +127,42 @@ impl Shared {
         Ok(())
     }
 
-    /// Reads blocks from the store, neighbours as one, and opens all as one batch; returns the numbers of those that do not verify.
+    /// Reads blocks from the store, neighbours as one, and opens them by lots; returns the numbers of those that do not verify.
     fn fetch_and_open(&self, entries: &[Entry], spans: &mut [Span]) -> Result<Vec<usize>, VolumeError> {
-        let (pool, mut runs, mut rest) = (self.backing.geometry().pool(), Vec::with_capacity(spans.len()), entries);
+        let (pool, lot) = (self.backing.geometry().pool(), self.backing.lot(entries.len()));
+        let mut found = Found::default();
+        let mut rest = entries;
         for span in &mut *spans {
             let (own, after) = rest.split_at(span.blocks.len());
-            find_runs(own, span.blocks, &pool, &mut runs);
+            found.add(entries.len() - rest.len(), own, span, &pool, lot);
             rest = after;
         }
-        if !runs.is_empty() {
-            self.backing.read_runs(&mut runs)?;
+        found.end();
+        let Found { mut runs, of, ends, mut bad, .. } = found;
+        if runs.is_empty() {
+            return Ok(bad);
         }
-        self.backing.with_keys(|ring, _| {
-            let blocks = spans.iter_mut().flat_map(|span| (span.first..).zip(span.blocks.iter_mut()));
-            let mut batch: Vec<Open> = Vec::with_capacity(entries.len());
-            let mapped = entries.iter().zip(blocks).filter(|(entry, _)| entry.physical != 0);
-            batch.extend(mapped.map(|(entry, (lba, block))| Open { lba, entry, block, good: false }));
-            if ring.open_blocks(&mut batch) {
-                return Ok(Vec::new());
-            }
-            let opened = batch.iter().map(|open| open.good);
-            let numbers = entries.iter().enumerate().filter(|(_, entry)| entry.physical != 0).map(|(i, _)| i);
-            Ok(numbers.zip(opened).filter(|(_, good)| !good).map(|(i, _)| i).collect())
-        })
+        let mut of = &of[..];
+        self.backing.read_lots(&mut runs, &ends, |runs| {
+            let (own, after) = of.split_at(runs.len());
+            of = after;
+            self.backing.with_keys(|ring, _| {
+                let blocks = runs.iter_mut().flat_map(|(_, run)| run.as_chunks_mut().0);
+                let numbers = own.iter().flat_map(|(numbers, lba)| numbers.clone().zip(*lba..));
+                let mut batch: Vec<Open> = Vec::with_capacity(lot);
+                batch.extend(numbers.clone().zip(blocks).map(|((i, lba), block)| Open {
+                    lba,
+                    entry: &entries[i],
+                    block,
+                    good: false,
+                }));
+                if !ring.open_blocks(&mut batch) {
+                    bad.extend(numbers.zip(&batch).filter(|(_, open)| !open.good).map(|((i, _), _)| i));
+                }
+                Ok(())
+            })
+        })?;
+        Ok(bad)
     }
 
     /// A block that did not verify: it was replaced and its place reused meanwhile, or it is bad.
@@ -180,7 +193,7 @@ impl Shared {
         VolumeError::Integrity { lba }
     }
 
-    /// The plain text of at most [`READ_CHUNK`] neighbouring blocks. After [`VolumeError::Integrity`] those before the bad one hold theirs.
+    /// The plain text of at most [`LARGE`] neighbouring blocks. After [`VolumeError::Integrity`] those before the bad one hold theirs.
     pub(super) fn read_blocks(&self, first: u64, blocks: &mut [Block]) -> Result<(), VolumeError> {
         let mut done = [Ok(())];
         self.read_spans(&mut [Span { request: 0, first, blocks }], &mut done);
@@ -189,23 +202,54 @@ impl Shared {
     }
 }
 
-/// What is to be read from the store, and where: neighbours there in one piece. The rest of the blocks is zero.
-fn find_runs<'a>(
-    mut entries: &[Entry],
-    mut blocks: &'a mut [Block],
-    pool: &Range<u64>,
-    runs: &mut Vec<(u64, &'a mut [u8])>,
-) {
-    while !entries.is_empty() {
-        let run = run_length(entries);
-        let (part, rest) = blocks.split_at_mut(run);
-        match entries[0].data() {
-            Some(first) if pool.contains(&first) && pool.contains(&(first + run as u64 - 1)) => {
-                runs.push((first * BLOCK as u64, part.as_flattened_mut()));
+/// What is to be read from the store.
+#[derive(Default)]
+struct Found<'a> {
+    /// From which offset, and where to: neighbours in the store as one, but for the end of a lot.
+    runs: Vec<(u64, &'a mut [u8])>,
+    /// Of each run, the numbers of its blocks, and the first one's LBA.
+    of: Vec<(Range<usize>, u64)>,
+    /// Before which runs lots end.
+    ends: Vec<usize>,
+    /// Blocks of the lot that has not ended.
+    filled: usize,
+    /// Blocks that can't be read: they lie nowhere, or nowhere where data may lie.
+    bad: Vec<usize>,
+}
+
+impl<'a> Found<'a> {
+    /// Adds a span, whose first block has number `at`; what is not mapped is zero. Lots have so many blocks at most.
+    fn add(&mut self, mut at: usize, mut entries: &[Entry], span: &'a mut Span, pool: &Range<u64>, lot: usize) {
+        let (mut lba, mut blocks) = (span.first, &mut *span.blocks);
+        while !entries.is_empty() {
+            let run = run_length(entries).min(lot - self.filled);
+            let (part, rest) = blocks.split_at_mut(run);
+            let numbers = at..at + run;
+            match entries[0].data() {
+                Some(first) if pool.contains(&first) && pool.contains(&(first + run as u64 - 1)) => {
+                    self.runs.push((first * BLOCK as u64, part.as_flattened_mut()));
+                    self.of.push((numbers, lba));
+                    self.filled += run;
+                    if self.filled == lot {
+                        self.end();
+                    }
+                }
+                _ => {
+                    part.as_flattened_mut().fill(0);
+                    let mapped = entries[0].physical != 0;
+                    self.bad.extend(numbers.filter(|_| mapped));
+                }
             }
-            _ => part.as_flattened_mut().fill(0),
+            (entries, blocks, lba, at) = (&entries[run..], rest, lba + run as u64, at + run);
         }
-        (entries, blocks) = (&entries[run..], rest);
+    }
+
+    /// A lot ends here.
+    fn end(&mut self) {
+        if self.filled > 0 {
+            self.ends.push(self.runs.len());
+        }
+        self.filled = 0;
     }
 }
 

@@ -1,13 +1,13 @@
 //! Writes. Under the lock they are given places and generations; without it their blocks are sealed, as one batch, and written;
 //! under the lock map and log learn of them.
 
-use super::batch::{CHUNK, Group, Piece, cut, lead};
+use super::batch::{CHUNK, Group, LARGE, Piece, cut, lead};
 use super::read::Done;
 use super::shared::Shared;
 use super::{Core, leaf};
 use crate::VolumeError;
 use crate::backing::Backing;
-use crate::format::log::Record;
+use crate::format::log::{RECORDS, Record};
 use crate::format::page::{BITS, ENTRIES, Entry, set_entry};
 use crate::format::slot::Slot;
 use crate::format::{BLOCK, Block, MAC};
@@ -19,7 +19,7 @@ use std::ops::Range;
 use std::time::Duration;
 
 /// Log blocks that must be free for a group and the FLUSH behind it.
-pub(super) const LOG_ROOM: u64 = 4;
+pub(super) const LOG_ROOM: u64 = LARGE.div_ceil(RECORDS as u64) + 2;
 
 /// How often a request that is short of room only because of others tries again: a write for ten seconds.
 pub(super) const PATIENCE: u32 = 10_000;
@@ -76,7 +76,7 @@ impl Shared {
     pub(super) fn write_many(&self, requests: &[(u64, &[u8])]) -> Vec<Done> {
         let check = |(offset, data): &(u64, &[u8])| self.check_writable(*offset, data.len() as u64);
         let mut done: Vec<Done> = requests.iter().map(check).collect();
-        let mut group = Group::new(requests.len(), CHUNK);
+        let mut group = Group::new(requests.len(), self.at_once());
         for (request, (offset, data)) in requests.iter().enumerate() {
             if done[request].is_err() {
                 continue;
@@ -90,6 +90,11 @@ impl Shared {
         }
         group.end(|pieces| self.write_group(pieces, &mut done));
         done
+    }
+
+    /// Blocks that are written at once, at most.
+    fn at_once(&self) -> u64 {
+        if self.backing.overlaps() { LARGE } else { CHUNK }
     }
 
     pub(super) fn check_writable(&self, offset: u64, length: u64) -> Result<(), VolumeError> {
@@ -126,7 +131,7 @@ impl Shared {
         }
     }
 
-    /// Writes pieces of [`CHUNK`] blocks at most, in all, or none of them.
+    /// Writes pieces of [`LARGE`] blocks at most, in all, and [`CHUNK`] each, or none of them.
     fn write_pieces(&self, pieces: &[Piece<&[u8]>]) -> Done {
         self.make_room()?;
         let _among_others = self.among_others()?;
@@ -198,7 +203,7 @@ impl Shared {
     pub(super) fn make_room(&self) -> Result<(), VolumeError> {
         let (checkpoint, flush) = {
             let core = self.core()?;
-            let full = core.free_for_data(&self.backing) < CHUNK && core.space.frees_more();
+            let full = core.free_for_data(&self.backing) < self.at_once() && core.space.frees_more();
             (core.wants_checkpoint(&self.backing), full)
         };
         if checkpoint {
@@ -341,8 +346,7 @@ impl Core {
 
     /// Map and log learn of blocks that were written. Nothing is changed before all that is needed is in memory.
     fn publish(&mut self, parts: &[Part], granted: &Granted, new: &[Entry]) -> Result<(), Halt> {
-        let mut old = [Entry::UNMAPPED; CHUNK as usize];
-        let old = &mut old[..new.len()];
+        let old = &mut vec![Entry::UNMAPPED; new.len()][..];
         let mut rest = &mut *old;
         for part in parts {
             let (own, after) = rest.split_at_mut(part.count());
@@ -413,34 +417,42 @@ impl Core {
     }
 }
 
-/// Encrypts the blocks of a group, as one batch, and writes them where they go; returns their entries.
+/// Encrypts the blocks of a group and writes them where they go; returns their entries.
 fn seal_and_put(
     parts: &[Part],
     granted: &Granted,
     blocks: &mut [Block],
     from: &Backing,
 ) -> Result<Vec<Entry>, VolumeError> {
-    let entries = from.with_keys(|_, key| {
-        let sources = parts.iter().flat_map(|part| part.blocks.clone().zip((0..).map(|i| part.plain.of(i))));
-        let mut batch = Vec::with_capacity(blocks.len());
-        let numbered = sources.zip(granted.generation..).zip(blocks.iter_mut());
-        let seal = |(((lba, plain), generation), block)| Seal { lba, generation, plain, block, tag: [0; MAC] };
-        batch.extend(numbered.map(seal));
-        key.seal_blocks(&mut batch);
-        let entry = |(physical, seal): (u64, &Seal)| Entry {
-            physical,
-            generation: seal.generation,
-            key: key.id,
-            tag: seal.tag,
-        };
-        Ok(granted.places().zip(&batch).map(entry).collect())
+    let mut entries = Vec::with_capacity(blocks.len());
+    let mut sources = parts.iter().flat_map(|part| part.blocks.clone().zip((0..).map(|i| part.plain.of(i))));
+    let (mut generations, mut places) = (granted.generation.., granted.places());
+    let mut lots = blocks.chunks_mut(from.lot(blocks.len()));
+    from.write_lots(|| {
+        let Some(blocks) = lots.next() else { return Ok(None) };
+        let done = entries.len();
+        from.with_keys(|_, key| {
+            let mut batch = Vec::with_capacity(blocks.len());
+            let numbered = blocks.iter_mut().zip(generations.by_ref()).zip(sources.by_ref());
+            let seal = |((block, generation), (lba, plain))| Seal { lba, generation, plain, block, tag: [0; MAC] };
+            batch.extend(numbered.map(seal));
+            key.seal_blocks(&mut batch);
+            let entry = |(seal, physical): (&Seal, u64)| Entry {
+                physical,
+                generation: seal.generation,
+                key: key.id,
+                tag: seal.tag,
+            };
+            entries.extend(batch.iter().zip(places.by_ref()).map(entry));
+            Ok(())
+        })?;
+        let (mut runs, mut rest) = (Vec::new(), &*blocks);
+        for run in entries[done..].chunk_by(|a: &Entry, b| a.physical + 1 == b.physical) {
+            let (own, after) = rest.split_at(run.len());
+            runs.push((run[0].physical * BLOCK as u64, own.as_flattened()));
+            rest = after;
+        }
+        Ok(Some(runs))
     })?;
-    let (mut runs, mut rest) = (Vec::with_capacity(granted.runs.len()), &*blocks);
-    for run in &granted.runs {
-        let (own, after) = rest.split_at((run.end - run.start) as usize);
-        runs.push((run.start * BLOCK as u64, own.as_flattened()));
-        rest = after;
-    }
-    from.write_runs(&runs)?;
     Ok(entries)
 }

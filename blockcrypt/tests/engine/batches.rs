@@ -1,7 +1,7 @@
 //! Requests that come together: each is as if it were alone.
 
-use crate::common::{MIB, Provider, Random, SimStore, check_good, lock};
-use fealty_blockcrypt::{MemoryStore, Store, Volume, VolumeError};
+use crate::common::{MIB, Provider, Random, SimStore, check_good, lock, write_out_of_order};
+use fealty_blockcrypt::{MemoryStore, Next, Store, Volume, VolumeError};
 use policy::AnchorMode;
 use std::io;
 use std::ops::Range;
@@ -117,6 +117,12 @@ impl Store for Failing {
         lock(&self.seen).push(offset);
         self.inner.write_at(bytes, offset)
     }
+    fn overlaps(&self) -> bool {
+        self.inner.overlaps()
+    }
+    fn write_lots_at<'a>(&self, next: &mut Next<'a, '_>) -> io::Result<()> {
+        write_out_of_order(self, next)
+    }
     fn sync_data(&self) -> io::Result<()> {
         self.inner.sync_data()
     }
@@ -127,9 +133,19 @@ impl Store for Failing {
 
 #[test]
 fn where_the_store_fails_only_who_needs_that_place_fails() {
+    where_it_fails(&Failing::new());
+}
+
+#[test]
+fn nor_does_anyone_else_where_lots_are_under_way_together() {
+    let store = Failing::new();
+    store.inner.overlap();
+    where_it_fails(&store);
+}
+
+fn where_it_fails(store: &Arc<Failing>) {
     let provider = Provider::new(AnchorMode::Close);
     let (none, all) = (0..0, 0..u64::MAX);
-    let store = Failing::new();
     let volume = provider.create(store.clone(), 4 * MIB).expect("a volume");
     let block = |lba: u64, round: u8| vec![lba as u8 ^ round; BLOCK];
     let write = |lbas: Range<u64>, round| {

@@ -2,7 +2,7 @@
 
 use fealty_blockcrypt as blockcrypt;
 
-use blockcrypt::{AnchorRefused, Anchors, Events, Kek, OpenOptions, Store, Volume, VolumeError};
+use blockcrypt::{AnchorRefused, Anchors, Events, Kek, Next, OpenOptions, Store, Volume, VolumeError};
 use policy::disk::{CipherSuite, VolumeGrant};
 use policy::{AnchorMode, KeyId, OpenNumber, VolumeAnchor, VolumeId};
 use secretmem::Secret;
@@ -198,6 +198,7 @@ struct Sim {
     /// New blocks that the store has room for.
     room: Option<u64>,
     touched: std::collections::HashSet<u64>,
+    overlaps: bool,
 }
 
 impl SimStore {
@@ -215,6 +216,11 @@ impl SimStore {
         sim.durable = bytes.clone();
         sim.now = bytes;
         sim.unsynced.clear();
+    }
+
+    /// Takes lots while later ones are sealed, from now on.
+    pub(crate) fn overlap(&self) {
+        lock(&self.0).overlaps = true;
     }
 
     /// Power fails at the `n`th write or sync from now on.
@@ -281,6 +287,19 @@ impl Sim {
     }
 }
 
+/// All lots are under way before the first is done, the last one is done first, and one that fails holds no other up.
+pub(crate) fn write_out_of_order<'a>(store: &impl Store, next: &mut Next<'a, '_>) -> io::Result<()> {
+    let mut parts: Vec<(u64, &[u8])> = Vec::new();
+    while let Some(lot) = next() {
+        parts.extend(lot);
+    }
+    let mut done = Ok(());
+    for (offset, bytes) in parts.iter().rev() {
+        done = done.and(store.write_at(bytes, *offset));
+    }
+    done
+}
+
 impl Store for SimStore {
     fn len(&self) -> io::Result<u64> {
         Ok(lock(&self.0).now.len() as u64)
@@ -303,6 +322,14 @@ impl Store for SimStore {
             sim.unsynced.entry(start / SECTOR + i).or_default().push(*sector);
         }
         Ok(())
+    }
+
+    fn overlaps(&self) -> bool {
+        lock(&self.0).overlaps
+    }
+
+    fn write_lots_at<'a>(&self, next: &mut Next<'a, '_>) -> io::Result<()> {
+        write_out_of_order(self, next)
     }
 
     fn sync_data(&self) -> io::Result<()> {

@@ -396,10 +396,18 @@ impl Run {
     }
 }
 
-fn run(mode: AnchorMode, size: usize, seed: u64, lives: u64, shrinks: bool) {
+/// A history of `lives` lives. Every other one is of a store that takes lots while later ones are sealed.
+fn history(mode: AnchorMode, size: usize, seed: u64, lives: u64) {
+    run(mode, size, seed, lives, true, seed % 2 == 1);
+}
+
+fn run(mode: AnchorMode, size: usize, seed: u64, lives: u64, shrinks: bool, overlaps: bool) {
     let test = format!("crashes_lose_no_acknowledged_flush_{}", format!("{mode:?}").to_lowercase());
     let _replay = Replay { test, seed };
     let (provider, store) = (Provider::new(mode), SimStore::new());
+    if overlaps {
+        store.overlap();
+    }
     let volume = provider.create(store.clone(), size as u64).expect("a volume");
     volume.close().expect("closed");
     drop(volume);
@@ -468,27 +476,29 @@ fn run(mode: AnchorMode, size: usize, seed: u64, lives: u64, shrinks: bool) {
 /// A rotation beside a snapshot that is being deleted; a store longer than its volume, whose opener died at its first superblock.
 #[test]
 fn histories_that_once_failed() {
-    run(AnchorMode::Close, 700 * 1024 + 512, 267, 10, false);
-    run(AnchorMode::Interval, 96 * 1024, 100_349, 12, false);
+    for overlaps in [false, true] {
+        run(AnchorMode::Close, 700 * 1024 + 512, 267, 10, false, overlaps);
+        run(AnchorMode::Interval, 96 * 1024, 100_349, 12, false, overlaps);
+    }
 }
 
 #[test]
 fn crashes_lose_no_acknowledged_flush_close() {
     for seed in seeds(0, 12) {
-        run(AnchorMode::Close, 700 * 1024 + 512, seed, 10, true);
+        history(AnchorMode::Close, 700 * 1024 + 512, seed, 10);
     }
 }
 
 #[test]
 fn crashes_lose_no_acknowledged_flush_interval() {
     for seed in seeds(100_000, 20) {
-        run(AnchorMode::Interval, 96 * 1024, seed, 12, true);
+        history(AnchorMode::Interval, 96 * 1024, seed, 12);
     }
 }
 
 #[test]
 fn crashes_lose_no_acknowledged_flush_flush() {
     for seed in seeds(200_000, 12) {
-        run(AnchorMode::Flush, 1200 * 1024, seed, 10, true);
+        history(AnchorMode::Flush, 1200 * 1024, seed, 10);
     }
 }
