@@ -25,7 +25,7 @@ impl Limit {
         let way = usize::from(!work.write);
         // A second of a core gives so many bytes.
         let rate = |gigabytes: f64| work.rate(work.total() as f64 / (gigabytes * 1e9));
-        if work.bytes > BLOCK { self.large[way].map(rate) } else { self.small[way].map(rate) }
+        if work.bytes * work.batch > BLOCK { self.large[way].map(rate) } else { self.small[way].map(rate) }
     }
 }
 
@@ -93,11 +93,13 @@ mod tests {
         let of = |value: f64| -> Samples { [value].into_iter().collect() };
         let limit = Limit { large: [of(2.0), of(4.0)], small: [of(1.024), of(2.048)] };
         for work in &WORKS {
-            let expected = match (work.bytes > BLOCK, work.write) {
-                (true, true) => 2.0,
-                (true, false) => 4.0,
-                (false, true) => 250.0,
-                (false, false) => 500.0,
+            let expected = match (work.bytes > BLOCK, work.batch > 1, work.write) {
+                (true, _, true) => 2.0,
+                (true, _, false) => 4.0,
+                (false, true, true) => 488.28125,
+                (false, true, false) => 976.5625,
+                (false, false, true) => 250.0,
+                (false, false, false) => 500.0,
             };
             assert!((limit.of(work).median() - expected).abs() < 1e-9, "{}", work.name);
         }

@@ -4,18 +4,18 @@ use super::MeasureError;
 use super::keeper::Keeper;
 use blockcrypt::{Store, Volume};
 
-/// Takes requests from several threads.
+/// Takes requests from several threads, several at a time.
 pub trait Subject: Sync {
-    /// Fills `buffer` from `offset`.
+    /// Fills each part from its offset.
     ///
     /// # Errors
     /// It could not.
-    fn read(&self, offset: u64, buffer: &mut [u8]) -> Result<(), MeasureError>;
-    /// Writes `data` at `offset`.
+    fn read(&self, parts: &mut [(u64, &mut [u8])]) -> Result<(), MeasureError>;
+    /// Writes each part at its offset.
     ///
     /// # Errors
     /// It could not.
-    fn write(&self, offset: u64, data: &[u8]) -> Result<(), MeasureError>;
+    fn write(&self, parts: &[(u64, &[u8])]) -> Result<(), MeasureError>;
     /// Makes what was written durable.
     ///
     /// # Errors
@@ -32,7 +32,7 @@ pub trait Subject: Sync {
 pub fn fill(subject: &dyn Subject, size: u64, heard: &mut dyn FnMut(u64)) -> Result<(), MeasureError> {
     let data = vec![0x5a; 1 << 20];
     for i in 0..size >> 20 {
-        subject.write(i << 20, &data)?;
+        subject.write(&[(i << 20, &data)])?;
         heard(1 << 20);
     }
     subject.flush()
@@ -58,12 +58,12 @@ impl HalfFull {
 }
 
 impl Subject for HalfFull {
-    fn read(&self, offset: u64, buffer: &mut [u8]) -> Result<(), MeasureError> {
-        self.0.read(offset, buffer).map_err(MeasureError::volume("read"))
+    fn read(&self, parts: &mut [(u64, &mut [u8])]) -> Result<(), MeasureError> {
+        self.0.read_many(parts).into_iter().try_for_each(|done| done.map_err(MeasureError::volume("read")))
     }
 
-    fn write(&self, offset: u64, data: &[u8]) -> Result<(), MeasureError> {
-        self.0.write(offset, data).map_err(MeasureError::volume("write"))
+    fn write(&self, parts: &[(u64, &[u8])]) -> Result<(), MeasureError> {
+        self.0.write_many(parts).into_iter().try_for_each(|done| done.map_err(MeasureError::volume("write")))
     }
 
     fn flush(&self) -> Result<(), MeasureError> {
@@ -86,12 +86,12 @@ impl<S: Store> Plain<S> {
 }
 
 impl<S: Store> Subject for Plain<S> {
-    fn read(&self, offset: u64, buffer: &mut [u8]) -> Result<(), MeasureError> {
-        self.0.read_at(buffer, offset).map_err(|error| MeasureError::Plain("read", error))
+    fn read(&self, parts: &mut [(u64, &mut [u8])]) -> Result<(), MeasureError> {
+        self.0.read_many_at(parts).map_err(|error| MeasureError::Plain("read", error))
     }
 
-    fn write(&self, offset: u64, data: &[u8]) -> Result<(), MeasureError> {
-        self.0.write_at(data, offset).map_err(|error| MeasureError::Plain("write", error))
+    fn write(&self, parts: &[(u64, &[u8])]) -> Result<(), MeasureError> {
+        self.0.write_many_at(parts).map_err(|error| MeasureError::Plain("write", error))
     }
 
     fn flush(&self) -> Result<(), MeasureError> {

@@ -16,8 +16,10 @@ pub struct Work {
     pub bytes: usize,
     /// Whether it writes, or reads.
     pub write: bool,
-    /// Threads that have one request each in flight.
+    /// Threads that have requests in flight.
     pub threads: usize,
+    /// Requests that each hands over at a time, and waits for: as a queue's worker does with all that wait there.
+    pub batch: usize,
     /// Requests of each thread.
     pub requests: usize,
     /// A FLUSH after so many requests of a thread.
@@ -25,24 +27,27 @@ pub struct Work {
 }
 
 const fn large(name: &'static str, write: bool, flush_each: Option<usize>) -> Work {
-    Work { name, bytes: 1 << 20, write, threads: 1, requests: 64, flush_each }
+    Work { name, bytes: 1 << 20, write, threads: 1, batch: 1, requests: 64, flush_each }
 }
 
-const fn small(name: &'static str, write: bool, threads: usize, flush_each: Option<usize>) -> Work {
-    Work { name, bytes: 4096, write, threads, requests: 2048 / threads, flush_each }
+const fn small(name: &'static str, write: bool, threads: usize, batch: usize, flush_each: Option<usize>) -> Work {
+    Work { name, bytes: 4096, write, threads, batch, requests: 2048 / threads, flush_each }
 }
 
 /// All of them. With 32 threads each flushes once, after its 32nd request.
-pub const WORKS: [Work; 9] = [
+pub const WORKS: [Work; 12] = [
     large("1 MiB sequential write", true, None),
     large("1 MiB sequential write, FLUSH every 32", true, Some(32)),
     large("1 MiB sequential read", false, None),
-    small("4 KiB random write, depth 1", true, 1, None),
-    small("4 KiB random write, depth 1, FLUSH every 32", true, 1, Some(32)),
-    small("4 KiB random read, depth 1", false, 1, None),
-    small("4 KiB random write, depth 32", true, 32, None),
-    small("4 KiB random write, depth 32, FLUSH every 32", true, 32, Some(32)),
-    small("4 KiB random read, depth 32", false, 32, None),
+    small("4 KiB random write, depth 1", true, 1, 1, None),
+    small("4 KiB random write, depth 1, FLUSH every 32", true, 1, 1, Some(32)),
+    small("4 KiB random read, depth 1", false, 1, 1, None),
+    small("4 KiB random write, depth 32", true, 1, 32, None),
+    small("4 KiB random write, depth 32, FLUSH every 32", true, 1, 32, Some(32)),
+    small("4 KiB random read, depth 32", false, 1, 32, None),
+    small("4 KiB random write, 32 threads", true, 32, 1, None),
+    small("4 KiB random write, 32 threads, FLUSH every 32", true, 32, 1, Some(32)),
+    small("4 KiB random read, 32 threads", false, 32, 1, None),
 ];
 
 /// Rounds before those that count.
@@ -132,12 +137,14 @@ impl Work {
         let ready = Barrier::new(self.threads);
         let each = |thread| {
             let offsets = self.offsets(thread, size, seed);
-            // The same bytes from every subject, in a buffer that exists before the clock starts.
-            let mut buffer = vec![0x5a; self.bytes];
-            subject.warm(self.bytes);
+            // The same bytes from every subject, in memory that exists before the clock starts, at pages as a guest's buffers are.
+            let mut memory = vec![0x5a; self.batch * self.bytes + 4096];
+            let buffers = memory.as_ptr().align_offset(4096);
+            let buffers = &mut memory[buffers..buffers + self.batch * self.bytes];
+            subject.warm(self.batch * self.bytes);
             ready.wait();
             let (start, core) = (Instant::now(), thread_time());
-            self.requests(subject, &offsets, &mut buffer)?;
+            self.requests(subject, &offsets, buffers)?;
             Ok::<_, MeasureError>((start, Instant::now(), thread_time() - core))
         };
         let mut done = Vec::new();
@@ -155,18 +162,27 @@ impl Work {
         Ok(Timing { wall, core: done.iter().map(|(.., core)| core).sum() })
     }
 
-    fn requests(&self, subject: &dyn Subject, offsets: &[u64], buffer: &mut [u8]) -> Result<(), MeasureError> {
-        for (i, offset) in offsets.iter().enumerate() {
+    fn requests(&self, subject: &dyn Subject, offsets: &[u64], buffers: &mut [u8]) -> Result<(), MeasureError> {
+        for (i, offsets) in offsets.chunks(self.batch).enumerate() {
             if self.write {
-                subject.write(*offset, buffer)?;
+                let parts: Vec<_> = offsets.iter().copied().zip(buffers.chunks(self.bytes)).collect();
+                subject.write(&parts)?;
             } else {
-                subject.read(*offset, buffer)?;
+                let mut parts: Vec<_> = offsets.iter().copied().zip(buffers.chunks_mut(self.bytes)).collect();
+                subject.read(&mut parts)?;
             }
-            if self.flush_each.is_some_and(|each| (i + 1) % each == 0) {
+            if self.flush_each.is_some_and(|each| ((i + 1) * self.batch).is_multiple_of(each)) {
                 subject.flush()?;
             }
         }
         Ok(())
+    }
+
+    /// Requests that are in flight together, each time in order: of one thread those that it hands over at a time, or one of each thread.
+    pub fn waves(&self, size: u64, seed: u64) -> Vec<Vec<u64>> {
+        let all: Vec<Vec<u64>> = (0..self.threads).map(|thread| self.offsets(thread, size, seed)).collect();
+        let wave = |i: usize| all.iter().flat_map(|offsets| &offsets[i..i + self.batch]).copied().collect();
+        (0..self.requests).step_by(self.batch).map(wave).collect()
     }
 }
 

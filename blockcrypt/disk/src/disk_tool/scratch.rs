@@ -1,7 +1,7 @@
 //! Files that nobody finds, and parts of a device: what a measurement writes to, and leaves nothing of.
 
 use super::size::Bytes;
-use blockcrypt::{FileStore, Store};
+use blockcrypt::{FileStore, Next, Ready, Store};
 use rustix::fs::{Mode, OFlags};
 use rustix::io::Errno;
 use std::fs::{self, File, OpenOptions};
@@ -73,6 +73,10 @@ impl Part {
         let end = offset.checked_add(length as u64).filter(|end| *end <= self.bytes);
         end.map(|_| self.start + offset).ok_or_else(|| io::ErrorKind::UnexpectedEof.into())
     }
+
+    fn placed<'a>(&self, parts: &[(u64, &'a [u8])]) -> io::Result<Vec<(u64, &'a [u8])>> {
+        parts.iter().map(|(offset, bytes)| Ok((self.place(*offset, bytes.len())?, *bytes))).collect()
+    }
 }
 
 impl Store for Part {
@@ -85,10 +89,19 @@ impl Store for Part {
     }
 
     fn read_many_at(&self, parts: &mut [(u64, &mut [u8])]) -> io::Result<()> {
+        let ends = [parts.len()];
+        self.read_lots_at(parts, &ends, &mut |_| {})
+    }
+
+    fn overlaps(&self) -> bool {
+        self.store.overlaps()
+    }
+
+    fn read_lots_at(&self, parts: &mut [(u64, &mut [u8])], ends: &[usize], ready: &mut Ready) -> io::Result<()> {
         for (offset, buffer) in &mut *parts {
             *offset = self.place(*offset, buffer.len())?;
         }
-        self.store.read_many_at(parts)
+        self.store.read_lots_at(parts, ends, ready)
     }
 
     fn write_at(&self, bytes: &[u8], offset: u64) -> io::Result<()> {
@@ -96,8 +109,17 @@ impl Store for Part {
     }
 
     fn write_many_at(&self, parts: &[(u64, &[u8])]) -> io::Result<()> {
-        let placed = parts.iter().map(|(offset, bytes)| Ok((self.place(*offset, bytes.len())?, *bytes)));
-        self.store.write_many_at(&placed.collect::<io::Result<Vec<_>>>()?)
+        self.store.write_many_at(&self.placed(parts)?)
+    }
+
+    fn write_lots_at<'a>(&self, next: &mut Next<'a, '_>) -> io::Result<()> {
+        let mut outside = Ok(());
+        let done = self.store.write_lots_at(&mut || {
+            self.placed(&next()?)
+                .map_err(|error| outside = Err(error))
+                .ok()
+        });
+        outside.and(done)
     }
 
     fn sync_data(&self) -> io::Result<()> {
@@ -143,6 +165,9 @@ mod tests {
             assert!(
                 two.write_many_at(&[(offset, &vec![9; length])]).is_err() && two.punch(offset, length as u64).is_err()
             );
+            let nines = vec![9; length];
+            let mut lots = vec![vec![(offset, &nines[..])]];
+            assert!(two.write_lots_at(&mut || lots.pop()).is_err());
         }
         assert!(two.set_len(4096).is_ok() && two.set_len(4097).is_err());
         let mut found = vec![0; 16384];

@@ -107,7 +107,7 @@ impl<'a> Place<'a> {
         printer.add(figure(true).at_least("the same crypto in a loop", &alike.core, target(sequential, BY_LOOP)));
         printer.add(figure(false).at_least("the same crypto in a loop", &alike.wall, None));
         printer.add(figure(false).at_least("qemu-io's LUKS", &luks.wall, target(sequential, BY_LUKS)));
-        let deep = self.name == "disk" && work.threads > 1;
+        let deep = self.name == "disk" && work.threads * work.batch > 1;
         printer.add(figure(false).at_least("the store without crypto", &raw.wall, target(deep, BY_RAW)));
         if sequential {
             printer.add(figure(true).at_least("the crypto alone", &limit.of(work), None));

@@ -37,19 +37,18 @@ impl Luks {
     /// Does `work`; its processor time is its wall time, for qemu-io's is its own affair.
     pub(super) fn run(&self, work: &Work, size: u64, seed: u64) -> Result<Timing, BenchError> {
         let verb = if work.write { "write" } else { "read" };
-        let deep = work.threads > 1;
+        let deep = work.threads * work.batch > 1;
         let by_own_clock = !deep && work.flush_each.is_none();
-        let all: Vec<Vec<u64>> = (0..work.threads).map(|thread| work.offsets(thread, size, seed)).collect();
+        let (aio, quiet) = (if deep { "aio_" } else { "" }, if by_own_clock { "" } else { "-q " });
         let mut script = String::new();
-        for i in 0..work.requests {
-            for offsets in &all {
-                let (aio, quiet) = (if deep { "aio_" } else { "" }, if by_own_clock { "" } else { "-q " });
-                let _ = writeln!(script, "{aio}{verb} {quiet}{} {}", offsets[i], work.bytes);
+        for (i, wave) in work.waves(size, seed).iter().enumerate() {
+            for offset in wave {
+                let _ = writeln!(script, "{aio}{verb} {quiet}{offset} {}", work.bytes);
             }
             if deep {
                 script.push_str("aio_flush\n");
             }
-            if work.flush_each.is_some_and(|each| (i + 1) % each == 0) {
+            if work.flush_each.is_some_and(|each| ((i + 1) * work.batch).is_multiple_of(each)) {
                 // Threads that flush together share one.
                 script.push_str("flush\n");
             }

@@ -42,7 +42,7 @@ impl Loop {
         let (small, large) = (seal(4096)?, seal(1 << 20)?);
         let alike = Self { raw: Plain::new(store_with(path, direct)?, 2 * size)?, size, ciphers, small, large };
         let data = [0x5a; 4096];
-        (0..size / 4096).try_for_each(|i| alike.write(i * 4096, &data))?;
+        (0..size / 4096).try_for_each(|i| alike.write(&[(i * 4096, &data)]))?;
         Ok(alike)
     }
 
@@ -52,18 +52,30 @@ impl Loop {
 }
 
 impl Subject for Loop {
-    fn read(&self, offset: u64, buffer: &mut [u8]) -> Result<(), MeasureError> {
-        let (place, sealed) = self.place(offset, buffer.len());
-        self.raw.read(place, buffer)?;
-        if self.ciphers.open(sealed, buffer) { Ok(()) } else { Err(MeasureError::Unequal("the loop's blocks")) }
+    fn read(&self, parts: &mut [(u64, &mut [u8])]) -> Result<(), MeasureError> {
+        let mut sealed = Vec::with_capacity(parts.len());
+        for (offset, buffer) in &mut *parts {
+            let (place, blocks) = self.place(*offset, buffer.len());
+            *offset = place;
+            sealed.push(blocks);
+        }
+        self.raw.read(parts)?;
+        let mut opened = sealed.iter().zip(parts).map(|(sealed, (_, buffer))| self.ciphers.open(sealed, buffer));
+        if opened.all(|good| good) { Ok(()) } else { Err(MeasureError::Unequal("the loop's blocks")) }
     }
 
-    fn write(&self, offset: u64, data: &[u8]) -> Result<(), MeasureError> {
+    fn write(&self, parts: &[(u64, &[u8])]) -> Result<(), MeasureError> {
         CIPHERTEXT.with_borrow_mut(|ciphertext| {
-            let start = grow(ciphertext, data.len());
-            let ciphertext = &mut ciphertext[start..start + data.len()];
-            self.ciphers.seal(Some(data), ciphertext).map_err(MeasureError::volume("seal"))?;
-            self.raw.write(self.place(offset, data.len()).0, ciphertext)
+            let start = grow(ciphertext, parts.iter().map(|(_, data)| data.len()).sum());
+            let mut rest = &mut ciphertext[start..];
+            let mut sealed = Vec::with_capacity(parts.len());
+            for (offset, data) in parts {
+                let (own, after) = std::mem::take(&mut rest).split_at_mut(data.len());
+                self.ciphers.seal(Some(data), own).map_err(MeasureError::volume("seal"))?;
+                sealed.push((self.place(*offset, data.len()).0, &*own));
+                rest = after;
+            }
+            self.raw.write(&sealed)
         })
     }
 
