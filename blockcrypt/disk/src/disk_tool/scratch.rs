@@ -114,11 +114,7 @@ impl Store for Part {
 
     fn write_lots_at<'a>(&self, next: &mut Next<'a, '_>) -> io::Result<()> {
         let mut outside = Ok(());
-        let done = self.store.write_lots_at(&mut || {
-            self.placed(&next()?)
-                .map_err(|error| outside = Err(error))
-                .ok()
-        });
+        let done = self.store.write_lots_at(&mut || self.placed(&next()?).map_err(|error| outside = Err(error)).ok());
         outside.and(done)
     }
 

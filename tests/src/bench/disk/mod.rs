@@ -8,6 +8,7 @@
 
 mod opening;
 mod qemu;
+mod sharing;
 mod subject;
 
 use super::BenchError;
@@ -49,6 +50,7 @@ pub(super) fn run(rounds: u32, places: &Places, printer: &mut Printer) -> Result
         Place::new(name, folder.path(), direct)?.measure(rounds, &limit, printer)?;
     }
     let folder = tempfile::tempdir_in(&places.tmpfs).map_err(|error| BenchError::Io(places.tmpfs.clone(), error))?;
+    sharing::run(rounds, folder.path(), printer)?;
     opening::run(rounds, places.mapped << 20, folder.path(), printer)
 }
 
