@@ -178,6 +178,10 @@ struct Run {
     half_resized: Option<usize>,
     /// Histories that failed before volumes could shrink are kept as they were.
     shrinks: bool,
+    /// How volumes are opened.
+    options: OpenOptions,
+    /// Everything that was asked for was acknowledged.
+    acknowledged: bool,
 }
 
 impl Run {
@@ -390,13 +394,14 @@ impl Run {
                 break;
             }
         }
+        self.acknowledged = end.is_ok();
         if end.is_ok() && self.random.chance(25) && volume.close().is_ok() {
             self.model.settle();
         }
     }
 }
 
-fn run(mode: AnchorMode, size: usize, seed: u64, lives: u64, shrinks: bool) {
+fn run(mode: AnchorMode, size: usize, seed: u64, lives: u64, (shrinks, outlive): (bool, bool)) {
     let test = format!("crashes_lose_no_acknowledged_flush_{}", format!("{mode:?}").to_lowercase());
     let _replay = Replay { test, seed };
     let (provider, store) = (Provider::new(mode), SimStore::new());
@@ -414,12 +419,15 @@ fn run(mode: AnchorMode, size: usize, seed: u64, lives: u64, shrinks: bool) {
         half_deleted: None,
         half_resized: None,
         shrinks,
+        options: OpenOptions { outlive, ..Default::default() },
+        acknowledged: true,
     };
     for life in 0..lives {
         run.context = format!("mode {mode:?} seed {seed} life {life}");
         // The process is gone; what it wrote is the kernel's until the power fails too.
         run.store.repair();
-        if run.random.chance(60) {
+        let mut crashed = run.random.chance(60);
+        if crashed {
             run.store.crash(&mut run.random);
         }
         if run.random.chance(40) {
@@ -430,7 +438,12 @@ fn run(mode: AnchorMode, size: usize, seed: u64, lives: u64, shrinks: bool) {
             run.store.repair();
             if run.random.chance(70) {
                 run.store.crash(&mut run.random);
+                crashed = true;
             }
+        }
+        if outlive && run.acknowledged && !crashed {
+            // Only the process died.
+            run.model.settle();
         }
         if run.random.chance(20) {
             let seen = run.provider.open_read_only(run.store.clone());
@@ -441,7 +454,7 @@ fn run(mode: AnchorMode, size: usize, seed: u64, lives: u64, shrinks: bool) {
         if run.random.chance(15) {
             *lock(&run.provider.key_id) += 1;
         }
-        let volume = run.provider.open(run.store.clone());
+        let volume = run.provider.open_with(run.store.clone(), &run.provider.grant(), run.options);
         let volume = volume.unwrap_or_else(|e| panic!("{}: {e}", run.context));
         let size = volume.size() as usize;
         run.tell(&format_args!("{size} bytes, snapshots {:?}", run.snapshots.keys()));
@@ -452,6 +465,7 @@ fn run(mode: AnchorMode, size: usize, seed: u64, lives: u64, shrinks: bool) {
         run.check_snapshots(&volume);
         if run.random.chance(20) {
             drop(volume);
+            run.acknowledged = true;
             run.read_snapshots();
             continue;
         }
@@ -465,30 +479,35 @@ fn run(mode: AnchorMode, size: usize, seed: u64, lives: u64, shrinks: bool) {
     assert!(events.iter().all(|e| !e.starts_with("integrity")), "{events:?}");
 }
 
+/// Whether in this history what is acknowledged outlives the process: every second one.
+pub(crate) fn outlives(seed: u64) -> bool {
+    seed % 2 == 1
+}
+
 /// A rotation beside a snapshot that is being deleted; a store longer than its volume, whose opener died at its first superblock.
 #[test]
 fn histories_that_once_failed() {
-    run(AnchorMode::Close, 700 * 1024 + 512, 267, 10, false);
-    run(AnchorMode::Interval, 96 * 1024, 100_349, 12, false);
+    run(AnchorMode::Close, 700 * 1024 + 512, 267, 10, (false, false));
+    run(AnchorMode::Interval, 96 * 1024, 100_349, 12, (false, false));
 }
 
 #[test]
 fn crashes_lose_no_acknowledged_flush_close() {
     for seed in seeds(0, 12) {
-        run(AnchorMode::Close, 700 * 1024 + 512, seed, 10, true);
+        run(AnchorMode::Close, 700 * 1024 + 512, seed, 10, (true, outlives(seed)));
     }
 }
 
 #[test]
 fn crashes_lose_no_acknowledged_flush_interval() {
     for seed in seeds(100_000, 20) {
-        run(AnchorMode::Interval, 96 * 1024, seed, 12, true);
+        run(AnchorMode::Interval, 96 * 1024, seed, 12, (true, outlives(seed)));
     }
 }
 
 #[test]
 fn crashes_lose_no_acknowledged_flush_flush() {
     for seed in seeds(200_000, 12) {
-        run(AnchorMode::Flush, 1200 * 1024, seed, 10, true);
+        run(AnchorMode::Flush, 1200 * 1024, seed, 10, (true, outlives(seed)));
     }
 }
