@@ -384,6 +384,9 @@ It says when it is ready, with a line on standard output. The socket is yours al
 SIGTERM or SIGINT, or when the key holder leaves, requests that were sent are finished and the volume is closed: its anchor at the
 provider is then the newest.
 
+A server that is killed loses nothing that it acknowledged unless the machine crashes too: start it again on the same socket, and clients
+that reconnect (QEMU: reconnect=1 of a vhost-user chardev, reconnect-delay of nbd) go on, and their next FLUSH covers all of it.
+
 Example: fealty-keys volume exec acme root -- fealty-disk serve /store/root.vol --nbd /run/root.sock
          qemu-img info 'nbd+unix:///?socket=/run/root.sock'
 

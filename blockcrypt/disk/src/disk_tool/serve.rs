@@ -44,7 +44,8 @@ pub(super) fn serve(context: &Context, words: &Serve) -> Result<(), ToolError> {
     let socket = Socket::listen(words.socket())?;
     let again = file.try_clone().map_err(|e| ToolError::Open(path.clone(), e))?;
     let store = if words.read_only { FileStore::shared(file) } else { FileStore::exclusive(file) }.map_err(failed)?;
-    let options = OpenOptions { read_only: words.read_only, ..Default::default() };
+    // Clients come back to the next server, and know of no crash.
+    let options = OpenOptions { read_only: words.read_only, outlive: true, ..Default::default() };
     let goes_on = match words.rekey {
         true => rotation::permitted(&holder, &mut grant, |grant| super::look(path, again, grant, &kek, &holder))?,
         false => {
