@@ -4,6 +4,7 @@ use super::report;
 use super::size::Size;
 use clap::error::ErrorKind;
 use clap::{Args, Parser, Subcommand, ValueEnum};
+use policy::AnchorMode;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
@@ -243,9 +244,34 @@ pub(crate) struct Serve {
     /// Read and write the volume past the page cache (O_DIRECT): saves the host's memory, and costs whatever it would have held
     #[arg(long)]
     pub(crate) direct: bool,
+    /// How fresh the volume's anchor is kept at the key provider while the volume is in use
+    #[arg(long, value_enum, default_value_t, conflicts_with = "read_only")]
+    pub(crate) anchor_mode: Freshness,
     /// With --vhost-user: virtio queues, each with a thread; as many as the guest has processors serve it best
     #[arg(long, value_name = "N", default_value_t = 4, value_parser = clap::value_parser!(u16).range(1..=16))]
     pub(crate) queues: u16,
+}
+
+/// `policy::AnchorMode`, as words of the command line.
+#[derive(ValueEnum, Clone, Copy, PartialEq, Eq, Default, Debug)]
+pub(crate) enum Freshness {
+    /// At the beginning and at the end alone
+    Close,
+    /// Each second too in which something was flushed; FLUSH waits when the provider has not answered for 30 s
+    #[default]
+    Interval,
+    /// Each FLUSH waits until the provider has its anchor
+    Flush,
+}
+
+impl From<Freshness> for AnchorMode {
+    fn from(freshness: Freshness) -> Self {
+        match freshness {
+            Freshness::Close => Self::Close,
+            Freshness::Interval => Self::Interval,
+            Freshness::Flush => Self::Flush,
+        }
+    }
 }
 
 /// How a volume is lent: one of them.
@@ -386,6 +412,11 @@ provider is then the newest.
 
 A server that is killed loses nothing that it acknowledged unless the machine crashes too: start it again on the same socket, and clients
 that reconnect (QEMU: reconnect=1 of a vhost-user chardev, reconnect-delay of nbd) go on, and their next FLUSH covers all of it.
+
+The anchor at the key provider tells the newest state from an older copy of the volume, which then does not open. --anchor-mode says how
+old a copy, put back while the server does not run, may be to pass all the same: with `flush` it lacks nothing that a FLUSH acknowledged,
+with `interval` (the default) at most what was flushed in the last second or, where the provider did not answer, in the last 30; with
+`close` it may be from any moment since the server began, if it was killed.
 
 Example: fealty-keys volume exec acme root -- fealty-disk serve /store/root.vol --nbd /run/root.sock
          qemu-img info 'nbd+unix:///?socket=/run/root.sock'

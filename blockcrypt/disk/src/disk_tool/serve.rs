@@ -41,6 +41,7 @@ pub(super) fn serve(context: &Context, words: &Serve) -> Result<(), ToolError> {
     options.read(true).write(!words.read_only).custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY);
     let file = options.open(path).map_err(|e| ToolError::Open(path.clone(), e))?;
     let Handover { mut grant, kek, holder, .. } = context.handover("serve")?;
+    grant.anchor_mode = words.anchor_mode.into();
     let socket = Socket::listen(words.socket())?;
     let again = file.try_clone().map_err(|e| ToolError::Open(path.clone(), e))?;
     let store = if words.read_only { FileStore::shared(file) } else { FileStore::exclusive(file) }.map_err(failed)?;
