@@ -4,10 +4,11 @@
 use super::cli::{Erase, Rekey, Resize, Rewrap};
 use super::error::ToolError;
 use super::holder::{Handover, Holder, HolderError, Leave};
+use super::info::Look;
 use super::progress::Progress;
 use super::report::{self, Reporter};
 use super::size::Bytes;
-use super::{Context, look, open_for_writing, rotation};
+use super::{Context, control, look, open_file, open_for_writing, rotation};
 use blockcrypt::{FileStore, Kek, OpenOptions, Volume, VolumeError, VolumeInfo, erase as erase_store, inspect};
 use policy::disk::{VolumeGrant, VolumeOperation, VolumeRequest};
 use policy::{KeyId, VolumeId};
@@ -55,6 +56,12 @@ pub(super) struct Change<'a> {
 
 pub(super) fn resize(context: &Context, words: &Resize) -> Result<(), ToolError> {
     let size = words.size.bytes();
+    if let Some(socket) = &words.served {
+        let store = Look(open_file(&words.volume)?);
+        let volume = inspect(&store).map_err(|e| ToolError::Volume(words.volume.clone(), e))?.volume;
+        let size = control::resize(socket, volume, size)?;
+        return tell_size(context.report, volume, size);
+    }
     let change = Change { context, command: "resize", path: &words.volume, operation: None };
     let resized = change.make(|volume, _| {
         if size >= volume.size() {
@@ -67,7 +74,11 @@ pub(super) fn resize(context: &Context, words: &Resize) -> Result<(), ToolError>
         ToolError::Volume(path, error @ VolumeError::DataBeyond { .. }) => ToolError::Tail(path, error),
         other => other,
     })?;
-    context.report.result(&Resized { volume, size }, &format!("volume {volume} has {} now", Bytes(size)))
+    tell_size(context.report, volume, size)
+}
+
+fn tell_size(report: Reporter, volume: VolumeId, size: u64) -> Result<(), ToolError> {
+    report.result(&Resized { volume, size }, &format!("volume {volume} has {} now", Bytes(size)))
 }
 
 /// Seals everything under a new key, whose id the provider issues.

@@ -206,6 +206,9 @@ pub(crate) struct Resize {
     /// Where data lies behind a smaller size, lose it
     #[arg(long)]
     pub(crate) discard_tail: bool,
+    /// Ask the server that has the volume open to make it larger, at its --control socket; needs no keys
+    #[arg(long, value_name = "SOCKET", conflicts_with_all = ["discard_tail", "keys_fd"])]
+    pub(crate) served: Option<PathBuf>,
 }
 
 #[derive(Args, Debug)]
@@ -244,6 +247,9 @@ pub(crate) struct Serve {
     /// Read and write the volume past the page cache (O_DIRECT): saves the host's memory, and costs whatever it would have held
     #[arg(long)]
     pub(crate) direct: bool,
+    /// Listen on this unix socket for `resize --served`
+    #[arg(long, value_name = "SOCKET", conflicts_with = "read_only")]
+    pub(crate) control: Option<PathBuf>,
     /// How fresh the volume's anchor is kept at the key provider while the volume is in use
     #[arg(long, value_enum, default_value_t, conflicts_with = "read_only")]
     pub(crate) anchor_mode: Freshness,
@@ -357,7 +363,9 @@ also goes to the customer's audit log.
 Example: fealty-keys volume exec acme root -- fealty-disk check /store/root.vol";
 
 const RESIZE_HELP: &str = "\
-The VM must not run meanwhile. Snapshots keep their size and what they hold. The key provider learns the new size.
+The volume must not be in use meanwhile, but by `serve --control`, which can make it larger (--served): NBD clients that connect from then
+on see the new size, those that are connected keep the old one until they connect again; with vhost-user the next front end sees it, when
+the VM is powered on again. A volume of a running fealty VM keeps its size. Snapshots keep their size and what they hold. The key provider learns the new size.
 
 Make what is in the volume (partitions, file systems) smaller first. Data behind the new end, which a file system leaves there unless it
 discarded it (fstrim, blkdiscard), keeps the volume from becoming smaller: it needs --discard-tail, as qemu-img's resize needs
@@ -367,7 +375,8 @@ What the volume does not need any more becomes holes of its file (on a block dev
 was, for data may lie anywhere in it. `clone` makes one that is as short as it can be.
 
 Examples: fealty-keys volume exec acme data -- fealty-disk resize /store/data.vol --size 40G
-          fealty-keys volume exec acme data -- fealty-disk resize /store/data.vol --size 10G --discard-tail";
+          fealty-keys volume exec acme data -- fealty-disk resize /store/data.vol --size 10G --discard-tail
+          fealty-disk resize /store/data.vol --size 40G --served /run/data.control";
 
 const CLONE_HELP: &str = "\
 The clone has a name and an id at the key provider, and keys, all of its own: every block is read, verified and written anew under them,
