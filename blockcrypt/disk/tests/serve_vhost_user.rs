@@ -5,6 +5,7 @@ mod disk_support;
 
 use disk_support::server::{LIMIT, Server, system};
 use disk_support::{Folder, Keeper};
+use rustix::process::Signal;
 use std::io::{BufRead, BufReader, Read, Write};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
@@ -32,7 +33,7 @@ impl Guest {
             .arg("-initrd")
             .arg(folder.join("initramfs"))
             .args(["-append", &format!("console=ttyS0 quiet panic=-1 mitigations=off no_timer_check do={does}")])
-            .stdin(Stdio::null())
+            .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .stderr(Stdio::inherit())
             .spawn()
@@ -45,6 +46,11 @@ impl Guest {
             }
         });
         Self { qemu, lines, said: Vec::new() }
+    }
+
+    /// Types Enter on its console.
+    fn go_on(&mut self) {
+        self.qemu.stdin.as_mut().expect("piped").write_all(b"\n").expect("it runs");
     }
 
     /// Waits until it says a line with `words`.
@@ -106,6 +112,29 @@ fn a_linux_guest_verifies_what_it_wrote_whoever_is_restarted() {
     assert_eq!(keeper.json(&["check", &volume])["good"], true);
     let exported = keeper.good(&["export", &volume, "-"]);
     assert!(exported[24 << 20..26 << 20].iter().all(|b| *b == 0));
+}
+
+#[test]
+fn what_a_guest_was_told_is_written_outlives_the_server_and_its_next_flush_covers_it() {
+    let (folder, mut keeper) = (Folder::new(), Keeper::new());
+    let volume = folder.name("a.vol");
+    keeper.good(&["create", &volume, "--size", "64M"]);
+    let server = Server::start(&mut keeper, &folder, &volume, "--vhost-user", &["--queues", "2"]);
+    let mut guest = Guest::boot(&server.socket, "outlive");
+    guest.until("guest: acknowledged");
+    // It has flushed nothing of that, and waits. Its front end connects again by itself.
+    server.running.signal(Signal::KILL);
+    assert_eq!(server.end(&mut keeper).code, 128 + 9);
+    let server = Server::start(&mut keeper, &folder, &volume, "--vhost-user", &["--queues", "2"]);
+    guest.go_on();
+    guest.until("guest: flushed");
+    server.running.signal(Signal::KILL);
+    assert_eq!(server.end(&mut keeper).code, 128 + 9);
+    drop(guest);
+    let exported = keeper.good(&["export", &volume, "-"]);
+    let written: String = (1..=200_000).map(|i| format!("{i}\n")).collect();
+    assert!(exported[..1 << 20] == written.as_bytes()[..1 << 20], "what it was told is durable");
+    assert!(exported[8 << 20..][..4096] == written.as_bytes()[..4096]);
 }
 
 #[test]

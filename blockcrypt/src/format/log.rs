@@ -13,7 +13,8 @@ use policy::KeyId;
 /// ```
 ///
 /// Flag 1 is a commit marker: the blocks up to this one were written for one fdatasync, and the fdatasync of the marker before
-/// had returned. The MAC, under the log key of `key id`, covers a type byte, the volume's UUID, the MAC of the block before, and
+/// had returned. A block without it, if it is the last and not full, may be written again with more records: then what a crash leaves
+/// of it is one of both, or nothing that verifies, and either way nothing is lost that a FLUSH acknowledged. The MAC, under the log key of `key id`, covers a type byte, the volume's UUID, the MAC of the block before, and
 /// this block without its MAC. The first block of a writer follows the *seed* instead: HMAC over UUID, open number and the MAC of
 /// the superblock with which that writer opened the volume. So blocks of another volume, writer or branch of history never
 /// continue a chain.

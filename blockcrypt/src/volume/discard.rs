@@ -77,7 +77,7 @@ impl Shared {
             self.relieve()?;
             at = end;
         }
-        Ok(())
+        self.hand_over()
     }
 
     /// As [`Core::unmap`]; but where only the log is short of room, makes some.

@@ -3,7 +3,11 @@
 //! Both are made by one thread at a time, the one that holds `flushing`, and neither holds the volume's lock while it computes or
 //! writes: requests go on. A checkpoint copies the pages that changed (a few MiB at most) under the lock, and what changes from
 //! then on is the next one's.
+//!
+//! Where writes outlive the process, each request hands its records to the store before it returns. It needs `logging` alone for that, so
+//! that it waits for no fdatasync.
 
+use super::log::Batch;
 use super::plan::Plan;
 use super::shared::Shared;
 use super::{CHECKPOINT_EVERY, Core, DIRTY_PAGES};
@@ -37,6 +41,8 @@ impl Occasion {
 
 /// Spare blocks that are asked for at once, at most: 5 MiB.
 const SPARES: u64 = 1280;
+/// How often a checkpoint hands the log what others add to it, before it takes the rest itself.
+const HAND_OVERS: u32 = 8;
 
 impl Shared {
     pub(super) fn flush(&self) -> Result<(), VolumeError> {
@@ -62,6 +68,7 @@ impl Shared {
 
     /// Makes everything written so far durable.
     pub(super) fn commit(&self, group: &MutexGuard<'_, ()>) -> Result<(), VolumeError> {
+        let log = self.logging();
         let (batch, records) = {
             let mut core = self.core()?;
             core.writable()?;
@@ -69,12 +76,19 @@ impl Shared {
         };
         let batch = match batch {
             // The ring is full: a checkpoint covers what waits.
-            Err(VolumeError::Full(None)) => return self.write_checkpoint(group, Occasion::Running),
+            Err(VolumeError::Full(None)) => {
+                drop(log);
+                return self.write_checkpoint(group, Occasion::Running);
+            }
             batch => batch?,
         };
-        self.put_batch(batch, group)?;
-        let anchor = self.core()?.anchor(&self.backing);
-        // Other threads may write meanwhile; what they add is not part of this.
+        self.put_batch(batch, &log)?;
+        let anchor = {
+            let core = self.core()?;
+            core.anchor(core.log.sequence, core.log.chain, &self.backing)
+        };
+        // Other threads may write meanwhile, the log too; what they add is not part of this.
+        drop(log);
         let synced = self.backing.sync();
         let mut core = self.core()?;
         if let Err(error) = synced {
@@ -88,15 +102,51 @@ impl Shared {
     }
 
     /// Writes a batch of records; what could not be written waits again.
-    fn put_batch(&self, batch: Option<super::log::Batch>, _group: &MutexGuard<'_, ()>) -> Result<(), VolumeError> {
+    fn put_batch(&self, batch: Option<Batch>, _log: &MutexGuard<'_, ()>) -> Result<(), VolumeError> {
         let Some(mut batch) = batch else { return Ok(()) };
         let put = batch.put(&self.backing);
         let mut core = self.core()?;
         match put {
             Ok(()) => core.log.written(&batch),
-            Err(_) => core.log.put_back(batch.into_records()),
+            Err(_) => core.log.not_written(batch),
         }
         put
+    }
+
+    /// Returns when the store has everything that requests before have written, where that is to outlive this process; durable it
+    /// need not be.
+    pub(super) fn hand_over(&self) -> Result<(), VolumeError> {
+        if !self.outlive {
+            return Ok(());
+        }
+        let wanted = self.core()?.log.appended;
+        if self.has_stored(wanted)? {
+            return Ok(());
+        }
+        // A checkpoint under way may have the records; and a ring that is full now may not be when that is done.
+        let group = self.flushing();
+        if matches!(self.has_stored(wanted), Ok(true)) {
+            return Ok(());
+        }
+        self.write_checkpoint(&group, Occasion::Running)
+    }
+
+    /// Writes what the store does not have of the log; whether it has the first `wanted` records then. An error is the store's, or the
+    /// keys'.
+    fn has_stored(&self, wanted: u64) -> Result<bool, VolumeError> {
+        let log = self.logging();
+        let batch = {
+            let mut core = self.core()?;
+            if core.log.stored >= wanted {
+                return Ok(true);
+            }
+            core.log.take_new()
+        };
+        match batch {
+            Err(VolumeError::Full(None)) | Ok(None) => return Ok(false),
+            batch => self.put_batch(batch?, &log)?,
+        }
+        Ok(true)
     }
 
     /// Writes full blocks of the log if many records wait: bounds memory. If somebody else is at the log, only when it is urgent.
@@ -105,15 +155,22 @@ impl Shared {
         if !wanted {
             return Ok(());
         }
+        if self.outlive {
+            return self.hand_over();
+        }
         let group = match self.flushing.try_lock() {
             Ok(group) => group,
             Err(_) if urgent => self.flushing(),
             Err(_) => return Ok(()),
         };
+        let log = self.logging();
         let batch = self.core()?.log.take_full();
         match batch {
-            Err(VolumeError::Full(None)) => self.write_checkpoint(&group, Occasion::Running),
-            batch => self.put_batch(batch?, &group),
+            Err(VolumeError::Full(None)) => {
+                drop(log);
+                self.write_checkpoint(&group, Occasion::Running)
+            }
+            batch => self.put_batch(batch?, &log),
         }
     }
 
@@ -211,7 +268,7 @@ impl Shared {
     /// whoever called can't take back any more what has become durable.
     pub(super) fn write_checkpoint(&self, group: &MutexGuard<'_, ()>, occasion: Occasion) -> Result<(), VolumeError> {
         let from = &self.backing;
-        let mut plan = self.with_core(|core| core.freeze(from, occasion))?;
+        let mut plan = self.freeze(occasion)?;
         let block = match plan.write(from) {
             Ok(block) => block,
             Err(error) => {
@@ -223,9 +280,8 @@ impl Shared {
             return Err(self.core()?.fail(error, &*from.events));
         }
         {
-            let mut core = self.core()?;
-            core.settle(plan, from, occasion)?;
-            self.anchoring.durable(core.anchor(from));
+            let anchor = self.core()?.settle(plan, from, occasion)?;
+            self.anchoring.durable(anchor);
         }
         if occasion.waits_for_the_anchor() {
             return Ok(());
@@ -239,6 +295,30 @@ impl Shared {
             from.events.note(&format!("after a checkpoint: {error}; the next one tries again"));
         }
         Ok(())
+    }
+
+    /// Decides what a checkpoint holds. Where each request hands its records to the log, they are handed to it before: with none lent to
+    /// the checkpoint, requests go on meanwhile.
+    fn freeze(&self, occasion: Occasion) -> Result<Plan, VolumeError> {
+        let log = self.logging();
+        let mut tries = if self.outlive { HAND_OVERS } else { 0 };
+        loop {
+            if tries > 0 {
+                let batch = self.core()?.log.take_new();
+                // What the log can't take, the checkpoint covers.
+                if batch.and_then(|batch| self.put_batch(batch, &log)).is_err() {
+                    tries = 0;
+                }
+            }
+            let frozen = self.with_core(|core| match tries > 0 && core.log.has_new() {
+                true => Ok(None),
+                false => core.freeze(&self.backing, occasion).map(Some),
+            })?;
+            match frozen {
+                Some(plan) => return Ok(plan),
+                None => tries -= 1,
+            }
+        }
     }
 
     /// Overwrites what held key slots, and only then frees it. Checkpoints do so too, and only note where they can't: who promises
@@ -308,17 +388,19 @@ impl Core {
         !self.log.is_empty() || self.forest.dirty() > 0 || self.lists_changed()
     }
 
-    /// A checkpoint is durable.
-    fn settle(&mut self, plan: Plan, from: &Backing, occasion: Occasion) -> Result<(), VolumeError> {
+    /// A checkpoint is durable; its anchor.
+    fn settle(&mut self, plan: Plan, from: &Backing, occasion: Occasion) -> Result<VolumeAnchor, VolumeError> {
         self.place = plan.place;
         self.checkpointing = false;
         let key = plan.next.key();
         plan.settle_pages(&mut self.forest, key);
-        if self.log.sequence == 0 && occasion == Occasion::Opening {
-            self.log.chain =
-                from.with_keys(|_, key| Ok(key.log_seed(from.uuid, plan.next.writer.get(), &plan.next.mac)))?;
+        // The head may be further on by now, with blocks that are not durable.
+        let (sequence, mut chain) = (plan.next.cut.sequence, plan.next.cut.chain);
+        if sequence == 0 && occasion == Occasion::Opening {
+            chain = from.with_keys(|_, key| Ok(key.log_seed(from.uuid, plan.next.writer.get(), &plan.next.mac)))?;
+            self.log.chain = chain;
         }
-        self.log.cut_here(plan.records);
+        self.log.end_cut(plan.records);
         self.chains_settled(&plan);
         let plan_freed = plan.freed;
         self.superblock = plan.next;
@@ -329,7 +411,7 @@ impl Core {
             self.space.release(&freed, spares(from));
         }
         self.last_checkpoint = Instant::now();
-        Ok(())
+        Ok(self.anchor(sequence, chain, from))
     }
 }
 

@@ -1,7 +1,11 @@
 //! The log as its writer sees it: a ring of blocks, a chain of MACs, records that wait.
 //!
-//! Only the thread that holds `flushing` moves the head: it takes records out under the volume's lock, writes them as a [`Batch`]
+//! Only the thread that holds `logging` moves the head: it takes records out under the volume's lock, writes them as a [`Batch`]
 //! without it, and puts the result back.
+//!
+//! Records may be handed to the store before a FLUSH asks for them to be durable: so they outlive this process. Those that do not fill a
+//! block lie in the one at the head, which is *open*: it is written again, with more, until it is full, or a FLUSH or a checkpoint
+//! closes it. A crash of the machine may tear it, and with it only what no FLUSH has acknowledged.
 
 use crate::VolumeError;
 use crate::backing::Backing;
@@ -29,17 +33,27 @@ pub(crate) struct Log {
     pub(crate) sequence: u64,
     /// The MAC that the next block follows.
     pub(crate) chain: [u8; MAC],
+    /// Records that no closed block has.
     pending: Vec<Record>,
+    /// How many of these, from the first, the open block has; and its MAC.
+    handed: usize,
+    open_mac: [u8; MAC],
+    /// Where replay will start when the checkpoint under way is durable.
+    next_cut: u64,
+    /// That checkpoint has records that the log has not. Nothing may follow them before it is durable or given up.
+    lent: bool,
     /// Blocks that are being written.
     writing: u64,
     /// Records that requests in hand will append.
     promised: u64,
     /// Records ever appended.
     pub(crate) appended: u64,
+    /// Of these, how many the store has, durable or not.
+    pub(crate) stored: u64,
     /// Of these, how many are known to be durable.
     pub(crate) durable: u64,
-    /// Blocks were written since the last commit marker.
-    unmarked: bool,
+    /// The head behind the last commit marker or cut.
+    marked: u64,
 }
 
 /// Pending records at which full blocks are written without waiting for a FLUSH: bounds memory.
@@ -52,8 +66,12 @@ pub(crate) struct Batch {
     writer: u32,
     head: u64,
     sequence: u64,
-    /// What the first block follows; then the MAC of the last.
+    /// What the first block follows; then the MAC of the last that is closed.
     chain: [u8; MAC],
+    /// The MAC of the last.
+    last: [u8; MAC],
+    /// How many records the open block had.
+    handed: usize,
 }
 
 impl Log {
@@ -68,11 +86,16 @@ impl Log {
             sequence: 0,
             chain: [0; MAC],
             pending: Vec::new(),
+            handed: 0,
+            open_mac: [0; MAC],
+            next_cut: head,
+            lent: false,
             writing: 0,
             promised: 0,
             appended: 0,
+            stored: 0,
             durable: 0,
-            unmarked: false,
+            marked: head,
         }
     }
 
@@ -113,10 +136,23 @@ impl Log {
 
     /// What waits, to be written with a commit marker behind it; nothing if there is nothing to mark.
     pub(crate) fn take_all(&mut self) -> Result<Option<Batch>, VolumeError> {
-        if self.pending.is_empty() && !self.unmarked {
+        if self.pending.is_empty() && self.head == self.marked {
             return Ok(None);
         }
         self.take(self.pending.len(), true).map(Some)
+    }
+
+    /// What waits, to be written without a marker; nothing if the store has it, or a checkpoint must be waited for.
+    pub(crate) fn take_new(&mut self) -> Result<Option<Batch>, VolumeError> {
+        if !self.has_new() || self.lent {
+            return Ok(None);
+        }
+        self.take(self.pending.len(), false).map(Some)
+    }
+
+    /// Whether records wait that the store does not have.
+    pub(crate) fn has_new(&self) -> bool {
+        self.pending.len() > self.handed
     }
 
     /// Full blocks of what waits, to be written without a marker.
@@ -134,38 +170,64 @@ impl Log {
         }
         self.writing = blocks;
         let Self { writer, head, sequence, chain, .. } = *self;
-        Ok(Batch { records: self.pending.drain(..count).collect(), commit, writer, head, sequence, chain })
+        let (handed, records) = (std::mem::take(&mut self.handed), self.pending.drain(..count).collect());
+        Ok(Batch { records, commit, writer, head, sequence, chain, last: chain, handed })
     }
 
-    /// A batch was written: the head is behind it.
+    /// A batch was written: the head is behind its closed blocks.
     pub(crate) fn written(&mut self, batch: &Batch) {
-        let blocks = blocks(batch.records.len());
+        let closed = batch.closed();
         self.writing = 0;
         self.chain = batch.chain;
-        self.head += blocks;
-        self.sequence += blocks;
-        self.unmarked = !batch.commit;
+        self.head += closed;
+        self.sequence += closed;
+        self.stored += (batch.records.len() - batch.handed) as u64;
+        if batch.commit {
+            self.marked = self.head;
+        } else {
+            let open = &batch.records[closed as usize * RECORDS..];
+            self.pending.splice(0..0, open.iter().copied());
+            (self.handed, self.open_mac) = (open.len(), batch.last);
+        }
     }
 
-    /// Records that were taken and not written wait again.
-    pub(crate) fn put_back(&mut self, records: Vec<Record>) {
+    /// A batch was not written, or in part: its records wait again.
+    pub(crate) fn not_written(&mut self, batch: Batch) {
         self.writing = 0;
+        // What the open block holds now is not known.
+        self.stored -= batch.handed as u64;
+        self.pending.splice(0..0, batch.records);
+    }
+
+    /// A checkpoint is given up: the records that it had wait again.
+    pub(crate) fn give_up_cut(&mut self, records: Vec<Record>) {
+        self.lent = false;
         self.pending.splice(0..0, records);
     }
 
     /// A checkpoint begins: where replay will start, and the records that wait, for the map has them. The MAC is zero where the chain
-    /// has not begun.
+    /// has not begun. The open block is closed: replay must not find it behind the cut.
     pub(crate) fn begin_cut(&mut self) -> (Cut, Vec<Record>) {
+        if self.handed > 0 {
+            self.pending.drain(..std::mem::take(&mut self.handed));
+            self.chain = self.open_mac;
+            self.head += 1;
+            self.sequence += 1;
+        }
+        self.next_cut = self.head;
+        self.lent = !self.pending.is_empty();
         let cut = Cut { offset: self.head % self.blocks, sequence: self.sequence, chain: self.chain };
         (cut, std::mem::take(&mut self.pending))
     }
 
-    /// A superblock with its cut at the head is durable, and with it the first `records` records.
-    pub(crate) fn cut_here(&mut self, records: u64) {
+    /// The superblock with the cut that was begun is durable, and with it the first `records` records.
+    pub(crate) fn end_cut(&mut self, records: u64) {
         self.durable = self.durable.max(records);
-        self.unmarked = false;
+        self.stored = self.stored.max(records);
+        self.lent = false;
         self.retained = self.cut;
-        self.cut = self.head;
+        self.cut = self.next_cut;
+        self.marked = self.marked.max(self.cut);
     }
 
     fn waiting_blocks(&self) -> u64 {
@@ -176,22 +238,25 @@ impl Log {
 impl Batch {
     /// MACs and writes the blocks; not yet durable.
     pub(crate) fn put(&mut self, from: &Backing) -> Result<(), VolumeError> {
-        let count = blocks(self.records.len());
+        let (count, closed) = (blocks(self.records.len()), self.closed());
         let mut bytes = Vec::with_capacity(count as usize * BLOCK);
-        let mut chain = self.chain;
+        let (mut chain, mut last) = (self.chain, self.chain);
         from.with_keys(|_, key| {
             for i in 0..count {
                 let start = i as usize * RECORDS;
                 let records = &self.records[start..self.records.len().min(start + RECORDS)];
                 let commit = self.commit && i + 1 == count;
                 let mut block = LogBlock::to_block(commit, self.writer, self.sequence + i, key.id, records);
-                chain = key.log_mac(from.uuid, &chain, &block);
-                block[MAC_AT..MAC_AT + MAC].copy_from_slice(&chain);
+                last = key.log_mac(from.uuid, &last, &block);
+                block[MAC_AT..MAC_AT + MAC].copy_from_slice(&last);
                 bytes.extend_from_slice(&block[..]);
+                if i < closed {
+                    chain = last;
+                }
             }
             Ok(())
         })?;
-        self.chain = chain;
+        (self.chain, self.last) = (chain, last);
         // Round the ring's end if need be.
         let geometry = from.geometry();
         let offset = self.head % geometry.log_blocks;
@@ -203,9 +268,9 @@ impl Batch {
         Ok(())
     }
 
-    /// The records, where they could not be written.
-    pub(crate) fn into_records(self) -> Vec<Record> {
-        self.records
+    /// Blocks that are not written again: without a marker, those that are full.
+    fn closed(&self) -> u64 {
+        if self.commit { blocks(self.records.len()) } else { (self.records.len() / RECORDS) as u64 }
     }
 }
 

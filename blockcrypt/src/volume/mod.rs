@@ -18,7 +18,7 @@
 //!
 //! Locks, in the order in which they are taken: `gate` (held by each request that changes something, shared; and alone by what
 //! must not meet one: a snapshot, a resize, `close`), `ranges` (two requests that change the same blocks follow each other),
-//! `flushing` (one FLUSH or checkpoint at a time), `core` (map, free space, log), then either the keys' (over a computation, never
+//! `flushing` (one FLUSH or checkpoint at a time), `logging` (one writer of the log), `core` (map, free space, log), then either the keys' (over a computation, never
 //! over I/O) or the anchors'. [`Volume::wipe_keys`] takes only the last two, so that no store and no provider can delay it.
 //!
 //! Requests share `core` alone, and hold it over look-ups in memory: neither a cipher nor the store is used under it. Where
@@ -42,6 +42,7 @@ mod snapshots;
 mod write;
 
 use crate::backing::Backing;
+use crate::format::MAC;
 use crate::format::anchor::AnchorFields;
 use crate::format::page::{Entry, Tree, entry};
 use crate::format::slot::Slot;
@@ -205,8 +206,9 @@ impl Volume {
         self.shared.read_many(requests)
     }
 
-    /// Writes `data` at `offset`; both in multiples of 512 bytes. Durable after the next [`flush`](Self::flush). After an error
-    /// each 4096-byte block of the range holds either the old or the new data.
+    /// Writes `data` at `offset`; both in multiples of 512 bytes. Durable after the next [`flush`](Self::flush), and there after the death
+    /// of this process before that if the volume was opened so ([`OpenOptions::outlive`]). After an error each 4096-byte block of the
+    /// range holds either the old or the new data.
     pub fn write(&self, offset: u64, data: &[u8]) -> Result<(), VolumeError> {
         self.shared.write(offset, data)
     }
@@ -377,14 +379,14 @@ impl Core {
         error
     }
 
-    /// The anchor of the newest durable state, if the log is durable up to its head.
-    fn anchor(&self, backing: &Backing) -> VolumeAnchor {
+    /// The anchor of the newest superblock and a log that is durable up to its block `sequence`, which follows `chain`.
+    fn anchor(&self, sequence: u64, chain: [u8; MAC], backing: &Backing) -> VolumeAnchor {
         let fields = AnchorFields {
             volume: backing.uuid,
             writer: self.superblock.writer,
             epoch: self.superblock.epoch,
-            sequence: self.log.sequence,
-            chain: self.log.chain,
+            sequence,
+            chain,
             root: self.superblock.mac,
             key: self.superblock.key(),
             kek: self.superblock.slot.kek,

@@ -38,6 +38,12 @@ pub struct OpenOptions {
     pub map_cache: usize,
     /// Opens the snapshot with this number instead, for reading only: nothing is written, no anchor moves.
     pub snapshot: Option<u64>,
+    /// What is written or discarded outlives this process: its record is in the store, though not durable, before the request
+    /// returns, so that nothing that was acknowledged is gone where the process is killed and the machine goes on. For who serves a disk
+    /// to others, who come back to the next process and know of no crash. Costs a write of a log block, 4 KiB, for each request or
+    /// call of [`write_many`](Volume::write_many), less where several wait for it. Without it, what no FLUSH has acknowledged dies
+    /// with the process.
+    pub outlive: bool,
 }
 
 impl OpenOptions {
@@ -48,7 +54,7 @@ impl OpenOptions {
 
 impl Default for OpenOptions {
     fn default() -> Self {
-        Self { read_only: false, map_cache: 64 << 20, snapshot: None }
+        Self { read_only: false, map_cache: 64 << 20, snapshot: None, outlive: false }
     }
 }
 
@@ -119,7 +125,7 @@ impl Volume {
         let mut core = Core::new(superblock, 1, log, lists, &backing, options);
         core.run(&backing, |core| core.space.fence(&mut core.forest))?;
         let anchoring = Anchoring::new(anchors, events, grant.anchor_mode, None);
-        let shared = Shared::new(backing, grant, false, core, anchoring);
+        let shared = Shared::new(backing, grant, (false, options.outlive), core, anchoring);
         shared.finish_creation()?;
         Self::new(shared)
     }
@@ -186,7 +192,7 @@ impl Volume {
         if let Some(id) = options.snapshot {
             core.show_snapshot(id, &backing)?;
         }
-        let shared = Shared::new(backing, grant, !options.writes(), core, anchoring);
+        let shared = Shared::new(backing, grant, (!options.writes(), options.outlive), core, anchoring);
         if options.snapshot.is_none() {
             shared.take_over(&replayed, grant, kek)?;
         }

@@ -213,7 +213,7 @@ impl Core {
             self.forest.thaw(page.id);
         }
         self.checkpointing = false;
-        self.log.put_back(std::mem::take(&mut plan.pending));
+        self.log.give_up_cut(std::mem::take(&mut plan.pending));
         undone.map_err(|halt| match halt {
             Halt::Failed(error) => Halt::Failed(self.fail(error, &*from.events)),
             Halt::Missing(_) => Halt::Failed(self.fail(VolumeError::System("page of a checkpoint"), &*from.events)),

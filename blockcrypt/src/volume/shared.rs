@@ -15,6 +15,8 @@ pub(crate) struct Shared {
     pub(crate) backing: Backing,
     pub(super) customer: CustomerId,
     pub(super) read_only: bool,
+    /// What is acknowledged outlives this process: see [`OpenOptions::outlive`](super::OpenOptions::outlive).
+    pub(super) outlive: bool,
     pub(super) closed: AtomicBool,
     /// The last checkpoint is made, and only its anchor is still to be kept. Changed by whoever is alone, or closes.
     pub(super) closing: AtomicBool,
@@ -23,6 +25,7 @@ pub(crate) struct Shared {
     gate: RwLock<()>,
     ranges: Ranges,
     pub(super) flushing: Mutex<()>,
+    logging: Mutex<()>,
     core: Mutex<Core>,
     pub(super) anchoring: Arc<Anchoring>,
 }
@@ -31,7 +34,7 @@ impl Shared {
     pub(super) fn new(
         backing: Backing,
         grant: &VolumeGrant,
-        read_only: bool,
+        (read_only, outlive): (bool, bool),
         core: Core,
         anchoring: Anchoring,
     ) -> Self {
@@ -39,12 +42,14 @@ impl Shared {
             backing,
             customer: grant.customer.clone(),
             read_only,
+            outlive,
             closed: AtomicBool::new(false),
             closing: AtomicBool::new(false),
             closer: Mutex::new(()),
             gate: RwLock::new(()),
             ranges: Ranges::default(),
             flushing: Mutex::new(()),
+            logging: Mutex::new(()),
             core: Mutex::new(core),
             anchoring: Arc::new(anchoring),
         }
@@ -121,6 +126,10 @@ impl Shared {
 
     pub(super) fn flushing(&self) -> MutexGuard<'_, ()> {
         self.flushing.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(super) fn logging(&self) -> MutexGuard<'_, ()> {
+        self.logging.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     pub(super) fn info(&self) -> VolumeInfo {

@@ -89,6 +89,10 @@ impl Shared {
             }
         }
         group.end(|pieces| self.write_group(pieces, &mut done));
+        // One write for all of them; where that fails, each finds out how it stands with its own.
+        if self.hand_over().is_err() {
+            done.iter_mut().filter(|done| done.is_ok()).for_each(|done| *done = self.hand_over());
+        }
         done
     }
 

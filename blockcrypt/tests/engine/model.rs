@@ -178,6 +178,10 @@ struct Run {
     half_resized: Option<usize>,
     /// Histories that failed before volumes could shrink are kept as they were.
     shrinks: bool,
+    /// How volumes are opened.
+    options: OpenOptions,
+    /// Everything that was asked for was acknowledged.
+    acknowledged: bool,
 }
 
 impl Run {
@@ -390,18 +394,30 @@ impl Run {
                 break;
             }
         }
+        self.acknowledged = end.is_ok();
         if end.is_ok() && self.random.chance(25) && volume.close().is_ok() {
             self.model.settle();
         }
     }
 }
 
-/// A history of `lives` lives. Every other one is of a store that takes lots while later ones are sealed.
-fn history(mode: AnchorMode, size: usize, seed: u64, lives: u64) {
-    run(mode, size, seed, lives, true, seed % 2 == 1);
+/// What histories differ in.
+struct Kind {
+    /// The volume is made smaller now and then.
+    shrinks: bool,
+    /// What is acknowledged outlives the process.
+    outlive: bool,
+    /// The store takes lots while later ones are sealed.
+    overlaps: bool,
 }
 
-fn run(mode: AnchorMode, size: usize, seed: u64, lives: u64, shrinks: bool, overlaps: bool) {
+/// A history of `lives` lives, of a kind that its seed says.
+fn history(mode: AnchorMode, size: usize, seed: u64, lives: u64) {
+    run(mode, size, seed, lives, Kind { shrinks: true, outlive: outlives(seed), overlaps: seed % 4 >= 2 });
+}
+
+fn run(mode: AnchorMode, size: usize, seed: u64, lives: u64, kind: Kind) {
+    let Kind { shrinks, outlive, overlaps } = kind;
     let test = format!("crashes_lose_no_acknowledged_flush_{}", format!("{mode:?}").to_lowercase());
     let _replay = Replay { test, seed };
     let (provider, store) = (Provider::new(mode), SimStore::new());
@@ -422,12 +438,15 @@ fn run(mode: AnchorMode, size: usize, seed: u64, lives: u64, shrinks: bool, over
         half_deleted: None,
         half_resized: None,
         shrinks,
+        options: OpenOptions { outlive, ..Default::default() },
+        acknowledged: true,
     };
     for life in 0..lives {
         run.context = format!("mode {mode:?} seed {seed} life {life}");
         // The process is gone; what it wrote is the kernel's until the power fails too.
         run.store.repair();
-        if run.random.chance(60) {
+        let mut crashed = run.random.chance(60);
+        if crashed {
             run.store.crash(&mut run.random);
         }
         if run.random.chance(40) {
@@ -438,7 +457,12 @@ fn run(mode: AnchorMode, size: usize, seed: u64, lives: u64, shrinks: bool, over
             run.store.repair();
             if run.random.chance(70) {
                 run.store.crash(&mut run.random);
+                crashed = true;
             }
+        }
+        if outlive && run.acknowledged && !crashed {
+            // Only the process died.
+            run.model.settle();
         }
         if run.random.chance(20) {
             let seen = run.provider.open_read_only(run.store.clone());
@@ -449,7 +473,7 @@ fn run(mode: AnchorMode, size: usize, seed: u64, lives: u64, shrinks: bool, over
         if run.random.chance(15) {
             *lock(&run.provider.key_id) += 1;
         }
-        let volume = run.provider.open(run.store.clone());
+        let volume = run.provider.open_with(run.store.clone(), &run.provider.grant(), run.options);
         let volume = volume.unwrap_or_else(|e| panic!("{}: {e}", run.context));
         let size = volume.size() as usize;
         run.tell(&format_args!("{size} bytes, snapshots {:?}", run.snapshots.keys()));
@@ -460,6 +484,7 @@ fn run(mode: AnchorMode, size: usize, seed: u64, lives: u64, shrinks: bool, over
         run.check_snapshots(&volume);
         if run.random.chance(20) {
             drop(volume);
+            run.acknowledged = true;
             run.read_snapshots();
             continue;
         }
@@ -473,12 +498,18 @@ fn run(mode: AnchorMode, size: usize, seed: u64, lives: u64, shrinks: bool, over
     assert!(events.iter().all(|e| !e.starts_with("integrity")), "{events:?}");
 }
 
+/// Whether in this history what is acknowledged outlives the process: every second one.
+pub(crate) fn outlives(seed: u64) -> bool {
+    seed % 2 == 1
+}
+
 /// A rotation beside a snapshot that is being deleted; a store longer than its volume, whose opener died at its first superblock.
 #[test]
 fn histories_that_once_failed() {
     for overlaps in [false, true] {
-        run(AnchorMode::Close, 700 * 1024 + 512, 267, 10, false, overlaps);
-        run(AnchorMode::Interval, 96 * 1024, 100_349, 12, false, overlaps);
+        let kind = || Kind { shrinks: false, outlive: false, overlaps };
+        run(AnchorMode::Close, 700 * 1024 + 512, 267, 10, kind());
+        run(AnchorMode::Interval, 96 * 1024, 100_349, 12, kind());
     }
 }
 

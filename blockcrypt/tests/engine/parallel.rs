@@ -1,7 +1,7 @@
 //! Several threads at once, over stores that lose power: each sees its own part as if it were alone.
 
 use crate::common::{MIB, Provider, Random, Replay, SimStore, check_good, seeds};
-use crate::model::{Model, read_many, request, requests, write_many};
+use crate::model::{Model, outlives, read_many, request, requests, write_many};
 use fealty_blockcrypt::{MemoryStore, OpenOptions, Volume, VolumeError};
 use policy::AnchorMode;
 use std::sync::Arc;
@@ -56,10 +56,11 @@ fn run(mode: AnchorMode, seed: u64, lives: u64) {
     provider.create(store.clone(), size as u64).expect("a volume").close().expect("closed");
     let mut random = Random(seed);
     let mut models: Vec<Model> = (0..THREADS).map(|i| Model::at(i * PART, PART)).collect();
+    let outlive = outlives(seed);
     for life in 0..lives {
         let context = format!("mode {mode:?} seed {seed} life {life}");
         // The smallest cache there is: pages go and come back all the time.
-        let options = OpenOptions { map_cache: 0, ..OpenOptions::default() };
+        let options = OpenOptions { map_cache: 0, outlive, ..OpenOptions::default() };
         let volume = provider.open_with(store.clone(), &provider.grant(), options);
         let volume = volume.unwrap_or_else(|e| panic!("{context}: {e}"));
         for model in &mut models {
@@ -70,11 +71,14 @@ fn run(mode: AnchorMode, seed: u64, lives: u64) {
         }
         let steps = 10 + random.below(60);
         let seeds: Vec<u64> = models.iter().map(|_| random.number()).collect();
-        std::thread::scope(|scope| {
-            for (i, (model, seed)) in models.iter_mut().zip(seeds).enumerate() {
+        let worked: Vec<_> = std::thread::scope(|scope| {
+            let parts = models.iter_mut().zip(seeds).enumerate();
+            let begin = |(i, (model, seed)): (usize, (_, u64))| {
                 let volume = &volume;
-                scope.spawn(move || work(volume, model, i * PART, &mut Random(seed), steps));
-            }
+                scope.spawn(move || work(volume, model, i * PART, &mut Random(seed), steps))
+            };
+            let threads: Vec<_> = parts.map(begin).collect();
+            threads.into_iter().map(|thread| thread.join().expect("no panic")).collect()
         });
         if random.chance(40) && volume.checkpoint().is_ok() {
             check_good(&volume);
@@ -83,6 +87,9 @@ fn run(mode: AnchorMode, seed: u64, lives: u64) {
         store.repair();
         if random.chance(80) {
             store.crash(&mut random);
+        } else if outlive {
+            // Only the process died: each thread finds what it was told is written.
+            models.iter_mut().zip(&worked).filter(|(_, done)| done.is_ok()).for_each(|(model, _)| model.settle());
         }
     }
     let events = provider.heard();

@@ -269,7 +269,9 @@ fn serve(
         other => other.map_err(broken)?,
     }
     loop {
-        if !readable(socket, renewal.saturating_duration_since(Instant::now())).map_err(broken)? {
+        // A command that always has something to say, an anchor for each FLUSH, must not keep the session from being renewed.
+        let left = renewal.saturating_duration_since(Instant::now());
+        if left.is_zero() || !readable(socket, left).map_err(broken)? {
             *renewal = held.renew();
             continue;
         }

@@ -4,10 +4,11 @@
 use super::cli::{Erase, Rekey, Resize, Rewrap};
 use super::error::ToolError;
 use super::holder::{Handover, Holder, HolderError, Leave};
+use super::info::Look;
 use super::progress::Progress;
 use super::report::{self, Reporter};
 use super::size::{Bytes, Size};
-use super::{Context, look, open_for_writing, rotation};
+use super::{Context, control, look, open_file, open_for_writing, rotation};
 use blockcrypt::{FileStore, Kek, OpenOptions, Volume, VolumeError, VolumeInfo, erase as erase_store, inspect};
 use policy::disk::{VolumeGrant, VolumeOperation, VolumeRequest};
 use policy::{KeyId, VolumeId};
@@ -55,6 +56,13 @@ pub(super) struct Change<'a> {
 }
 
 pub(super) fn resize(context: &Context, words: &Resize) -> Result<(), ToolError> {
+    if let Some(socket) = &words.served {
+        let store = Look(open_file(&words.volume)?);
+        let volume = inspect(&store).map_err(|e| ToolError::Volume(words.volume.clone(), e))?.volume;
+        // The command line asks for a size, where it does not ask for room.
+        let (size, room) = control::resize(socket, volume, words.size.map_or(0, Size::bytes))?;
+        return tell_size(context.report, volume, size, room);
+    }
     let change = Change { context, command: "resize", path: &words.volume, operation: None };
     let resized = change.make(|volume, _| {
         let size = words.size.map_or(volume.size(), Size::bytes);
@@ -71,8 +79,12 @@ pub(super) fn resize(context: &Context, words: &Resize) -> Result<(), ToolError>
         ToolError::Volume(path, error @ VolumeError::DataBeyond { .. }) => ToolError::Tail(path, error),
         other => other,
     })?;
+    tell_size(context.report, volume, size, room)
+}
+
+fn tell_size(report: Reporter, volume: VolumeId, size: u64, room: u64) -> Result<(), ToolError> {
     let text = format!("volume {volume} has {} now, and room for {} beyond that", Bytes(size), Bytes(room));
-    context.report.result(&Resized { volume, size, room }, &text)
+    report.result(&Resized { volume, size, room }, &text)
 }
 
 /// Seals everything under a new key, whose id the provider issues.

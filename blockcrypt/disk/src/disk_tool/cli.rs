@@ -4,6 +4,7 @@ use super::report;
 use super::size::{Room, Size};
 use clap::error::ErrorKind;
 use clap::{Args, Parser, Subcommand, ValueEnum};
+use policy::AnchorMode;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
@@ -227,6 +228,9 @@ pub(crate) struct Resize {
     /// Where data lies behind a smaller size, lose it
     #[arg(long)]
     pub(crate) discard_tail: bool,
+    /// Ask the server that has the volume open to make it larger, at its --control socket; needs no keys
+    #[arg(long, value_name = "SOCKET", conflicts_with_all = ["discard_tail", "room", "keys_fd"])]
+    pub(crate) served: Option<PathBuf>,
 }
 
 #[derive(Args, Debug)]
@@ -284,9 +288,37 @@ pub(crate) struct Serve {
     /// Read and write the volume past the page cache (O_DIRECT): saves the host's memory, and costs whatever it would have held
     #[arg(long)]
     pub(crate) direct: bool,
+    /// Listen on this unix socket for `resize --served`
+    #[arg(long, value_name = "SOCKET", conflicts_with = "read_only")]
+    pub(crate) control: Option<PathBuf>,
+    /// How fresh the volume's anchor is kept at the key provider while the volume is in use
+    #[arg(long, value_enum, default_value_t, conflicts_with = "read_only")]
+    pub(crate) anchor_mode: Freshness,
     /// With --vhost-user: virtio queues, each with a thread; as many as the guest has processors serve it best
     #[arg(long, value_name = "N", default_value_t = 4, value_parser = clap::value_parser!(u16).range(1..=16))]
     pub(crate) queues: u16,
+}
+
+/// `policy::AnchorMode`, as words of the command line.
+#[derive(ValueEnum, Clone, Copy, PartialEq, Eq, Default, Debug)]
+pub(crate) enum Freshness {
+    /// At the beginning and at the end alone
+    Close,
+    /// Each second too in which something was flushed; FLUSH waits when the provider has not answered for 30 s
+    #[default]
+    Interval,
+    /// Each FLUSH waits until the provider has its anchor
+    Flush,
+}
+
+impl From<Freshness> for AnchorMode {
+    fn from(freshness: Freshness) -> Self {
+        match freshness {
+            Freshness::Close => Self::Close,
+            Freshness::Interval => Self::Interval,
+            Freshness::Flush => Self::Flush,
+        }
+    }
 }
 
 /// How a volume is lent: one of them.
@@ -373,7 +405,9 @@ also goes to the customer's audit log.
 Example: fealty-keys volume exec acme root -- fealty-disk check /store/root.vol";
 
 const RESIZE_HELP: &str = "\
-The VM must not run meanwhile. Snapshots keep their size and what they hold. The key provider learns the new size.
+The volume must not be in use meanwhile, but by `serve --control`, which can make it larger (--served): NBD clients that connect from then
+on see the new size, those that are connected keep the old one until they connect again; with vhost-user the next front end sees it, when
+the VM is powered on again. A volume of a running fealty VM keeps its size. Snapshots keep their size and what they hold. The key provider learns the new size.
 
 Make what is in the volume (partitions, file systems) smaller first. Data behind the new end, which a file system leaves there unless it
 discarded it (fstrim, blkdiscard), keeps the volume from becoming smaller: it needs --discard-tail, as qemu-img's resize needs
@@ -388,7 +422,8 @@ was, for data may lie anywhere in it. `clone` makes one that is as short as it c
 
 Examples: fealty-keys volume exec acme data -- fealty-disk resize /store/data.vol --size 40G
           fealty-keys volume exec acme data -- fealty-disk resize /store/data.vol --size 10G --discard-tail
-          fealty-keys volume exec acme data -- fealty-disk resize /store/data.vol --room 50%";
+          fealty-keys volume exec acme data -- fealty-disk resize /store/data.vol --room 50%
+          fealty-disk resize /store/data.vol --size 40G --served /run/data.control";
 
 const CLONE_HELP: &str = "\
 The clone has a name and an id at the key provider, and keys, all of its own: every block is read, verified and written anew under them,
@@ -443,6 +478,14 @@ const SERVE_HELP: &str = "\
 It says when it is ready, with a line on standard output. The socket is yours alone (mode 0600) and goes when the server goes. On
 SIGTERM or SIGINT, or when the key holder leaves, requests that were sent are finished and the volume is closed: its anchor at the
 provider is then the newest.
+
+A server that is killed loses nothing that it acknowledged unless the machine crashes too: start it again on the same socket, and clients
+that reconnect (QEMU: reconnect=1 of a vhost-user chardev, reconnect-delay of nbd) go on, and their next FLUSH covers all of it.
+
+The anchor at the key provider tells the newest state from an older copy of the volume, which then does not open. --anchor-mode says how
+old a copy, put back while the server does not run, may be to pass all the same: with `flush` it lacks nothing that a FLUSH acknowledged,
+with `interval` (the default) at most what was flushed in the last second or, where the provider did not answer, in the last 30; with
+`close` it may be from any moment since the server began, if it was killed.
 
 Example: fealty-keys volume exec acme root -- fealty-disk serve /store/root.vol --nbd /run/root.sock
          qemu-img info 'nbd+unix:///?socket=/run/root.sock'

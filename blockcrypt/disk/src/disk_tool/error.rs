@@ -1,5 +1,6 @@
 //! Why the tool came to nothing, and the exit code that says so.
 
+use super::control::ControlError;
 use super::holder::HolderError;
 use super::image::ImageError;
 use super::inherit::InheritError;
@@ -56,8 +57,10 @@ pub(crate) enum ToolError {
     Signals(#[source] io::Error),
     #[error(transparent)]
     Socket(#[from] SocketError),
-    #[error("no thread for the rekey")]
-    Thread(#[source] io::Error),
+    #[error(transparent)]
+    Control(#[from] ControlError),
+    #[error("no thread for the {0}")]
+    Thread(&'static str, #[source] io::Error),
     #[error("clients can't be waited for")]
     Serve(#[source] io::Error),
     #[error(transparent)]

@@ -35,7 +35,7 @@ pub(super) fn info(context: &Context, words: &Info) -> Result<(), ToolError> {
 }
 
 /// A store that is looked at and not locked: neither does a running VM keep this from working, nor this a VM from starting.
-struct Look(File);
+pub(super) struct Look(pub(super) File);
 
 impl Store for Look {
     fn len(&self) -> io::Result<u64> {

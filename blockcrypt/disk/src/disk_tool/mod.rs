@@ -22,6 +22,7 @@ mod blocks;
 mod change;
 mod check;
 mod cli;
+mod control;
 mod error;
 mod export;
 mod holder;

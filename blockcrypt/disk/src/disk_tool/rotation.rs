@@ -92,7 +92,8 @@ impl Rotation {
                 }
             }
         };
-        let thread = std::thread::Builder::new().name("rekey".into()).spawn(work).map_err(ToolError::Thread)?;
+        let thread =
+            std::thread::Builder::new().name("rekey".into()).spawn(work).map_err(|e| ToolError::Thread("rekey", e))?;
         Ok(Self { stop, thread })
     }
 

@@ -2,9 +2,9 @@
 
 use super::cli::{Serve, Way};
 use super::error::ToolError;
-use super::holder::Handover;
+use super::holder::{Handover, Holder};
 use super::rotation::{self, Rotation};
-use super::{Context, report};
+use super::{Context, control, report};
 use blockcrypt::{FileStore, OpenOptions, Volume, VolumeError};
 use fealty_disk::{Disk, Fault, Socket, nbd, vhost_user};
 use policy::VolumeId;
@@ -41,10 +41,13 @@ pub(super) fn serve(context: &Context, words: &Serve) -> Result<(), ToolError> {
     options.read(true).write(!words.read_only).custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY);
     let file = options.open(path).map_err(|e| ToolError::Open(path.clone(), e))?;
     let Handover { mut grant, kek, holder, .. } = context.handover("serve")?;
+    grant.anchor_mode = words.anchor_mode.into();
     let socket = Socket::listen(words.socket())?;
+    let control = words.control.as_deref().map(Socket::listen).transpose()?;
     let again = file.try_clone().map_err(|e| ToolError::Open(path.clone(), e))?;
     let store = if words.read_only { FileStore::shared(file) } else { FileStore::exclusive(file) }.map_err(failed)?;
-    let options = OpenOptions { read_only: words.read_only, ..Default::default() };
+    // Clients come back to the next server, and know of no crash.
+    let options = OpenOptions { read_only: words.read_only, outlive: true, ..Default::default() };
     let goes_on = match words.rekey {
         true => rotation::permitted(&holder, &mut grant, |grant| super::look(path, again, grant, &kek, &holder))?,
         false => {
@@ -63,14 +66,15 @@ pub(super) fn serve(context: &Context, words: &Serve) -> Result<(), ToolError> {
     context.report.result(&ready, &format!("ready: volume {id} on {}", words.socket().display()))?;
     let rotation = words.rekey.then(|| Rotation::start(Rotated(lent.clone()), goes_on, holder.clone(), context.report));
     let rotation = rotation.transpose()?;
-    let served = lend(&lent, words, socket, &[asked.as_fd(), holder.as_fd()]);
+    let served = lend_and_attend(&lent, words, socket, control.as_ref(), &holder, asked.as_fd());
+    drop(control);
     if let Some(rotation) = rotation {
         rotation.stop();
     }
     // Whatever ended it, what was written becomes durable before anything is said.
     let closed = if words.read_only { Ok(()) } else { lent.volume.close().map(drop) };
     closed.map_err(failed)?;
-    served.map_err(ToolError::Serve)?;
+    served?;
     holder.still_there()?;
     holder.finish()?;
     context.interrupts.done();
@@ -88,6 +92,29 @@ impl Serve {
         // The command line has one of them.
         nbd.as_deref().or(vhost_user.as_deref()).unwrap_or(Path::new(""))
     }
+}
+
+/// Lends the volume until the server is asked to end, or the holder leaves, and does meanwhile what comes by the control socket.
+fn lend_and_attend(
+    lent: &Arc<Lent>,
+    words: &Serve,
+    socket: Socket,
+    control: Option<&Socket>,
+    holder: &Holder,
+    asked: BorrowedFd<'_>,
+) -> Result<(), ToolError> {
+    let (left, leave) = io::pipe().map_err(ToolError::Serve)?;
+    std::thread::scope(|scope| {
+        if let Some(control) = control {
+            let until = [asked, holder.as_fd(), left.as_fd()];
+            let attend = move || control::attend(&lent.volume, holder, control, &until);
+            let thread = std::thread::Builder::new().name("control".into());
+            thread.spawn_scoped(scope, attend).map_err(|e| ToolError::Thread("control socket", e))?;
+        }
+        let served = lend(lent, words, socket, &[asked, holder.as_fd()]).map_err(ToolError::Serve);
+        drop(leave);
+        served
+    })
 }
 
 fn lend(lent: &Arc<Lent>, words: &Serve, socket: Socket, until: &[BorrowedFd<'_>]) -> io::Result<()> {

@@ -53,13 +53,18 @@ pub(crate) struct Export {
     pub(crate) description: String,
 }
 
+impl Export {
+    fn of(disk: &dyn Disk, description: &str) -> Self {
+        Self { size: disk.size(), read_only: disk.read_only(), description: description.to_owned() }
+    }
+}
+
 /// Serves `disk` on `socket` until one of `until` has hung up. Then requests that were sent are finished, and
 /// clients that don't take in their replies within 10 s are hung up on. The caller flushes.
 ///
 /// # Errors
 /// The system's, if it can't wait for clients.
 pub fn serve(disk: &dyn Disk, description: &str, socket: Socket, until: &[BorrowedFd<'_>]) -> io::Result<()> {
-    let export = Export { size: disk.size(), read_only: disk.read_only(), description: description.to_owned() };
     let clients = Clients::default();
     thread::scope(|scope| {
         let served = loop {
@@ -68,8 +73,9 @@ pub fn serve(disk: &dyn Disk, description: &str, socket: Socket, until: &[Borrow
                 Ok(Some(stream)) => {
                     let Some(guest) = clients.admit(stream) else { continue };
                     let thread = thread::Builder::new().name("nbd".to_owned());
-                    let (disk, export) = (disk, &export);
-                    if thread.spawn_scoped(scope, move || guest.attend(disk, export)).is_err() {
+                    // It may have grown since the last one came.
+                    let export = Export::of(disk, description);
+                    if thread.spawn_scoped(scope, move || guest.attend(disk, &export)).is_err() {
                         thread::sleep(BREATHER);
                     }
                 }
@@ -85,7 +91,7 @@ pub fn serve(disk: &dyn Disk, description: &str, socket: Socket, until: &[Borrow
 
 /// Serves `disk` to the one client on `stream` until it leaves.
 pub fn attend(disk: &dyn Disk, description: &str, stream: UnixStream) {
-    let export = Export { size: disk.size(), read_only: disk.read_only(), description: description.to_owned() };
+    let export = Export::of(disk, description);
     if let Some(guest) = Clients::default().admit(stream) {
         guest.attend(disk, &export);
     }

@@ -10,7 +10,7 @@
 //! vhost-user-backend crate does not support the message for tracking requests in flight out of order
 //! (`VHOST_USER_PROTOCOL_F_INFLIGHT_SHMFD`), so it is not offered.
 //!
-//! A front end that shrinks the memory that it shared ends this process with SIGBUS; what was flushed is durable then as ever.
+//! A front end that shrinks the memory that it shared ends this process with SIGBUS; what was acknowledged outlives it.
 //!
 //! | module | what it holds |
 //! | --- | --- |

@@ -14,6 +14,8 @@ use std::os::unix::net::UnixStream;
 use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread::JoinHandle;
 
 /// One volume's keeper: its key, its numbers, its newest anchor.
@@ -139,16 +141,18 @@ impl Keeper {
             .expect("starts");
         let pid = child.id();
         let line = ours.as_ref().map(|stream| stream.try_clone().expect("a copy"));
+        let told = Arc::new(AtomicUsize::new(0));
+        let count = told.clone();
         let holder = std::thread::spawn(move || match ours {
             Some(mut stream) => {
-                let heard = hold(&mut stream, &handover, &manner, pid);
+                let heard = hold(&mut stream, &handover, &manner, pid, &count);
                 // The test has a copy of it, which keeps it open.
                 let _ = stream.shutdown(std::net::Shutdown::Both);
                 heard
             }
             None => Default::default(),
         });
-        Running { child, line, holder }
+        Running { child, line, holder, told }
     }
 
     /// A good hand-over, under the newest open number.
@@ -173,6 +177,7 @@ impl Keeper {
 pub(crate) struct Running {
     child: Child,
     line: Option<UnixStream>,
+    told: Arc<AtomicUsize>,
     holder: JoinHandle<(Vec<VolumeAnchor>, Vec<String>)>,
 }
 
@@ -185,6 +190,11 @@ impl Running {
     /// The holder hangs up, whatever it is doing.
     pub(crate) fn holder_leaves(&self) {
         self.line.as_ref().expect("there").shutdown(std::net::Shutdown::Both).expect("shut down");
+    }
+
+    /// How many anchors it has sent.
+    pub(crate) fn anchors(&self) -> usize {
+        self.told.load(Ordering::Acquire)
     }
 
     /// Whether it has ended already.
@@ -211,7 +221,13 @@ impl Ended {
     }
 }
 
-fn hold(stream: &mut UnixStream, handover: &[u8], manner: &Manner, pid: u32) -> (Vec<VolumeAnchor>, Vec<String>) {
+fn hold(
+    stream: &mut UnixStream,
+    handover: &[u8],
+    manner: &Manner,
+    pid: u32,
+    told: &AtomicUsize,
+) -> (Vec<VolumeAnchor>, Vec<String>) {
     let (mut anchors, mut events, mut ended) = (Vec::new(), Vec::new(), 0);
     if stream.write_all(handover).is_err() {
         return (anchors, events);
@@ -221,6 +237,7 @@ fn hold(stream: &mut UnixStream, handover: &[u8], manner: &Manner, pid: u32) -> 
         let answer = match serde_json::from_slice(&text).expect("a message") {
             ToolMessage::Anchor(anchor) => {
                 anchors.push(anchor);
+                told.fetch_add(1, Ordering::Release);
                 match manner {
                     Manner::RefusesAnchors => refusal,
                     Manner::UnsureOfAnchors => HolderAnswer::Unknown("no answer".to_owned()),
