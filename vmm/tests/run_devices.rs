@@ -182,6 +182,11 @@ fn a_tap_is_what_the_configuration_says_or_nothing_starts() {
                 Program::start(&mut fealty(&["run", "--unprotected", path.to_str().expect("UTF-8")])).end().code(code);
             assert!(ended.why().contains("lan") && ended.out.is_empty(), "{}", ended.err);
         }
+        // A TAP with several queues could be attached twice.
+        let card = |id: &str| json!({ "id": id, "tap": "multi", "num_queues": 4 });
+        let path = configuration_with(folder.path(), "poweroff", json!({ "net": [card("lan"), card("wan")] }));
+        let ended = Program::start(&mut fealty(&["run", "--unprotected", path.to_str().expect("UTF-8")])).end();
+        assert_eq!(ended.code(13).why(), "network wan: its TAP multi is that of network lan already");
     });
 }
 
