@@ -63,6 +63,48 @@ fn a_disk_is_served_by_rings_that_were_made_before_the_sandbox_closed() {
     assert!(!ended.err.contains("disk-without-io-uring"), "{}", ended.err);
 }
 
+/// The program's process finds a kernel that has no io_uring.
+#[allow(unsafe_code)]
+fn without_io_uring(command: &mut Command) {
+    use std::os::unix::process::CommandExt;
+    const fn operation(code: u32, k: u32, jt: u8) -> libc::sock_filter {
+        libc::sock_filter { code: code as u16, jt, jf: 0, k }
+    }
+    let begin = || {
+        let mut list = [
+            operation(libc::BPF_LD | libc::BPF_W | libc::BPF_ABS, 0, 0),
+            operation(libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K, libc::SYS_io_uring_setup as u32, 1),
+            operation(libc::BPF_RET | libc::BPF_K, libc::SECCOMP_RET_ALLOW, 0),
+            operation(libc::BPF_RET | libc::BPF_K, libc::SECCOMP_RET_ERRNO | libc::ENOSYS as u32, 0),
+        ];
+        let filter = libc::sock_fprog { len: list.len() as u16, filter: list.as_mut_ptr() };
+        // SAFETY: the calls take numbers, and a pointer to a list of as many operations as it says, all alive.
+        let done = unsafe {
+            libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) == 0
+                && libc::prctl(libc::PR_SET_SECCOMP, libc::SECCOMP_MODE_FILTER, &raw const filter) == 0
+        };
+        if done { Ok(()) } else { Err(std::io::Error::last_os_error()) }
+    };
+    // SAFETY: between fork and exec it makes two system calls, and allocates nothing.
+    unsafe { command.pre_exec(begin) };
+}
+
+#[test]
+fn a_disk_is_served_where_the_kernel_has_no_io_uring() {
+    let folder = tempfile::tempdir().expect("folder");
+    std::fs::write(folder.path().join("root.img"), vec![0x77; 4 << 20]).expect("written");
+    let disks = serde_json::json!([{ "id": "root", "path": "root.img", "num_queues": 3, "queue_size": 128 }]);
+    let words = "queues,storm:1000,discard:0:16,zeroes:16:16,verify:16:0,write:5:9,flush,verify:5:9,poweroff";
+    let path = configuration(folder.path(), words, disks);
+    let mut command = fealty(&["run", "--unprotected", path.to_str().expect("UTF-8")]);
+    without_io_uring(&mut command);
+    let ended = Program::start(&mut command).end().code(0);
+    for line in ["queues 3", "storm ok", "discard 0 ok", "zeroes 16 ok", "verify 16 ok", "flush ok", "verify 5 ok"] {
+        assert!(ended.out.contains(line), "{line}: {}", ended.out);
+    }
+    assert!(ended.err.contains("disk-without-io-uring: root: "), "{}", ended.err);
+}
+
 #[test]
 fn steps_come_as_json_one_object_a_line() {
     let (_folder, mut command) = run("hello,poweroff", &["--json"]);
