@@ -26,6 +26,7 @@
 //! | `hvc-pour` | says a lot on the virtio console, in many buffers, `last words` in the last, and waits for none | `hvc poured` |
 //! | `balloon` | gives a page to the balloon, and reports one as free | `balloon target=PAGES`, `balloon kept 0 0`, bytes still there |
 //! | `vsock` | takes one connection and sends back what comes | `vsock cid=3`, `vsock echoed BYTES` |
+//! | `hostile:COUNT:SEED` | so many random accesses to all virtio devices but the first | `hostile to 5`, `hostile done` |
 //! | `tick`, `tick:COUNT` | a line each second, for ever or so many | `tick 1` |
 //! | `spin` | computes for ever, without a pause | `spinning` |
 //! | `sleep` | sleeps for ever, taking interrupts | |
@@ -42,6 +43,7 @@
 //! one follows. After the last word the guest prints `done` and sleeps.
 
 mod devices;
+mod hostile;
 mod load;
 mod rate;
 
@@ -72,7 +74,8 @@ pub fn run(boot: &BootInfo) {
     let Ok(list) = core::str::from_utf8(list.unwrap_or_default()) else {
         return line(format_args!("failed: the command line is not text"));
     };
-    let mut guest = Guest { boot, disks: [const { None }; DISKS], chosen: 0, rings: Rings::Full, rng: None, console: None };
+    let mut guest =
+        Guest { boot, disks: [const { None }; DISKS], chosen: 0, rings: Rings::Full, rng: None, console: None };
     for word in list.split(',').filter(|word| !word.is_empty()) {
         match guest.carry_out(word) {
             Ok(()) => {}
@@ -147,6 +150,7 @@ impl Guest<'_> {
             ("vsock", [None, _]) => self.echo_on_vsock()?,
             ("hvc", [None, _]) => self.echo_on_console()?,
             ("hvc-pour", [None, _]) => self.pour_on_console()?,
+            ("hostile", [Some(rounds), Some(seed)]) => hostile::run(self.ecam()?, rounds, seed),
             ("tick", [count, None]) => tick(count.unwrap_or(u64::MAX)),
             ("spin", [None, _]) => spin(),
             ("sleep", [None, _]) => sleep_forever(),
