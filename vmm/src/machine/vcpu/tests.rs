@@ -35,3 +35,16 @@ fn an_exit_that_nobody_handles_is_told_with_the_vcpus_state() {
     let Err(MachineEvent::Failed(why)) = ended else { panic!("it goes on") };
     assert!(why.starts_with("vCPU 0: unhandled exit, reason 5; rip=0x1001 "), "{why}");
 }
+
+#[test]
+fn a_vcpu_that_kvm_reset_is_said_to_be_one() {
+    let vm = Kvm::new().expect("/dev/kvm").create_vm().expect("a VM");
+    let fd = vm.create_vcpu(0).expect("a vCPU");
+    let said = state::describe(&fd);
+    assert!(
+        said.starts_with("rip=0xfff0 ") && said.ends_with("(as after a reset: what it was before is not kept)"),
+        "{said}"
+    );
+    fd.set_regs(&kvm_bindings::kvm_regs { rip: CODE, rflags: 2, ..Default::default() }).expect("set");
+    assert!(!state::describe(&fd).contains("reset"));
+}
