@@ -41,7 +41,11 @@ impl std::str::FromStr for Attachment {
 
 /// TAPs, open, by the names of their networks.
 #[derive(Default)]
-pub struct Taps(BTreeMap<FileName, Tap>);
+pub struct Taps {
+    open: BTreeMap<FileName, Tap>,
+    /// Whose each is: one with several queues could be attached again, and would spread one network's frames over two cards.
+    whose: BTreeMap<InterfaceName, FileName>,
+}
 
 impl Taps {
     /// Opens what the operator attached.
@@ -66,8 +70,11 @@ impl Taps {
 
     fn open(&mut self, name: &FileName, tap: &InterfaceName, queues: u16) -> Result<(), Failure> {
         let bad = |why: String| Failure::new(Exit::Host, format!("network {name}: {why}"));
+        if let Some(other) = self.whose.insert(tap.clone(), name.clone()) {
+            return Err(bad(format!("its TAP {} is that of network {other} already", tap.as_str())));
+        }
         let tap = Tap::open(tap, queues).map_err(|e| bad(crate::exit::chain(&e)))?;
-        match self.0.insert(name.clone(), tap) {
+        match self.open.insert(name.clone(), tap) {
             None => Ok(()),
             Some(_) => Err(bad("attached twice".into())),
         }
@@ -77,7 +84,7 @@ impl Taps {
     fn into_machine(mut self, nets: &[Net], machine: &mut Machine) -> Result<(), Failure> {
         for net in nets {
             let bad = |why: String| Failure::new(Exit::Host, format!("network {}: {why}", net.id));
-            let tap = self.0.remove(&net.id);
+            let tap = self.open.remove(&net.id);
             let tap = tap.ok_or_else(|| bad(format!("say which TAP it is, with --attach {}=TAP", net.id)))?;
             if tap.queues() != net.queue_pairs() {
                 let (has, needs) = (tap.queues(), net.queue_pairs());
@@ -97,7 +104,7 @@ impl Taps {
             };
             machine.add_net(slot).map_err(|e: MachineError| Failure::of(Exit::Host, &e))?;
         }
-        match self.0.keys().next() {
+        match self.open.keys().next() {
             None => Ok(()),
             Some(name) => Err(Failure::new(Exit::Usage, format!("--attach {name}: the VM has no such network"))),
         }

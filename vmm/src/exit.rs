@@ -108,7 +108,12 @@ pub fn chain(error: &(dyn Error + 'static)) -> String {
 /// `text` as one line that a terminal shows and does not obey: control characters become spaces, and it ends after 1024
 /// characters.
 pub fn one_line(text: &str) -> String {
-    text.chars().map(|c| if c.is_control() { ' ' } else { c }).take(1024).collect()
+    visible(text).take(1024).collect()
+}
+
+/// `text` to its end, with spaces for control characters.
+pub fn visible(text: &str) -> impl Iterator<Item = char> {
+    text.chars().map(|c| if c.is_control() { ' ' } else { c })
 }
 
 #[cfg(test)]

@@ -32,6 +32,14 @@ pub enum Access {
     WriteStore,
 }
 
+impl Access {
+    /// Not blocking, so that a FIFO put there hangs nobody.
+    fn flags(self) -> OFlags {
+        let mode = if self == Self::WriteStore { OFlags::RDWR } else { OFlags::RDONLY };
+        mode | OFlags::CLOEXEC | OFlags::NONBLOCK | OFlags::NOCTTY
+    }
+}
+
 /// `--map NAME=PATH`, parsed.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Mapping {
@@ -177,9 +185,7 @@ impl Child {
             _ => return Err("a request of an unknown kind".into()),
         };
         let name = std::str::from_utf8(name).map_err(|_| "a name that is no text")?;
-        // Not blocking, so that a FIFO put there hangs nobody.
-        let mode = if access == Access::WriteStore { OFlags::RDWR } else { OFlags::RDONLY };
-        let flags = mode | OFlags::CLOEXEC | OFlags::NONBLOCK | OFlags::NOCTTY;
+        let flags = access.flags();
         let (opened, path) = match self.mappings.get(name) {
             Some(path) => (openat2(CWD, path, flags, Mode::empty(), ResolveFlags::NO_MAGICLINKS), path.clone()),
             None => {
@@ -190,11 +196,23 @@ impl Child {
         };
         let file =
             opened.map_err(|e| format!("cannot open {}: {}; say --map {name}=PATH", path.display(), words(e)))?;
-        check_kind(&file, access).map_err(|why| format!("{} {why}", path.display()))?;
-        let flags = fcntl_getfl(&file).map_err(|e| e.to_string())?;
-        fcntl_setfl(&file, flags.difference(OFlags::NONBLOCK)).map_err(|e| e.to_string())?;
-        Ok(file)
+        settle(file, access).map_err(|why| format!("{} {why}", path.display()))
     }
+}
+
+/// The file at `path` itself, for a process that needs no opener; or why not, in one line.
+pub(crate) fn open_path(path: &Path, access: Access) -> Result<File, String> {
+    let opened = open(path, access.flags(), Mode::empty());
+    let file = opened.map_err(|e| format!("cannot open {}: {}", path.display(), std::io::Error::from(e)))?;
+    settle(file, access).map(File::from).map_err(|why| format!("{} {why}", path.display()))
+}
+
+/// An open file, if it is what `access` says, as it is used from now on.
+fn settle(file: OwnedFd, access: Access) -> Result<OwnedFd, String> {
+    check_kind(&file, access)?;
+    let changed = fcntl_getfl(&file).and_then(|flags| fcntl_setfl(&file, flags.difference(OFlags::NONBLOCK)));
+    changed.map_err(|e| format!("can't be used: {e}"))?;
+    Ok(file)
 }
 
 fn words(error: rustix::io::Errno) -> String {

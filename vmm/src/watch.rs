@@ -25,7 +25,7 @@ pub enum End {
     Reset,
     /// The guest's kernel panicked, and said so.
     Panicked,
-    /// The guest, or the machine under it, failed; one line.
+    /// The guest failed; one line, with the state of the vCPU.
     Failed(String),
     /// The operator ended it through the socket.
     Shutdown,
@@ -94,6 +94,7 @@ impl Watch {
                     MachineEvent::Reset => End::Reset,
                     MachineEvent::Panicked => End::Panicked,
                     MachineEvent::Failed(why) => End::Failed(why),
+                    MachineEvent::Broken(why) => End::Broken(why),
                 };
             }
             if ready.inbox

@@ -108,7 +108,7 @@ fn without_its_sandbox_a_thread_does_nothing() {
     machine.set_console(fealty_vmm::machine::ConsoleBackend { input: None, output });
     let hook = |_| Err(std::io::Error::other("no seccomp"));
     let running = machine.start(machine::permit(), Arc::new(LeaseGate::unlimited()), Arc::new(hook)).expect("started");
-    let MachineEvent::Failed(why) = running.events().wait() else { panic!("it ran") };
+    let MachineEvent::Broken(why) = running.events().wait() else { panic!("it ran") };
     assert!(why.contains("sandbox") && why.contains("no seccomp"), "{why}");
     assert_eq!((screen.text().as_str(), running.counters().vcpu_exits), ("", vec![0]));
     running.pause();

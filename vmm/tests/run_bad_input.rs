@@ -46,6 +46,10 @@ fn processors_memory_and_disks_have_bounds() {
         3,
         "hugepage_size",
     );
+    let free = std::fs::read_to_string("/proc/meminfo").expect("read");
+    if free.lines().any(|line| line.split_whitespace().eq(["HugePages_Free:", "0"])) {
+        refused(with(&["memory", "hugepages"], json!(true)), 13, "raise vm.nr_hugepages");
+    }
     let disk = json!({ "id": "root", "path": "root.img" });
     refused(with(&["disks"], json!([disk, disk])), 3, "two disks are called root");
     refused(with(&["disks"], json!([disk])), 3, "root.img");
@@ -91,6 +95,64 @@ fn kernels_and_initrds_must_be_some_and_fit() {
     let huge = std::fs::File::create(folder.path().join("huge")).expect("a file");
     huge.set_len(100 << 20).expect("a sparse file");
     refused(with(&kernel, Some("huge")), "initrd does not fit");
+}
+
+#[test]
+fn what_is_no_file_is_no_kernel_and_no_disk_and_hangs_nobody() {
+    let folder = tempfile::tempdir().expect("folder");
+    let fifo = folder.path().join("fifo");
+    let mode = rustix::fs::Mode::RUSR | rustix::fs::Mode::WUSR;
+    rustix::fs::mknodat(rustix::fs::CWD, &fifo, rustix::fs::FileType::Fifo, mode, 0).expect("a FIFO");
+    let refused = |part: &str, value: Value, words: &str| {
+        let mut config = good();
+        config[part] = value;
+        refused(folder.path(), &config, 3, words);
+    };
+    let kernel = |path: &str, initramfs: Option<&str>| json!({ "kernel": path, "initramfs": initramfs });
+    let elf = guest().display().to_string();
+    for none in ["fifo", ".", "/dev/null"] {
+        refused("payload", kernel(none, None), "is no regular file");
+        refused("payload", kernel(&elf, Some(none)), "is no regular file");
+        let words = "is neither a regular file nor a block device";
+        refused("disks", json!([{ "id": "root", "path": none, "readonly": true }]), words);
+    }
+    let words = "is neither a regular file nor a block device";
+    refused("disks", json!([{ "id": "root", "path": "/dev/null" }]), words);
+}
+
+#[test]
+fn an_image_is_written_by_one_disk_of_one_vm() {
+    let folder = tempfile::tempdir().expect("folder");
+    let image = folder.path().join("root.img");
+    std::fs::write(&image, vec![0; 1 << 20]).expect("written");
+    let disks = |second_only_reads: bool| {
+        let more = json!({ "id": "b", "path": image, "readonly": second_only_reads });
+        json!([{ "id": "a", "path": image, "readonly": second_only_reads }, more])
+    };
+    let with = |disks: Value| {
+        let mut config = good();
+        config["disks"] = disks;
+        config
+    };
+    refused(folder.path(), &with(disks(false)), 3, "disk b: ");
+    refused(folder.path(), &with(disks(false)), 3, "root.img is in use by another disk or another VM");
+
+    let mine = tempfile::tempdir().expect("folder");
+    let one = json!([{ "id": "root", "path": image }]);
+    let path = configuration(mine.path(), "write:1:7,spin", one.clone());
+    let mut vm = Program::start(&mut fealty(&["run", "--unprotected", &path.display().to_string()]));
+    vm.until("write 1 ok");
+    refused(folder.path(), &with(one.clone()), 3, "in use by another disk or another VM");
+    refused(folder.path(), &with(disks(true)), 3, "in use by another disk or another VM");
+    // Killed, it lets go; and readers may be several.
+    drop(vm);
+    let path = configuration(mine.path(), "hello,poweroff", disks(true));
+    Program::start(&mut fealty(&["run", "--unprotected", &path.display().to_string()])).end().code(0);
+    for _ in 0..5 {
+        let path = configuration(mine.path(), "write:1:7,spin", one.clone());
+        let mut vm = Program::start(&mut fealty(&["run", "--unprotected", &path.display().to_string()]));
+        vm.until("write 1 ok");
+    }
 }
 
 #[test]

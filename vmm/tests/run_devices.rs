@@ -8,13 +8,15 @@ use common::{LIMIT, Program, configuration_with, fealty};
 use fealty_vmm::machine::{Tap, TapError};
 use policy::device::InterfaceName;
 use rustix::net::{RecvFlags, SendFlags, recv, send};
+use rustix::process::Signal;
 use serde_json::json;
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::Shutdown;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
+use std::path::Path;
 use std::process::Stdio;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 const GUEST: [u8; 6] = [0x02, 0, 0, 0, 0, 0x10];
 const HOST: [u8; 6] = [0x02, 0, 0, 0, 0, 0x20];
@@ -180,6 +182,11 @@ fn a_tap_is_what_the_configuration_says_or_nothing_starts() {
                 Program::start(&mut fealty(&["run", "--unprotected", path.to_str().expect("UTF-8")])).end().code(code);
             assert!(ended.why().contains("lan") && ended.out.is_empty(), "{}", ended.err);
         }
+        // A TAP with several queues could be attached twice.
+        let card = |id: &str| json!({ "id": id, "tap": "multi", "num_queues": 4 });
+        let path = configuration_with(folder.path(), "poweroff", json!({ "net": [card("lan"), card("wan")] }));
+        let ended = Program::start(&mut fealty(&["run", "--unprotected", path.to_str().expect("UTF-8")])).end();
+        assert_eq!(ended.code(13).why(), "network wan: its TAP multi is that of network lan already");
     });
 }
 
@@ -191,19 +198,25 @@ fn a_panic_has_its_own_exit_code_and_one_line() {
     assert!(ended.why().contains("panicked"), "{}", ended.err);
 }
 
+/// A client of the virtio console's socket in `folder`, once there is one.
+fn on_console(folder: &Path) -> UnixStream {
+    let start = Instant::now();
+    loop {
+        match UnixStream::connect(folder.join("hvc.sock")) {
+            Ok(client) => return client,
+            Err(error) => assert!(start.elapsed() < LIMIT, "{error}"),
+        }
+        std::thread::sleep(Duration::from_millis(1));
+    }
+}
+
 #[test]
 fn a_virtio_console_is_on_a_socket_or_in_the_serial_lines_place() {
     let folder = tempfile::tempdir().expect("folder");
     let on_socket = json!({ "console": { "mode": "Socket", "socket": "hvc.sock" } });
     let path = configuration_with(folder.path(), "hvc,poweroff", on_socket);
     let vm = Program::start(&mut fealty(&["run", "--unprotected", path.to_str().expect("UTF-8")]));
-    let start = Instant::now();
-    let mut client = loop {
-        match UnixStream::connect(folder.path().join("hvc.sock")) {
-            Ok(client) => break client,
-            Err(error) => assert!(start.elapsed() < LIMIT, "{error}"),
-        }
-    };
+    let mut client = on_console(folder.path());
     client.write_all(b"good morning").expect("typed");
     let mut seen = Vec::new();
     while !seen.ends_with(b"good morning") {
@@ -226,6 +239,47 @@ fn a_virtio_console_is_on_a_socket_or_in_the_serial_lines_place() {
     keyboard.write_all(b"quit").expect("typed");
     let ended = vm.end().code(0);
     assert!(!ended.out.contains("ealty-guest"), "the serial line goes nowhere: {}", ended.out);
+}
+
+#[test]
+fn the_last_words_on_a_virtio_console_arrive_however_the_vm_ends() {
+    // The guest says half a megabyte, more than a socket holds, and ends. Nobody reads before that.
+    for (ending, last_step, code) in [
+        ("poweroff", "powering off", 0),
+        ("reset", "resetting", 12),
+        ("panic", "panicking", 10),
+        ("say-panic", "saying panic", 15),
+        ("spin", "spinning", 14),
+    ] {
+        let folder = tempfile::tempdir().expect("folder");
+        let devices = json!({ "console": { "mode": "Socket", "socket": "hvc.sock" }, "pvpanic": true });
+        let path = configuration_with(folder.path(), &format!("hvc,hvc-pour,{ending}"), devices);
+        let mut vm = Program::start(&mut fealty(&["run", "--unprotected", path.to_str().expect("UTF-8")]));
+        let mut client = on_console(folder.path());
+        client.write_all(b"quit").expect("typed");
+        vm.until(last_step);
+        if ending == "spin" {
+            vm.signal(Signal::TERM);
+            vm.until_step("power-button");
+            vm.signal(Signal::TERM);
+            vm.until_step("stopping");
+        }
+        let mut said = String::new();
+        client.read_to_string(&mut said).expect("read");
+        assert!(said.ends_with(".last words\n"), "{ending}: {} bytes", said.len());
+        assert_eq!(said.matches('.').count(), 31 * 16384, "{ending}");
+        vm.end().code(code);
+    }
+}
+
+#[test]
+fn the_last_words_on_standard_output_arrive_before_a_panic_ends_the_vm() {
+    let folder = tempfile::tempdir().expect("folder");
+    let devices = json!({ "console": { "mode": "Tty" }, "pvpanic": true });
+    let path = configuration_with(folder.path(), "hvc-pour,say-panic", devices);
+    let vm = Program::start(&mut fealty(&["run", "--unprotected", path.to_str().expect("UTF-8")]));
+    let ended = vm.end().code(15);
+    assert!(ended.out.ends_with(".last words\n"), "{} bytes", ended.out.len());
 }
 
 #[test]

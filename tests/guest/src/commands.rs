@@ -23,8 +23,10 @@
 //! | `rng` | asks for 32 random bytes | `rng HEX` |
 //! | `net:COUNT` | sends COUNT frames back to where they came from | `net up MAC`, then `net echoed BYTES` for each |
 //! | `hvc` | says `hvc ready` on the virtio console and repeats what it reads there, until that begins with `quit` | `hvc done` |
+//! | `hvc-pour` | says a lot on the virtio console, in many buffers, `last words` in the last, and waits for none | `hvc poured` |
 //! | `balloon` | gives a page to the balloon, and reports one as free | `balloon target=PAGES`, `balloon kept 0 0`, bytes still there |
 //! | `vsock` | takes one connection and sends back what comes | `vsock cid=3`, `vsock echoed BYTES` |
+//! | `hostile:COUNT:SEED` | so many random accesses to all virtio devices but the first | `hostile to 5`, `hostile done` |
 //! | `tick`, `tick:COUNT` | a line each second, for ever or so many | `tick 1` |
 //! | `spin` | computes for ever, without a pause | `spinning` |
 //! | `sleep` | sleeps for ever, taking interrupts | |
@@ -33,12 +35,15 @@
 //! | `generation` | | `generation HEX`, the VM generation id |
 //! | `wait-generation` | waits until it is told of another one | `waiting for a generation`, `generation changed` |
 //! | `say-panic` | tells the panic device, and sleeps | `saying panic` |
+//! | `ring0-cmpxchg16b`, `ring0-xrstor`, `ring0-int3` | has ring 0 do that | `fault vector=...`, and ends, where it can be done |
+//! | `ring0-nowhere` | has ring 0 jump to where no memory is | |
 //! | `poweroff`, `reset`, `panic` | ends; `panic` by a triple fault | `powering off`, `resetting`, `panicking` |
 //!
 //! Numbers are decimal or, after `0x`, hexadecimal. A word that fails says `disk error WORD: why` or `failed WORD: why`, and the next
 //! one follows. After the last word the guest prints `done` and sleeps.
 
 mod devices;
+mod hostile;
 mod load;
 mod rate;
 
@@ -53,8 +58,9 @@ use crate::interrupts::{DISKS, Source, sleep_forever};
 use crate::memory::left_by_firmware;
 use crate::power::Power;
 use crate::serial::{self, line};
-use crate::tables::triple_fault;
+use crate::tables::{Privileged, in_ring0, triple_fault};
 use crate::virtio::block::{BLOCK, Disk, DiskError, Rings};
+use crate::virtio::console::Console;
 use crate::virtio::rng::Rng;
 use crate::virtio::transport::TransportError;
 
@@ -68,7 +74,8 @@ pub fn run(boot: &BootInfo) {
     let Ok(list) = core::str::from_utf8(list.unwrap_or_default()) else {
         return line(format_args!("failed: the command line is not text"));
     };
-    let mut guest = Guest { boot, disks: [const { None }; DISKS], chosen: 0, rings: Rings::Full, rng: None };
+    let mut guest =
+        Guest { boot, disks: [const { None }; DISKS], chosen: 0, rings: Rings::Full, rng: None, console: None };
     for word in list.split(',').filter(|word| !word.is_empty()) {
         match guest.carry_out(word) {
             Ok(()) => {}
@@ -87,6 +94,7 @@ struct Guest<'a> {
     /// How disks are begun.
     rings: Rings,
     rng: Option<Rng>,
+    console: Option<Console>,
 }
 
 enum CommandError {
@@ -141,6 +149,8 @@ impl Guest<'_> {
             ("balloon", [None, _]) => self.use_balloon()?,
             ("vsock", [None, _]) => self.echo_on_vsock()?,
             ("hvc", [None, _]) => self.echo_on_console()?,
+            ("hvc-pour", [None, _]) => self.pour_on_console()?,
+            ("hostile", [Some(rounds), Some(seed)]) => hostile::run(self.ecam()?, rounds, seed),
             ("tick", [count, None]) => tick(count.unwrap_or(u64::MAX)),
             ("spin", [None, _]) => spin(),
             ("sleep", [None, _]) => sleep_forever(),
@@ -168,6 +178,10 @@ impl Guest<'_> {
                 line(format_args!("panicking"));
                 triple_fault()
             }
+            ("ring0-cmpxchg16b", [None, _]) => in_ring0(Privileged::Cmpxchg16b),
+            ("ring0-xrstor", [None, _]) => in_ring0(Privileged::Xrstor),
+            ("ring0-int3", [None, _]) => in_ring0(Privileged::Int3),
+            ("ring0-nowhere", [None, _]) => in_ring0(Privileged::Nowhere),
             _ => return Err(CommandError::Unknown),
         }
         Ok(())

@@ -36,6 +36,19 @@ impl Device {
             .filter(move |found| found.configuration.read32(IDS) == wanted)
     }
 
+    /// All functions 0 on bus 0 of this vendor, with their slots.
+    pub fn of_vendor(ecam: u64, vendor: u16) -> impl Iterator<Item = (u64, Self)> {
+        let space = Registers::map(ecam, SLOTS * ECAM_SLOT);
+        (0..SLOTS)
+            .map(move |slot| (slot, Self { configuration: space.from(slot * ECAM_SLOT) }))
+            .filter(move |(_, found)| found.configuration.read32(IDS) & 0xffff == u32::from(vendor))
+    }
+
+    /// Its configuration space.
+    pub fn configuration(self) -> Registers {
+        self.configuration
+    }
+
     /// Lets it decode its memory and reach ours.
     pub fn enable(self) {
         let command = self.configuration.read16(COMMAND);

@@ -15,6 +15,12 @@ pub fn write16(port: u16, value: u16) {
     unsafe { asm!("out dx, ax", in("dx") port, in("ax") value, options(nostack, preserves_flags)) }
 }
 
+/// Writes 32 bits.
+pub fn write32(port: u16, value: u32) {
+    // SAFETY: as above.
+    unsafe { asm!("out dx, eax", in("dx") port, in("eax") value, options(nostack, preserves_flags)) }
+}
+
 /// Reads a byte.
 pub fn read8(port: u16) -> u8 {
     let value;

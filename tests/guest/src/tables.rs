@@ -22,10 +22,14 @@ pub const CODE3: u16 = 0x28 | 3;
 pub const TSS: u16 = 0x30;
 
 const EXCEPTIONS: usize = 32;
+/// Mapped by the page tables, but above the memory of every machine that is asked to go there.
+const NOWHERE: u32 = 0x3000_0000;
 const PROTECTION_VECTOR: u8 = 13;
 /// Bytes from one exception stub to the next, and from one interrupt stub to the next.
 const EXCEPTION_STUB: u64 = 16;
 const INTERRUPT_STUB: u64 = 32;
+/// And from one of [`Privileged`] to the next.
+const PRIVILEGED_STUB: u64 = 32;
 
 /// Fills the interrupt gates. Before this an exception ends the machine, as it would anyway.
 pub fn init() {
@@ -47,6 +51,27 @@ pub fn triple_fault() -> ! {
     }
     // SAFETY: the instruction does nothing but raise #UD, which is what is wanted.
     unsafe { core::arch::asm!("ud2", options(noreturn)) }
+}
+
+/// What ring 0 is had do by [`in_ring0`].
+#[derive(Clone, Copy)]
+pub enum Privileged {
+    /// `cmpxchg16b`.
+    Cmpxchg16b,
+    /// `xrstor`.
+    Xrstor,
+    /// `int3`.
+    Int3,
+    /// A jump to where no memory is: no KVM can go on.
+    Nowhere,
+}
+
+/// Has ring 0 do `what`, which a KVM that emulates it may not be able to. Where it is done, the fault that led to ring 0 is told.
+pub fn in_ring0(what: Privileged) -> ! {
+    const DIVIDE_VECTOR: u8 = 0;
+    set_gate(DIVIDE_VECTOR, address(&raw const privileged_stubs) + what as u64 * PRIVILEGED_STUB);
+    // SAFETY: the instruction does nothing but raise #DE, which is what is wanted.
+    unsafe { core::arch::asm!("xor eax, eax", "div eax", options(noreturn)) }
 }
 
 /// An interrupt gate for `vector` (Intel SDM 3A, 6.14.1).
@@ -97,6 +122,7 @@ unsafe extern "C" {
     safe static interrupt_stubs: u8;
     safe static protection: u8;
     safe static spurious: u8;
+    safe static privileged_stubs: u8;
 }
 
 global_asm!(
@@ -144,6 +170,9 @@ gdt_pointer:
 idt_pointer:
     .word   256 * 16 - 1
     .quad   IDT
+    .balign 64
+scratch:
+    .skip   4096
     .balign 8
 fault_frame:
     .quad   {report}, {code3}, 0x3002, stack3_top - 8, {data3}
@@ -213,6 +242,27 @@ not_idle:
 spurious:
     mov     esp, offset stack0_top - 40
     iretq
+
+    .balign {privileged_stub}
+    .globl privileged_stubs
+privileged_stubs:                               // in the order of Privileged
+    cmpxchg16b [scratch]
+    jmp     done
+    .balign {privileged_stub}
+    xor     eax, eax
+    xor     edx, edx
+    xrstor  [scratch]
+    jmp     done
+    .balign {privileged_stub}
+    int3
+    jmp     done
+    .balign {privileged_stub}
+    mov     eax, {nowhere}
+    jmp     rax
+done:
+    push    0
+    push    0
+    jmp     fault
     "#,
     report = sym fault_report,
     code3 = const CODE3,
@@ -220,5 +270,7 @@ spurious:
     exceptions = const EXCEPTIONS,
     exception_stub = const EXCEPTION_STUB,
     interrupt_stub = const INTERRUPT_STUB,
+    privileged_stub = const PRIVILEGED_STUB,
+    nowhere = const NOWHERE,
     sources = const SOURCES,
 );

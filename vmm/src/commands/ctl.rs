@@ -1,7 +1,7 @@
 //! `fealty ctl`: operations on a running VM, through its control socket.
 
 use crate::api::http;
-use crate::exit::{Exit, Failure, one_line};
+use crate::exit::{Exit, Failure, visible};
 use crate::sandbox::{Filter, close_inherited, close_thread, descriptors};
 use clap::Subcommand;
 use serde_json::Value;
@@ -202,9 +202,10 @@ fn for_people(all: &Value) -> String {
 
 fn print(text: String) {
     use std::io::Write;
-    let lines: Vec<_> = text.lines().map(one_line).collect();
+    // None is cut: half an object is no JSON.
+    let lines: String = text.lines().flat_map(|line| visible(line).chain(['\n'])).collect();
     // Whoever closed standard output does not want it.
-    let _ = std::io::stdout().write_all((lines.join("\n") + "\n").as_bytes());
+    let _ = std::io::stdout().write_all(lines.as_bytes());
 }
 
 #[cfg(test)]

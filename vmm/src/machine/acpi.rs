@@ -285,6 +285,31 @@ mod tests {
         assert!(dsdt.windows(address.len()).any(|window| window == address), "{dsdt:02x?}");
     }
 
+    /// ACPI 6.5, 5.2.12: a local APIC for each processor, by its id, and one I/O APIC.
+    #[test]
+    fn every_processor_has_its_local_apic() {
+        for processors in 1..=16_u8 {
+            let tables = build(processors);
+            let xsdt = table(&tables, quad(&tables, 24));
+            let madt =
+                xsdt[36..].chunks(8).map(|entry| table(&tables, quad(entry, 0))).find(|t| t.starts_with(b"APIC"));
+            let madt = madt.expect("a MADT");
+            assert_eq!(madt[36..40], (LOCAL_APIC as u32).to_le_bytes());
+            let (mut rest, mut found, mut io) = (&madt[44..], vec![], vec![]);
+            while let [kind, length, ..] = rest {
+                let entry;
+                (entry, rest) = rest.split_at((*length).into());
+                match (kind, entry) {
+                    (0, &[_, _, uid, id, 1, 0, 0, 0]) => found.push((uid, id)),
+                    (1, entry) => io.push(entry[4..12].to_vec()),
+                    _ => panic!("an entry of kind {kind}: {entry:?}"),
+                }
+            }
+            assert_eq!(found, (0..processors).map(|n| (n, n)).collect::<Vec<_>>());
+            assert_eq!(io, [[(IO_APIC as u32).to_le_bytes(), [0; 4]].concat()]);
+        }
+    }
+
     #[test]
     fn there_is_room_for_all_processors() {
         let ram = GuestRam::from_ranges(&[(GuestAddress(0), 1 << 20)]).expect("1 MiB");

@@ -16,8 +16,10 @@ pub enum MachineEvent {
     Reset,
     /// The guest's kernel panicked, and said so.
     Panicked,
-    /// Something went wrong; one line, with the state of the vCPU where there is one.
+    /// The guest did what its processor, or KVM, can't go on with; one line, with the state of the vCPU.
     Failed(String),
+    /// A part of this program failed; one line. The guest has nothing to do with it.
+    Broken(String),
 }
 
 /// Events in the order in which they happened.

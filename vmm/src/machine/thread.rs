@@ -66,11 +66,11 @@ impl Crew {
         let (hook, control, label) = (self.hook.clone(), self.control.clone(), name.clone());
         let thread = Builder::new().name(name).spawn(move || {
             if let Err(error) = hook(kind) {
-                control.end(MachineEvent::Failed(format!("the sandbox of thread {label} did not close: {error}")));
+                control.end(MachineEvent::Broken(format!("the sandbox of thread {label} did not close: {error}")));
                 return;
             }
             if catch_unwind(AssertUnwindSafe(body)).is_err() {
-                control.end(MachineEvent::Failed(format!("thread {label} panicked: this is a bug of the monitor")));
+                control.end(MachineEvent::Broken(format!("thread {label} panicked: this is a bug of the monitor")));
             }
         })?;
         Ok(Task(Mutex::new(Some(thread))))
@@ -94,5 +94,23 @@ impl Task {
         if let Some(thread) = lock(&self.0).as_ref() {
             act(thread);
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::machine::event::Events;
+
+    #[test]
+    fn a_thread_that_panics_ends_the_machine_as_a_fault_of_this_program() {
+        let events = Arc::new(Events::new().expect("eventfd"));
+        let control = Arc::new(Control::new(events.clone()));
+        let crew = Crew::new(Arc::new(|_| Ok(())), Arc::new(LeaseGate::unlimited()), control.clone());
+        let body = || panic!("this line of a test's is expected");
+        crew.spawn(ThreadKind::Rng, "rng".into(), body).expect("a thread").join();
+        let Some(MachineEvent::Broken(why)) = events.take() else { panic!("nobody was told") };
+        assert!(why.contains("thread rng panicked"), "{why}");
+        assert!(control.ends());
     }
 }

@@ -196,7 +196,13 @@ mod tests {
             let (exit, said) = ended(end.clone(), Err(why));
             assert!(exit == Exit::Volume && said.ends_with(why), "{end:?}: {said}");
         }
-        for (end, expected) in [(End::Lease("it ended".into()), Exit::Lease), (End::Panicked, Exit::Panic)] {
+        let failures = [
+            (End::Lease("it ended".into()), Exit::Lease),
+            (End::Panicked, Exit::Panic),
+            (End::Failed("vCPU 0: triple fault".into()), Exit::Guest),
+            (End::Broken("thread vcpu-0 panicked".into()), Exit::Internal),
+        ];
+        for (end, expected) in failures {
             let (exit, said) = ended(end.clone(), Err(why));
             assert!(exit == expected && said.ends_with(why), "{end:?}: {said}");
         }

@@ -9,6 +9,7 @@ use crate::exit::{Exit, Failure};
 use crate::helm::Helm;
 use crate::lease::LeaseGate;
 use crate::machine::{Boot, DiskSlot, Image, Machine, RawDisk, Shape, Traits, open_kvm};
+use crate::opener::{Access, open_path};
 use crate::operations::{Facts, Operations};
 use crate::permit::StartPermit;
 use crate::post::office;
@@ -17,9 +18,12 @@ use crate::signals::Signals;
 use crate::steps::Steps;
 use crate::watch::Watch;
 use policy::config::{PlainConfig, PlainDisk};
+use rustix::fs::{FlockOperation, flock};
+use rustix::io::Errno;
 use std::fs::File;
 use std::path::Path;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 /// Runs the VM that the plain configuration `file` describes, to its end.
 pub fn run(file: &Path, settings: &Settings) -> Result<Exit, Failure> {
@@ -68,6 +72,24 @@ pub fn run(file: &Path, settings: &Settings) -> Result<Exit, Failure> {
     result
 }
 
+/// How long an image may still be held by a process that has ended: the kernel closes what its io_uring refers to a moment later.
+const LINGERS: Duration = Duration::from_secs(2);
+
+/// Takes a disk's image, for as long as it is open: for writing by one disk of one VM, for reading by several.
+fn take(file: &File, read_only: bool) -> Result<(), String> {
+    let how = if read_only { FlockOperation::NonBlockingLockShared } else { FlockOperation::NonBlockingLockExclusive };
+    let begun = Instant::now();
+    loop {
+        match flock(file, how) {
+            Ok(()) => return Ok(()),
+            Err(Errno::WOULDBLOCK) if begun.elapsed() < LINGERS => std::thread::sleep(Duration::from_millis(10)),
+            Err(Errno::WOULDBLOCK) => return Err("is in use by another disk or another VM".into()),
+            Err(Errno::INTR) => {}
+            Err(error) => return Err(format!("can't be locked: {}", std::io::Error::from(error))),
+        }
+    }
+}
+
 /// The files that a configuration names, open.
 struct Files {
     kernel: File,
@@ -78,13 +100,16 @@ struct Files {
 impl Files {
     /// Opens them, and makes what no thread can make once the sandbox is closed.
     fn open(config: &PlainConfig, folder: &Path, steps: Steps) -> Result<Self, Failure> {
-        let open = |name: &str, write: bool| {
+        let open = |name: &str, access: Access| {
             let path = folder.join(name);
-            let file = File::options().read(true).write(write).open(&path);
-            file.map_err(|e| Failure::new(Exit::File, format!("cannot open {}: {e}", path.display())))
+            let file = open_path(&path, access).map_err(|why| Failure::new(Exit::File, why))?;
+            Ok((file, path))
         };
         let disk = |disk: &PlainDisk| {
-            let file = open(&disk.path, !disk.readonly)?;
+            let access = if disk.readonly { Access::ReadStore } else { Access::WriteStore };
+            let (file, path) = open(&disk.path, access)?;
+            take(&file, disk.readonly)
+                .map_err(|why| Failure::new(Exit::File, format!("disk {}: {} {why}", disk.id, path.display())))?;
             let raw = RawDisk::new(file, disk.id.as_str())
                 .map_err(|e| Failure::new(Exit::File, format!("disk {} is no disk: {e}", disk.id)))?;
             let (raw, rings) = raw.with_rings(disk.num_queues, disk.queue_size);
@@ -95,8 +120,13 @@ impl Files {
         };
         let payload = &config.payload;
         Ok(Self {
-            kernel: open(&payload.kernel, false)?,
-            initramfs: payload.initramfs.as_deref().map(|name| open(name, false)).transpose()?,
+            kernel: open(&payload.kernel, Access::Read)?.0,
+            initramfs: payload
+                .initramfs
+                .as_deref()
+                .map(|name| open(name, Access::Read))
+                .transpose()?
+                .map(|(file, _)| file),
             disks: config.disks.iter().map(disk).collect::<Result<_, _>>()?,
         })
     }

@@ -131,7 +131,7 @@ impl Guest {
     pub(crate) fn shows(&self, text: &str, times: usize) {
         let start = Instant::now();
         while self.screen.text().matches(text).count() < times {
-            let failed = self.end().filter(|end| matches!(end, MachineEvent::Failed(_)));
+            let failed = self.end().filter(|end| matches!(end, MachineEvent::Failed(_) | MachineEvent::Broken(_)));
             let over = failed.is_some() || start.elapsed() > LIMIT;
             assert!(!over, "never {text:?}, but {failed:?} and:\n{}", self.screen.text());
             self.screen.await_change();

@@ -33,8 +33,8 @@ impl Guest<'_> {
         Ok(())
     }
 
-    pub(super) fn echo_on_console(&self) -> Result<(), CommandError> {
-        let console = Console::start(self.ecam()?).ok_or(CommandError::NoDevice)??;
+    pub(super) fn echo_on_console(&mut self) -> Result<(), CommandError> {
+        let console = self.console()?;
         console.write(b"hvc ready\n");
         let mut bytes = [0; console::LONGEST];
         loop {
@@ -46,6 +46,20 @@ impl Guest<'_> {
         }
         line(format_args!("hvc done"));
         Ok(())
+    }
+
+    pub(super) fn pour_on_console(&mut self) -> Result<(), CommandError> {
+        self.console()?.pour(b"last words\n");
+        line(format_args!("hvc poured"));
+        Ok(())
+    }
+
+    fn console(&mut self) -> Result<&Console, CommandError> {
+        let ecam = self.ecam()?;
+        Ok(match &mut self.console {
+            Some(console) => console,
+            none => none.insert(Console::start(ecam).ok_or(CommandError::NoDevice)??),
+        })
     }
 
     pub(super) fn use_balloon(&self) -> Result<(), CommandError> {

@@ -11,16 +11,20 @@ use super::transport::{Transport, TransportError};
 /// The most bytes that are written or read at once.
 pub const LONGEST: usize = 128;
 
+/// Bytes of each buffer of [`Console::pour`].
+const POURED: usize = 16384;
+
 #[repr(C, align(64))]
-struct Buffer(UnsafeCell<[u8; LONGEST]>);
+struct Buffer<const LENGTH: usize>(UnsafeCell<[u8; LENGTH]>);
 
 // SAFETY: one processor, one thread: only the driver below touches them, and only while the device does not.
-unsafe impl Sync for Buffer {}
+unsafe impl<const LENGTH: usize> Sync for Buffer<LENGTH> {}
 
 static RECEIVE: Queue = Queue::new();
 static TRANSMIT: Queue = Queue::new();
-static INPUT: Buffer = Buffer(UnsafeCell::new([0; LONGEST]));
-static OUTPUT: Buffer = Buffer(UnsafeCell::new([0; LONGEST]));
+static INPUT: Buffer<LONGEST> = Buffer(UnsafeCell::new([0; LONGEST]));
+static OUTPUT: Buffer<LONGEST> = Buffer(UnsafeCell::new([0; LONGEST]));
+static POOL: Buffer<POURED> = Buffer(UnsafeCell::new([0; POURED]));
 
 /// The console.
 pub struct Console {
@@ -46,6 +50,21 @@ impl Console {
             Source::Device.sleep();
             Source::Device.take();
         }
+    }
+
+    /// Gives the other end as many dots as buffers may be under way, and then `last`, at most [`LONGEST`]; waits for nothing.
+    pub fn pour(&self, last: &[u8]) {
+        let length = last.len().min(LONGEST);
+        // SAFETY: nothing is being sent (`write` waits for its own), so both buffers are ours; the lengths keep within them.
+        unsafe {
+            core::ptr::write_bytes(POOL.0.get().cast::<u8>(), b'.', POURED);
+            core::ptr::copy_nonoverlapping(last.as_ptr(), OUTPUT.0.get().cast(), length);
+        }
+        for slot in 1..Queue::REQUESTS {
+            TRANSMIT.offer_one(slot, (POOL.0.get() as u64, POURED as u32), false);
+        }
+        TRANSMIT.offer_one(0, (OUTPUT.0.get() as u64, length as u32), false);
+        self.transport.notify(1);
     }
 
     /// Waits for some bytes; gives how many.

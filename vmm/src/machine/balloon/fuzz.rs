@@ -39,13 +39,14 @@ mod tests {
 
     #[test]
     fn queues_and_their_mutations_are_survived() {
-        let mut seed = Seed::default();
-        let [inflate, deflate, report] = &QUEUES;
-        seed.put(0x900, &[2, 0, 0, 0, 3, 0, 0, 0]);
-        seed.chain(inflate, &[(0x900, 8, 0)]);
-        seed.chain(deflate, &[(0x900, 4, 0), (0x904, 4, 0)]);
-        seed.chain(report, &[(0x4000, 0x2000, WRITE), (0x6800, 0x1000, WRITE)]);
-        assert_eq!(serve(&seed.memory), (2, 2, 0x2000));
-        mutate(&seed.memory, 5_000, fuzz_balloon);
+        for mut seed in Seed::both() {
+            let [inflate, deflate, report] = &QUEUES;
+            seed.put(0x900, &[2, 0, 0, 0, 3, 0, 0, 0]);
+            seed.chain(inflate, &[(0x900, 8, 0)]);
+            seed.chain(deflate, &[(0x900, 4, 0), (0x904, 4, 0)]);
+            seed.chain(report, &[(0x4000, 0x2000, WRITE), (0x6800, 0x1000, WRITE)]);
+            assert_eq!(serve(&seed.memory), (2, 2, 0x2000));
+            mutate(&seed.memory, 5_000, fuzz_balloon);
+        }
     }
 }

@@ -1,10 +1,12 @@
 //! Accesses to ports and to memory that is no RAM as a function of bytes, for fuzzing: a machine with the devices that are not
-//! virtio's (serial line, power switch, panic device), and a guest that does what the bytes say.
+//! virtio's (serial line, power switch, clock chip, panic device), and a guest that does what the bytes say.
 
 use super::Bus;
 use crate::machine::control::Control;
 use crate::machine::event::Events;
-use crate::machine::layout::{ECAM, PCI_BAR_STRIDE, PCI_WINDOW, POWER_PORT, POWER_PORTS, SERIAL_PORT, SERIAL_PORTS};
+use crate::machine::layout::{
+    ECAM, PCI_BAR_STRIDE, PCI_WINDOW, POWER_PORT, POWER_PORTS, RTC_PORT, RTC_PORTS, SERIAL_PORT, SERIAL_PORTS,
+};
 use crate::machine::panic::PanicDevice;
 use crate::machine::pci::{PciBus, PciFunction};
 use crate::machine::power::Power;
@@ -62,7 +64,8 @@ enum Target {
 fn target(kind: u8, at: u16) -> Target {
     match kind >> 1 & 7 {
         0 | 1 => Target::Port(SERIAL_PORT + at % SERIAL_PORTS),
-        2 | 3 => Target::Port(POWER_PORT + at % POWER_PORTS),
+        2 => Target::Port(POWER_PORT + at % POWER_PORTS),
+        3 => Target::Port(RTC_PORT + at % RTC_PORTS),
         4 => Target::Port(at),
         5 => Target::Memory(SLOT_CONFIG + u64::from(at % 0x104)),
         6 => Target::Memory(PCI_WINDOW + u64::from(SLOT) * PCI_BAR_STRIDE + u64::from(at % 0x18)),
@@ -90,7 +93,8 @@ mod tests {
         [&[kind, width][..], &at.to_le_bytes(), &value.to_le_bytes()].concat()
     }
 
-    /// The serial line set up and used, the panic device turned on and told, the button's register read, power off, reset.
+    /// The serial line set up and used, the panic device turned on and told, the button's register read, power off, reset, the
+    /// clock's year read.
     #[test]
     fn accesses_and_their_mutations_are_survived() {
         let seed: Vec<u8> = [
@@ -107,6 +111,8 @@ mod tests {
             access(4, 0, 3, 0),
             access(5, 0, 0, 0x34),
             access(5, 0, 2, 1),
+            access(7, 0, 0, 9),
+            access(6, 0, 1, 0),
             access(8, 2, 0x80, 0),
             access(14, 3, 0xd000, 0),
         ]

@@ -41,12 +41,13 @@ mod tests {
 
     #[test]
     fn queues_and_their_mutations_are_survived() {
-        let mut seed = Seed::default();
-        let [receive, transmit] = &QUEUES;
-        seed.chain(receive, &[(0x1000, 64, WRITE)]);
-        seed.chain(transmit, &[(0x1000, 64, 0), (0x2000, 5000, 0)]);
-        seed.chain(transmit, &[(0x1000, 1, 0)]);
-        assert_eq!(serve(&seed.memory), 5065);
-        mutate(&seed.memory, 5_000, fuzz_console);
+        for mut seed in Seed::both() {
+            let [receive, transmit] = &QUEUES;
+            seed.chain(receive, &[(0x1000, 64, WRITE)]);
+            seed.chain(transmit, &[(0x1000, 64, 0), (0x2000, 5000, 0)]);
+            seed.chain(transmit, &[(0x1000, 1, 0)]);
+            assert_eq!(serve(&seed.memory), 5065);
+            mutate(&seed.memory, 5_000, fuzz_console);
+        }
     }
 }

@@ -3,15 +3,17 @@
 use super::counters::Tally;
 use super::line::Line;
 use crate::machine::virtio::{Chain, RingError, Serve, Session, Virtqueue};
-use rustix::event::PollFd;
+use rustix::event::{PollFd, Timespec, poll};
 use std::io::ErrorKind;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 const RECEIVE: usize = 0;
 const TRANSMIT: usize = 1;
 /// Bytes that are carried at once.
 const PIECE: usize = 4096;
+/// How long a machine that ends waits for what its guest had said to be read.
+const FAREWELL: Duration = Duration::from_secs(2);
 
 /// The console, on its thread.
 pub(super) struct Carrier {
@@ -136,6 +138,27 @@ impl Serve for Carrier {
             more |= self.receive(queue)?;
         }
         Ok(more)
+    }
+
+    /// The last lines of a guest that failed are what its operator needs.
+    fn finish(&mut self, session: &mut Session) {
+        let Some(Some(queue)) = session.queues.get_mut(TRANSMIT) else { return };
+        let until = Instant::now() + FAREWELL;
+        loop {
+            self.line.accept();
+            let sent = self.send(queue);
+            let left = until.saturating_duration_since(Instant::now());
+            match sent {
+                Ok(more) if (more || self.stuck) && !left.is_zero() => {}
+                _ => return,
+            }
+            if self.stuck {
+                let mut room = vec![];
+                self.line.interest(false, true, &mut room);
+                // Interrupted or not: the loop looks again.
+                let _ = poll(&mut room, Timespec::try_from(left).ok().as_ref());
+            }
+        }
     }
 
     fn interest<'a>(&'a self, descriptors: &mut Vec<PollFd<'a>>) -> Option<Duration> {

@@ -114,6 +114,42 @@ fn a_client_that_does_not_read_holds_the_guest_up_and_loses_nothing() {
 }
 
 #[test]
+fn what_was_said_before_the_end_arrives() {
+    let folder = tempfile::tempdir().expect("folder");
+    let path = folder.path().join("console");
+    let (device, rig) = rig(listening(&path));
+    let mut client = UnixStream::connect(&path).expect("connected");
+    let text: Vec<u8> = (0..0x10_0000_u32).map(|i| (i % 251) as u8).collect();
+    says(&rig, &text);
+    eventually("stuck", || device.counters().output_bytes > 0);
+    says(&rig, b"last words");
+    let reader = std::thread::spawn(move || {
+        std::thread::sleep(std::time::Duration::from_millis(100));
+        let mut got = vec![];
+        client.read_to_end(&mut got).expect("read");
+        got
+    });
+    rig.worker.stop();
+    drop((rig, device));
+    let got = reader.join().expect("it read");
+    assert!(got.starts_with(&text) && got.ends_with(b"last words"), "{} bytes of {}", got.len(), text.len() + 10);
+}
+
+#[test]
+fn a_client_that_never_reads_does_not_hold_up_the_end() {
+    let folder = tempfile::tempdir().expect("folder");
+    let path = folder.path().join("console");
+    let (device, rig) = rig(listening(&path));
+    let client = UnixStream::connect(&path).expect("connected");
+    says(&rig, &vec![b'x'; 0x10_0000]);
+    eventually("stuck", || device.counters().output_bytes > 0);
+    let begun = std::time::Instant::now();
+    rig.worker.stop();
+    assert!(begun.elapsed() < std::time::Duration::from_secs(20), "{:?}", begun.elapsed());
+    drop(client);
+}
+
+#[test]
 fn a_driver_that_breaks_the_rules_breaks_its_own_console_only() {
     let backend = ConsoleBackend { input: None, output: Box::new(io::sink()) };
     let (device, rig) = rig(Line::Backend(backend));

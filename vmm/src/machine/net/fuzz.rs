@@ -82,20 +82,21 @@ mod tests {
 
     #[test]
     fn queues_and_their_mutations_are_survived() {
-        let mut seed = Seed::default();
-        let [receive, transmit, control] = &QUEUES;
-        for n in 0..4 {
-            seed.chain(receive, &[(0x1000 + 0x800 * n, 0x800, WRITE)]);
+        for mut seed in Seed::both() {
+            let [receive, transmit, control] = &QUEUES;
+            for n in 0..4 {
+                seed.chain(receive, &[(0x1000 + 0x800 * n, 0x800, WRITE)]);
+            }
+            // A frame that is sent as it is, and one to be cut.
+            seed.put(0x900, &[1, 1, 54, 0, 0xa8, 5, 34, 0, 16, 0]);
+            seed.chain(transmit, &[(0x3000, 12, 0), (0x3010, 60, 0)]);
+            seed.chain(transmit, &[(0x900, 12, 0), (0x3010, 3000, 0)]);
+            seed.put(0x980, &[1, 0, 1, 0, 0, 0, 2, 0, 0, 0, 0, 1, 0, 0, 0, 0]);
+            seed.chain(control, &[(0x980, 2, 0), (0x982, 14, 0), (0x9c0, 1, WRITE)]);
+            seed.put(0x9a0, &[5, 0, 2, 0, 0, 0, 0, 0, 0, 0]);
+            seed.chain(control, &[(0x9a0, 10, 0), (0x9c1, 1, WRITE)]);
+            assert_eq!(serve(&seed.memory), (2, 2));
+            mutate(&seed.memory, 5_000, fuzz_net);
         }
-        // A frame that is sent as it is, and one to be cut.
-        seed.put(0x900, &[1, 1, 54, 0, 0xa8, 5, 34, 0, 16, 0]);
-        seed.chain(transmit, &[(0x3000, 12, 0), (0x3010, 60, 0)]);
-        seed.chain(transmit, &[(0x900, 12, 0), (0x3010, 3000, 0)]);
-        seed.put(0x980, &[1, 0, 1, 0, 0, 0, 2, 0, 0, 0, 0, 1, 0, 0, 0, 0]);
-        seed.chain(control, &[(0x980, 2, 0), (0x982, 14, 0), (0x9c0, 1, WRITE)]);
-        seed.put(0x9a0, &[5, 0, 2, 0, 0, 0, 0, 0, 0, 0]);
-        seed.chain(control, &[(0x9a0, 10, 0), (0x9c1, 1, WRITE)]);
-        assert_eq!(serve(&seed.memory), (2, 2));
-        mutate(&seed.memory, 5_000, fuzz_net);
     }
 }

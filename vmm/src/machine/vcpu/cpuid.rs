@@ -32,7 +32,7 @@ pub(crate) struct Facts {
 
 /// The table for all vCPUs, from what KVM supports: one package, a core for each processor, no nested virtualization.
 pub(crate) fn common(supported: &CpuId, facts: Facts) -> Result<Vec<kvm_cpuid_entry2>, BaselineError> {
-    let topology = |entry: &kvm_cpuid_entry2| matches!(entry.function, 0xb | 0x1f | KVM_TIMING);
+    let topology = |entry: &kvm_cpuid_entry2| matches!(entry.function, 0xb | 0x1f | 0x8000_0026 | KVM_TIMING);
     let mut entries: Vec<_> = supported.as_slice().iter().copied().filter(|entry| !topology(entry)).collect();
     baseline::apply(&mut entries, facts.baseline)?;
     entries.iter_mut().for_each(|entry| adapt(entry, facts));
@@ -155,6 +155,52 @@ mod tests {
         assert_eq!(get(&four, 0x8000_0008, 0).ecx, 0x2003);
         assert_eq!(get(&table(3), 0xb, 1).eax, 2, "three processors need two bits");
         assert_eq!(get(&table(1), 1, 0).edx >> 28 & 1, 0);
+    }
+
+    /// Every number of processors, by each of the ways in which guests read it: Intel's leaves 1, 4 and 0xb, AMD's 0x8000_0008,
+    /// 0x8000_001d and 0x8000_001e. All say the same: one package, a core for each processor, a last cache for all of them.
+    #[test]
+    fn every_number_of_processors_is_one_package_of_cores() {
+        for count in 1..=16_u8 {
+            let cache = |function, index, level: u32| kvm_cpuid_entry2 {
+                function,
+                index,
+                eax: u32::MAX << 14 | level << 5 | 1,
+                ..Default::default()
+            };
+            let entry = |function| kvm_cpuid_entry2 { function, ecx: u32::MAX, ebx: u32::MAX, ..Default::default() };
+            let supported: Vec<_> = [0, 1, 0xb, 0x1f, 0x8000_0008, 0x8000_001e, 0x8000_0026].map(entry).into();
+            let caches = [cache(4, 0, 1), cache(4, 1, 3), cache(0x8000_001d, 0, 1), cache(0x8000_001d, 1, 3)];
+            let supported = CpuId::from_entries(&[supported, caches.into()].concat()).expect("a small table");
+            let common = common(&supported, Facts { baseline: CpuBaseline::Host, count, tsc_deadline: true });
+            let common = common.expect("the host's own");
+            let bits = (0..8).find(|bits| 1_u32 << bits >= u32::from(count)).expect("few bits");
+            let mut ids = std::collections::BTreeSet::new();
+            for index in 0..count {
+                let mut table = common.clone();
+                personalize(&mut table, index, None);
+                let id = get(&table, 1, 0).ebx >> 24;
+                assert!(ids.insert(id) && id >> bits == 0, "{count} {id}");
+                for level in 0..3 {
+                    assert_eq!(get(&table, 0xb, level).edx, id, "{count}");
+                }
+                let place = get(&table, 0x8000_001e, 0);
+                assert_eq!((place.eax, place.ebx & 0xff, place.ebx >> 8 & 0xff, place.ecx & 0x7ff), (id, id, 0, 0));
+                let (threads, cores) = (get(&table, 0xb, 0), get(&table, 0xb, 1));
+                assert_eq!((threads.eax, threads.ebx, threads.ecx >> 8), (0, 1, 1), "a thread a core");
+                assert_eq!((cores.eax, cores.ebx, cores.ecx >> 8), (bits, count.into(), 2), "all cores");
+                assert_eq!(get(&table, 1, 0).ebx >> 16 & 0xff, u32::from(count));
+                let sizes = get(&table, 0x8000_0008, 0).ecx;
+                assert_eq!((sizes & 0xff, sizes >> 12 & 0xf), (u32::from(count) - 1, bits));
+                let sharers = |function, index| get(&table, function, index).eax >> 14 & 0xfff;
+                assert_eq!((sharers(4, 0), sharers(0x8000_001d, 0)), (0, 0), "the first cache is a core's own");
+                // Intel counts places for processors, AMD processors: either way all fall into one.
+                assert_eq!((sharers(4, 1), sharers(0x8000_001d, 1)), ((1 << bits) - 1, u32::from(count) - 1));
+                assert_eq!(get(&table, 4, 1).eax >> 26, (1 << bits) - 1, "places for cores");
+                let leaves = |function| table.iter().filter(|entry| entry.function == function).count();
+                assert_eq!((leaves(0xb), leaves(0x1f), leaves(0x8000_0026)), (3, 0, 0), "no topology of the host's");
+            }
+        }
     }
 
     #[test]

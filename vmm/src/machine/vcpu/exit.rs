@@ -4,7 +4,7 @@
 
 use kvm_bindings::{
     KVM_EXIT_FAIL_ENTRY, KVM_EXIT_INTERNAL_ERROR, KVM_EXIT_IO, KVM_EXIT_IO_IN, KVM_EXIT_MEMORY_FAULT, KVM_EXIT_MMIO,
-    KVM_EXIT_SHUTDOWN, KVM_EXIT_SYSTEM_EVENT,
+    KVM_EXIT_SHUTDOWN, KVM_EXIT_SYSTEM_EVENT, KVM_EXIT_UNKNOWN, kvm_run,
 };
 use kvm_ioctls::VcpuFd;
 
@@ -41,7 +41,7 @@ pub(super) fn enter(vcpu: &mut VcpuFd) -> Exit<'_> {
         Ok(()) => match reason {
             KVM_EXIT_IO => port(vcpu),
             KVM_EXIT_MMIO => memory(vcpu),
-            _ => Exit::Fatal(describe(vcpu, reason)),
+            _ => Exit::Fatal(describe(vcpu.get_kvm_run(), reason)),
         },
     }
 }
@@ -77,8 +77,7 @@ fn memory(vcpu: &mut VcpuFd) -> Exit<'_> {
     }
 }
 
-fn describe(vcpu: &mut VcpuFd, reason: u32) -> String {
-    let run = vcpu.get_kvm_run();
+fn describe(run: &kvm_run, reason: u32) -> String {
     match reason {
         KVM_EXIT_SHUTDOWN => "triple fault".into(),
         KVM_EXIT_INTERNAL_ERROR => {
@@ -103,6 +102,42 @@ fn describe(vcpu: &mut VcpuFd, reason: u32) -> String {
             format!("unexpected system event {}", event.type_)
         }
         KVM_EXIT_MEMORY_FAULT => "a memory fault that KVM can't resolve".into(),
+        KVM_EXIT_UNKNOWN => {
+            // SAFETY: the kernel fills this member for this exit reason.
+            let hw = unsafe { run.__bindgen_anon_1.hw };
+            format!("an exit that KVM does not know, hardware reason {:#x}", hw.hardware_exit_reason)
+        }
         other => format!("unhandled exit, reason {other}"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use kvm_bindings::KVM_EXIT_HYPERCALL;
+
+    #[test]
+    fn every_exit_that_ends_a_vcpu_has_a_name_or_a_number() {
+        let described = |reason, fill: fn(&mut kvm_run)| {
+            let mut run = kvm_run::default();
+            fill(&mut run);
+            describe(&run, reason)
+        };
+        let internal = |run: &mut kvm_run| run.__bindgen_anon_1.internal.suberror = 3;
+        let refused = |run: &mut kvm_run| run.__bindgen_anon_1.fail_entry.hardware_entry_failure_reason = 0x8000_0021;
+        let unknown = |run: &mut kvm_run| run.__bindgen_anon_1.hw.hardware_exit_reason = 0x7f;
+        let event = |run: &mut kvm_run| run.__bindgen_anon_1.system_event.type_ = 2;
+        for (said, words) in [
+            (described(KVM_EXIT_SHUTDOWN, |_| ()), "triple fault"),
+            (described(KVM_EXIT_INTERNAL_ERROR, internal), "suberror 3: an exit while an event was delivered"),
+            (described(KVM_EXIT_FAIL_ENTRY, refused), "reason 0x80000021"),
+            (described(KVM_EXIT_SYSTEM_EVENT, event), "system event 2"),
+            (described(KVM_EXIT_MEMORY_FAULT, |_| ()), "memory fault"),
+            (described(KVM_EXIT_HYPERCALL, |_| ()), "unhandled exit, reason 3"),
+            (described(KVM_EXIT_UNKNOWN, unknown), "hardware reason 0x7f"),
+            (described(u32::MAX, |_| ()), "unhandled exit, reason 4294967295"),
+        ] {
+            assert!(said.contains(words), "{words:?} is not in {said:?}");
+        }
     }
 }

@@ -168,3 +168,6 @@ fn answer(exit: Exit<'_>, bus: &Bus) {
         Exit::Interrupted | Exit::Fatal(_) => {}
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -14,6 +14,9 @@ const EFER_LMA: u64 = 1 << 10;
 /// The bit that is always set.
 const RFLAGS: u64 = 2;
 
+/// Where a processor begins after a reset: base of the code segment, and instruction pointer.
+const RESET_ADDRESS: (u64, u64) = (0xffff_0000, 0xfff0);
+
 /// Selectors of the boot GDT, as the Linux boot protocol wants them.
 const CODE: u16 = 0x10;
 const DATA: u16 = 0x18;
@@ -106,8 +109,11 @@ pub(super) fn describe(vcpu: &VcpuFd) -> String {
     let (Ok(regs), Ok(sregs)) = (vcpu.get_regs(), vcpu.get_sregs()) else {
         return "its registers can't be read".into();
     };
+    // AMD's processors do not keep the state of a triple fault (APM 2, 15.14.3), and KVM then resets the vCPU.
+    let reset = (sregs.cs.base, regs.rip) == RESET_ADDRESS;
+    let note = if reset { " (as after a reset: what it was before is not kept)" } else { "" };
     format!(
-        "rip={:#x} rsp={:#x} rflags={:#x} cs={:#x} cpl={} cr0={:#x} cr2={:#x} cr3={:#x} cr4={:#x} efer={:#x}",
+        "rip={:#x} rsp={:#x} rflags={:#x} cs={:#x} cpl={} cr0={:#x} cr2={:#x} cr3={:#x} cr4={:#x} efer={:#x}{note}",
         regs.rip,
         regs.rsp,
         regs.rflags,

@@ -128,12 +128,14 @@ impl<S: Send + 'static> Seat<S> {
             if in_hand && (desk.close || desk.leave || desk.pause) {
                 return Turn::Drain;
             }
-            if desk.close {
-                return Turn::End;
-            }
             if std::mem::take(&mut desk.leave) {
                 *session = None;
                 desk.working = false;
+            }
+            if desk.close {
+                // What the driver handed over last is there for whoever has something to finish.
+                *session = desk.fresh.take().or(session.take());
+                return Turn::End;
             }
             if desk.pause {
                 desk.quiet = true;
@@ -204,5 +206,32 @@ impl<S: Send + 'static> Background for Occupant<S> {
     fn stop(&self) {
         self.seat.order(|desk| desk.close = true);
         self.task.join();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_session_that_came_just_before_the_end_is_there_to_be_finished() {
+        let seat = Seat::new().expect("eventfd");
+        let mut session = None;
+        seat.start(1);
+        seat.order(|desk| desk.close = true);
+        assert!(matches!(seat.turn(&mut session, false), Turn::End));
+        assert_eq!(session, Some(1));
+    }
+
+    #[test]
+    fn a_session_that_its_driver_ended_is_not() {
+        let seat = Seat::new().expect("eventfd");
+        let mut session = None;
+        seat.start(1);
+        assert!(matches!(seat.turn(&mut session, false), Turn::Serve(1)));
+        assert!(!seat.stop());
+        seat.order(|desk| desk.close = true);
+        assert!(matches!(seat.turn(&mut session, false), Turn::End));
+        assert_eq!(session, None);
     }
 }

@@ -18,6 +18,10 @@ pub trait Serve: Send {
     /// driver, nothing more is asked until a reset.
     fn serve(&mut self, session: &mut Session) -> Result<bool, RingError>;
 
+    /// The machine ends, and the driver does nothing any more: hands on what it had given before. Not asked where the driver or
+    /// the device gave up. It must come back in a time that no driver and nobody else can prolong.
+    fn finish(&mut self, _session: &mut Session) {}
+
     /// What is to wake the thread beside the driver: descriptors, and a time. Asked while there is a session that may be
     /// served, after [`serve`](Self::serve) said that there is no more to do. What was ready is not told: `serve` finds out.
     fn interest<'a>(&'a self, _descriptors: &mut Vec<PollFd<'a>>) -> Option<Duration> {
@@ -72,7 +76,7 @@ fn work<S: Serve>(seat: &Seat<Work>, server: &mut S) {
     let mut session = None;
     loop {
         let served = match seat.turn(&mut session, false) {
-            Turn::End => return,
+            Turn::End => return finish(session.as_mut(), server),
             Turn::Serve(work) if !work.session.link.broken() => {
                 if !std::mem::replace(&mut work.begun, true) {
                     server.begin(&mut work.session);
@@ -90,6 +94,14 @@ fn work<S: Serve>(seat: &Seat<Work>, server: &mut S) {
             Err(_) => seat.wait(None),
         }
     }
+}
+
+fn finish<S: Serve>(work: Option<&mut Work>, server: &mut S) {
+    let Some(work) = work.filter(|work| !work.session.link.broken()) else { return };
+    if !work.begun {
+        server.begin(&mut work.session);
+    }
+    server.finish(&mut work.session);
 }
 
 fn sleep<S: Serve>(seat: &Seat<Work>, server: &S) {

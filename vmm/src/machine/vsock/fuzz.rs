@@ -46,28 +46,29 @@ mod tests {
 
     #[test]
     fn queues_and_their_mutations_are_survived() {
-        let mut seed = Seed::default();
-        let [receive, transmit] = &QUEUES;
-        seed.chain(receive, &[(0x2000, 200, WRITE)]);
-        seed.chain(receive, &[(0x2800, 44, WRITE), (0x2900, 100, WRITE)]);
-        let packets = [(Op::Request, 0), (Op::Data, 20), (Op::CreditRequest, 0), (Op::Shutdown, 0)];
-        for ((op, len), at) in packets.into_iter().zip((0x600..).step_by(0x80)) {
-            let header = Header {
-                src_cid: CID,
-                dst_cid: HOST_CID,
-                src_port: 9,
-                dst_port: PORT,
-                len,
-                kind: STREAM,
-                op: Some(op),
-                flags: 3,
-                buf_alloc: 4096,
-                fwd_cnt: 0,
-            };
-            seed.put(at, &header.bytes());
-            seed.chain(transmit, &[(at, 44, 0), (0x1000, len, 0)]);
+        for mut seed in Seed::both() {
+            let [receive, transmit] = &QUEUES;
+            seed.chain(receive, &[(0x2000, 200, WRITE)]);
+            seed.chain(receive, &[(0x2800, 44, WRITE), (0x2900, 100, WRITE)]);
+            let packets = [(Op::Request, 0), (Op::Data, 20), (Op::CreditRequest, 0), (Op::Shutdown, 0)];
+            for ((op, len), at) in packets.into_iter().zip((0x600..).step_by(0x80)) {
+                let header = Header {
+                    src_cid: CID,
+                    dst_cid: HOST_CID,
+                    src_port: 9,
+                    dst_port: PORT,
+                    len,
+                    kind: STREAM,
+                    op: Some(op),
+                    flags: 3,
+                    buf_alloc: 4096,
+                    fwd_cnt: 0,
+                };
+                seed.put(at, &header.bytes());
+                seed.chain(transmit, &[(at, 44, 0), (0x1000, len, 0)]);
+            }
+            assert_eq!(serve(&seed.memory), (1, 20));
+            mutate(&seed.memory, 5_000, fuzz_vsock);
         }
-        assert_eq!(serve(&seed.memory), (1, 20));
-        mutate(&seed.memory, 5_000, fuzz_vsock);
     }
 }
