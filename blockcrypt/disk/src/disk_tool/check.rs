@@ -10,18 +10,19 @@ use super::{Context, open_file, open_volume};
 use blockcrypt::{CheckReport, CheckStep};
 use policy::VolumeId;
 use serde::Serialize;
+use std::borrow::Cow;
 
 /// A line of the findings.
 #[derive(Serialize, PartialEq, Eq, Debug)]
 #[serde(rename_all = "kebab-case")]
-enum Finding {
+pub(super) enum Finding {
     /// Blocks of the guest's that can't be read.
     Bad {
         first: u64,
         last: u64,
         /// Where the first one lies in the store, in blocks.
         physical: Option<u64>,
-        reason: &'static str,
+        reason: Cow<'static, str>,
     },
     /// Something else.
     Problem(String),
@@ -42,10 +43,10 @@ pub(super) fn check(context: &Context, words: &Check) -> Result<(), ToolError> {
     let handover = context.handover("check")?;
     let volume = open_volume(&words.volume, file, &handover)?;
     let mut progress = Progress::of("check", volume.size(), context.report.json);
-    let mut findings = Findings { report: context.report, pending: None, failed: None };
+    let mut findings = Findings::new(context.report);
     let report = volume.check(&mut |step| match step {
         CheckStep::Progress { done, .. } => progress.at(done * BLOCK as u64),
-        CheckStep::Bad { lba, physical, reason } => findings.bad(lba, physical, reason),
+        CheckStep::Bad { lba, physical, reason } => findings.add(Finding::bad(lba, physical, reason)),
         CheckStep::Problem(text) => findings.tell(Finding::Problem(text)),
     });
     findings.end()?;
@@ -79,23 +80,35 @@ fn summary(report: &CheckReport, seconds: f64) -> String {
 }
 
 /// Writes findings as they come, neighbouring bad blocks as one.
-struct Findings {
+pub(super) struct Findings {
     report: Reporter,
+    /// To standard error, for standard output is data, or says something else.
+    aside: bool,
     pending: Option<Finding>,
     failed: Option<ToolError>,
 }
 
 impl Findings {
-    fn bad(&mut self, lba: u64, physical: Option<u64>, reason: &'static str) {
-        if let Some(Finding::Bad { last, reason: before, .. }) = &mut self.pending
-            && *last + 1 == lba
-            && *before == reason
+    fn new(report: Reporter) -> Self {
+        Self { report, aside: false, pending: None, failed: None }
+    }
+
+    /// Findings of a command whose result is another.
+    pub(super) fn aside(report: Reporter) -> Self {
+        Self { aside: true, ..Self::new(report) }
+    }
+
+    pub(super) fn add(&mut self, finding: Finding) {
+        if let (Some(Finding::Bad { last, reason: before, .. }), Finding::Bad { first: next, last: end, reason, .. }) =
+            (&mut self.pending, &finding)
+            && *last + 1 == *next
+            && before == reason
         {
-            *last = lba;
+            *last = *end;
             return;
         }
         self.flush();
-        self.pending = Some(Finding::Bad { first: lba, last: lba, physical, reason });
+        self.pending = Some(finding);
     }
 
     fn tell(&mut self, finding: Finding) {
@@ -106,18 +119,26 @@ impl Findings {
 
     fn flush(&mut self) {
         let Some(finding) = self.pending.take() else { return };
+        if self.aside {
+            return self.report.aside(&finding, &finding.text());
+        }
         if let Err(error) = self.report.result(&finding, &finding.text()) {
             self.failed.get_or_insert(error);
         }
     }
 
-    fn end(mut self) -> Result<(), ToolError> {
+    pub(super) fn end(mut self) -> Result<(), ToolError> {
         self.flush();
         self.failed.map_or(Ok(()), Err)
     }
 }
 
 impl Finding {
+    /// One block.
+    pub(super) fn bad(lba: u64, physical: Option<u64>, reason: impl Into<Cow<'static, str>>) -> Self {
+        Self::Bad { first: lba, last: lba, physical, reason: reason.into() }
+    }
+
     fn text(&self) -> String {
         match self {
             Self::Bad { first, last, physical, reason } => {
@@ -136,14 +157,14 @@ mod tests {
 
     #[test]
     fn neighbours_with_one_reason_are_one_finding() {
-        let mut findings = Findings { report: Reporter::new(true), pending: None, failed: None };
-        findings.bad(3, Some(90), "a");
-        findings.bad(4, Some(80), "a");
-        let expected = Finding::Bad { first: 3, last: 4, physical: Some(90), reason: "a" };
+        let mut findings = Findings::new(Reporter::new(true));
+        findings.add(Finding::bad(3, Some(90), "a"));
+        findings.add(Finding::bad(4, Some(80), "a"));
+        let expected = Finding::Bad { first: 3, last: 4, physical: Some(90), reason: "a".into() };
         assert_eq!(findings.pending, Some(expected));
-        findings.bad(5, None, "b");
-        assert_eq!(findings.pending, Some(Finding::Bad { first: 5, last: 5, physical: None, reason: "b" }));
-        findings.bad(7, None, "b");
+        findings.add(Finding::bad(5, None, "b"));
+        assert_eq!(findings.pending, Some(Finding::bad(5, None, "b")));
+        findings.add(Finding::bad(7, None, "b"));
         let last = findings.pending.take().expect("pending");
         assert_eq!(last.text(), "block 7: b");
     }

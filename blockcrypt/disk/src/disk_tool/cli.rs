@@ -153,6 +153,9 @@ pub(crate) struct Export {
     /// Export this snapshot instead of the volume
     #[arg(long, value_name = "N")]
     pub(crate) snapshot: Option<u64>,
+    /// Go on past blocks that can't be read: they are zeroes in the image, and each range of them is named; the code is 3 then
+    #[arg(long)]
+    pub(crate) salvage: bool,
     /// What the image is to be; qcow2 needs qemu-img
     #[arg(long, value_enum, default_value_t)]
     pub(crate) format: Format,
@@ -387,9 +390,10 @@ Examples: fealty-keys volume exec acme root -- fealty-disk import root.img /stor
 
 const EXPORT_HELP: &str = "\
 The image is the guest's data in plain text, readable by you alone (mode 0600). It appears under its name when it is complete. A bad
-block ends the export.
+block ends the export: with --salvage it does not, and what can be read of a damaged volume is saved.
 
-Example: fealty-keys volume exec acme root -- fealty-disk export /store/root.vol root.img";
+Examples: fealty-keys volume exec acme root -- fealty-disk export /store/root.vol root.img
+          fealty-keys volume exec acme root -- fealty-disk export --salvage /store/root.vol root.img";
 
 const INFO_HELP: &str = "\
 Without keys this shows what whoever could write the file wrote there. With keys the volume is opened, and everything shown has been

@@ -43,6 +43,10 @@ pub(crate) enum ToolError {
     SameFile(PathBuf, PathBuf),
     #[error("{path} is not whole: {bad} bad blocks, {problems} other problems; restore it from a copy")]
     Bad { path: PathBuf, bad: u64, problems: u64 },
+    #[error(
+        "{lost} blocks of {path} can't be read, and are zeroes in the image, which is made; restore them from a copy"
+    )]
+    Salvaged { path: PathBuf, lost: u64 },
     #[error("{0} was overwritten in part")]
     Overwritten(PathBuf, #[source] Box<ToolError>),
     #[error("{0} is as large as it was; say --discard-tail if what lies behind the new end may be lost")]
@@ -90,7 +94,7 @@ impl ToolError {
             | Self::NotAFile(_) => USAGE,
             Self::Holder(_) | Self::Make(MakeError::Anchor(_)) => REFUSED,
             Self::Volume(_, error) => of_volume(error),
-            Self::Bad { .. } => BAD,
+            Self::Bad { .. } | Self::Salvaged { .. } => BAD,
             Self::Overwritten(_, error) => error.code(),
             _ => FAILED,
         }

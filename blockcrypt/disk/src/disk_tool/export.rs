@@ -7,9 +7,9 @@ use super::holder::{Handover, Holder};
 use super::image::ImageError;
 use super::place::{Content, Place, same_file};
 use super::progress::{Progress, rate};
+use super::salvage::Reader;
 use super::size::Bytes;
 use super::{Context, open_file, open_snapshot, qemu};
-use blockcrypt::Volume;
 use policy::VolumeId;
 use serde::Serialize;
 use std::io::{self, Write};
@@ -22,6 +22,8 @@ struct Exported<'a> {
     image: &'a Path,
     size: u64,
     data: u64,
+    /// Blocks that could not be read.
+    lost: u64,
 }
 
 /// Where the content goes.
@@ -46,25 +48,31 @@ pub(super) fn export(context: &Context, words: &Export) -> Result<(), ToolError>
     let handover = context.handover("export")?;
     let volume = open_snapshot(&words.volume, file, &handover, words.snapshot)?;
     let Handover { holder, .. } = handover;
+    let reader = match words.salvage {
+        true => Reader::salvaging(&volume, context.report),
+        false => Reader::strict(&volume),
+    };
     let mut progress = Progress::of("export", volume.size(), context.report.json);
     let data = match (words.format, &sink) {
         (Format::Qcow2, Sink::File(place)) => {
-            let exported = qemu::export(&volume, place.draft_path(), &holder);
+            let exported = qemu::export(&reader, place.draft_path(), &holder);
             holder.still_there()?;
             exported.map_err(|e| ToolError::converting(&words.volume, e))?
         }
         _ => {
             sink.prepare(&words.image, volume.size())?;
-            copy(&volume, words, &sink, &holder, &mut progress)?
+            copy(&reader, words, &sink, &holder, &mut progress)?
         }
     };
     let (size, seconds) = (volume.size(), progress.seconds());
-    drop((volume, progress));
+    drop(progress);
+    let lost = reader.finish()?;
+    drop(volume);
     holder.finish()?;
     let aside = matches!(sink, Sink::Stream);
     sink.finish(&words.image)?;
     let id = handover.grant.volume;
-    let exported = Exported { volume: id, image: &words.image, size, data };
+    let exported = Exported { volume: id, image: &words.image, size, data, lost };
     let text = format!(
         "exported volume {id} to {}: {}, of it {} data, {} of that",
         words.image.display(),
@@ -74,26 +82,28 @@ pub(super) fn export(context: &Context, words: &Export) -> Result<(), ToolError>
     );
     if aside {
         context.report.aside(&exported, &text);
-        return Ok(());
+    } else {
+        context.report.result(&exported, &text)?;
     }
-    context.report.result(&exported, &text)
+    if lost > 0 { Err(ToolError::Salvaged { path: words.volume.clone(), lost }) } else { Ok(()) }
 }
 
 /// Copies everything; how many bytes were not zero.
 fn copy(
-    volume: &Volume,
+    reader: &Reader<'_>,
     words: &Export,
     sink: &Sink,
     holder: &Holder,
     progress: &mut Progress,
 ) -> Result<u64, ToolError> {
+    let volume = reader.volume;
     let mut buffer = vec![0; PIECE];
     let (mut at, mut data) = (0, 0);
     while at < volume.size() {
         holder.still_there()?;
         let length = usize::try_from(volume.size() - at).unwrap_or(PIECE).min(PIECE);
         let piece = &mut buffer[..length];
-        volume.read(at, piece).map_err(|e| ToolError::Volume(words.volume.clone(), e))?;
+        reader.read(at, piece).map_err(|e| ToolError::Volume(words.volume.clone(), e))?;
         data += filled(piece).map(|(_, run)| run.len() as u64).sum::<u64>();
         sink.write(at, piece).map_err(|e| write_failed(&words.image, e))?;
         at += length as u64;

@@ -8,6 +8,7 @@
 //! | `make` | `create`, `import` and `clone`: a volume that appears whole or not at all |
 //! | `change`, `snapshot` | commands that change a volume in its place |
 //! | `export`, `info`, `check` | the other commands |
+//! | `salvage` | going on past what can't be read |
 //! | `bench`, `scratch` | what a volume does here, measured where nothing is left of it |
 //! | `serve`, `rotation` | a volume as a disk of other programs, and rekeyed meanwhile |
 //! | `image`, `blocks` | raw images, and which of their blocks hold something |
@@ -37,6 +38,7 @@ mod qemu;
 mod qemu_lock;
 mod report;
 mod rotation;
+mod salvage;
 mod scratch;
 mod serve;
 mod signals;

@@ -3,10 +3,21 @@
 use super::size::Bytes;
 use serde::Serialize;
 use std::io::{self, IsTerminal, Write};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 const ON_A_TERMINAL: Duration = Duration::from_millis(200);
 const ELSEWHERE: Duration = Duration::from_secs(10);
+
+/// Whether a terminal's last line is one of progress.
+static ON_SCREEN: AtomicBool = AtomicBool::new(false);
+
+/// Takes the line of progress off the terminal, if there is one: another line is to come.
+pub(crate) fn clear() {
+    if ON_SCREEN.swap(false, Ordering::Relaxed) {
+        let _ = write!(io::stderr().lock(), "\r\x1b[K");
+    }
+}
 
 /// Tells of one piece of work. Work that is done before the first line is due is not talked about.
 pub(crate) struct Progress {
@@ -15,7 +26,6 @@ pub(crate) struct Progress {
     form: Form,
     begun: Instant,
     told: Instant,
-    shown: bool,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -42,7 +52,7 @@ impl Progress {
             false => Form::Lines,
         };
         let now = Instant::now();
-        Self { what, total, form, begun: now, told: now, shown: false }
+        Self { what, total, form, begun: now, told: now }
     }
 
     /// `done` bytes are behind us.
@@ -52,9 +62,9 @@ impl Progress {
             return;
         }
         self.told = Instant::now();
-        self.shown = true;
         let text = self.text(done);
         let mut out = io::stderr().lock();
+        ON_SCREEN.store(self.form == Form::Terminal, Ordering::Relaxed);
         let _ = match self.form {
             Form::Terminal => write!(out, "\r{text}\x1b[K").and_then(|()| out.flush()),
             Form::Lines | Form::Json => writeln!(out, "{text}"),
@@ -84,9 +94,7 @@ impl Progress {
 
 impl Drop for Progress {
     fn drop(&mut self) {
-        if self.shown && self.form == Form::Terminal {
-            let _ = write!(io::stderr().lock(), "\r\x1b[K");
-        }
+        clear();
     }
 }
 

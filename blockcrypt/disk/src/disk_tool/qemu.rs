@@ -5,6 +5,7 @@
 use super::holder::Holder;
 use super::image::ImageError;
 use super::qcow2::Qcow2;
+use super::salvage::Reader;
 use blockcrypt::{Volume, VolumeError};
 use fealty_disk::{Disk, Fault, nbd};
 use rustix::event::{PollFd, PollFlags, poll};
@@ -49,7 +50,7 @@ pub(crate) enum QemuError {
 /// Writes the content of `image` to a new volume; how many bytes of data that were.
 pub(crate) fn import(image: Qcow2, volume: &Volume, holder: &Holder) -> Result<u64, ConvertError> {
     let words = ["--target-image-opts", "--target-is-zero", "-n", "-m", "8", "-W", IMAGE, VOLUME];
-    let moved = convert(volume, Some(&image), holder, words.iter().map(OsStr::new));
+    let moved = convert(&Reader::strict(volume), Some(&image), holder, words.iter().map(OsStr::new));
     // What went wrong with the image says more than what qemu-img made of it.
     match (moved, image.into_failure()) {
         (Err(ConvertError::Qemu(_)), Some(error)) => Err(QemuError::Image(error).into()),
@@ -58,11 +59,11 @@ pub(crate) fn import(image: Qcow2, volume: &Volume, holder: &Holder) -> Result<u
 }
 
 /// Writes a volume's content to a qcow2 image at `path`, which exists; how many bytes of it were read.
-pub(crate) fn export(volume: &Volume, path: &Path, holder: &Holder) -> Result<u64, ConvertError> {
+pub(crate) fn export(reader: &Reader<'_>, path: &Path, holder: &Holder) -> Result<u64, ConvertError> {
     // An absolute path is a path; others may be URLs to qemu-img.
     let path = std::fs::canonicalize(path).map_err(|e| QemuError::NotFound(path.to_owned(), e))?;
     let from = ["--image-opts", "-m", "8", "-W", "-O", "qcow2", VOLUME];
-    Ok(convert(volume, None, holder, from.iter().map(OsStr::new).chain([path.as_os_str()]))?.read)
+    Ok(convert(reader, None, holder, from.iter().map(OsStr::new).chain([path.as_os_str()]))?.read)
 }
 
 /// Why a conversion came to nothing.
@@ -82,7 +83,7 @@ struct Moved {
 
 /// Runs `qemu-img convert` with the volume as its descriptor 0, and an image as its descriptor 1 if there is one.
 fn convert<'a>(
-    volume: &Volume,
+    reader: &Reader<'_>,
     image: Option<&Qcow2>,
     holder: &Holder,
     words: impl Iterator<Item = &'a OsStr>,
@@ -99,7 +100,13 @@ fn convert<'a>(
     let mut child = command.spawn().map_err(QemuError::Run)?;
     // It holds our copies of its descriptors.
     drop(command);
-    let lent = Counted { volume, read: AtomicU64::new(0), written: AtomicU64::new(0), failed: Mutex::new(None) };
+    let lent = Counted {
+        reader,
+        volume: reader.volume,
+        read: AtomicU64::new(0),
+        written: AtomicU64::new(0),
+        failed: Mutex::new(None),
+    };
     let complaint = attend(&lent, ours, source, &mut child, holder);
     let status = child.wait().map_err(QemuError::Run)?;
     // What went wrong with the volume says more than what qemu-img made of it.
@@ -153,6 +160,7 @@ fn failed(complaint: &[u8]) -> QemuError {
 
 /// A volume whose first failure is remembered.
 struct Counted<'a> {
+    reader: &'a Reader<'a>,
     volume: &'a Volume,
     read: AtomicU64,
     written: AtomicU64,
@@ -180,7 +188,7 @@ impl Disk for Counted<'_> {
 
     fn read(&self, offset: u64, buffer: &mut [u8]) -> Result<(), Fault> {
         self.read.fetch_add(buffer.len() as u64, Ordering::Relaxed);
-        self.told(self.volume.read(offset, buffer))
+        self.told(self.reader.read(offset, buffer))
     }
 
     fn write(&self, offset: u64, data: &[u8]) -> Result<(), Fault> {
@@ -191,7 +199,7 @@ impl Disk for Counted<'_> {
     fn read_many(&self, requests: &mut [(u64, &mut [u8])]) -> Vec<Result<(), Fault>> {
         let bytes: usize = requests.iter().map(|(_, buffer)| buffer.len()).sum();
         self.read.fetch_add(bytes as u64, Ordering::Relaxed);
-        self.volume.read_many(requests).into_iter().map(|done| self.told(done)).collect()
+        self.reader.read_many(requests).into_iter().map(|done| self.told(done)).collect()
     }
 
     fn write_many(&self, requests: &[(u64, &[u8])]) -> Vec<Result<(), Fault>> {

@@ -1,6 +1,7 @@
 //! What people and scripts see: results on standard output, everything else on standard error.
 
 use super::error::ToolError;
+use super::progress;
 use serde::Serialize;
 use std::error::Error;
 use std::io::{self, Write};
@@ -27,6 +28,7 @@ impl Reporter {
     }
 
     fn write(self, out: &mut impl Write, value: &impl Serialize, text: &str) -> io::Result<()> {
+        progress::clear();
         if !self.json {
             return writeln!(out, "{text}");
         }
@@ -43,6 +45,7 @@ pub(crate) fn failure(error: &ToolError) {
 
 /// A line on standard error. Whatever it quotes can't add a second one, nor move a terminal's cursor.
 pub(crate) fn line(text: &str) {
+    progress::clear();
     let _ = writeln!(io::stderr().lock(), "fealty-disk: {}", one_line(text, 2000));
 }
 
