@@ -12,6 +12,14 @@ use std::sync::{Arc, Mutex, MutexGuard};
 
 pub(crate) const MIB: u64 = 1 << 20;
 
+/// What the audit log hears of something that is not what it should be.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub(crate) struct Noticed {
+    pub(crate) lba: Option<u64>,
+    pub(crate) physical: Option<u64>,
+    pub(crate) reason: String,
+}
+
 /// The provider's side: anchors kept, events heard, open numbers issued.
 pub(crate) struct Provider {
     pub(crate) volume: VolumeId,
@@ -22,6 +30,7 @@ pub(crate) struct Provider {
     pub(crate) anchor: Mutex<Option<VolumeAnchor>>,
     pub(crate) kept: Mutex<u64>,
     pub(crate) events: Mutex<Vec<String>>,
+    noticed: Mutex<Vec<Noticed>>,
     pub(crate) refuse: Mutex<Option<AnchorRefused>>,
 }
 
@@ -36,6 +45,7 @@ impl Provider {
             anchor: Mutex::default(),
             kept: Mutex::new(0),
             events: Mutex::default(),
+            noticed: Mutex::default(),
             refuse: Mutex::default(),
         })
     }
@@ -94,6 +104,16 @@ impl Provider {
     pub(crate) fn heard(&self) -> Vec<String> {
         std::mem::take(&mut *lock(&self.events))
     }
+
+    /// No anchor is kept from now on but where the engine waits for one; or they are again.
+    pub(crate) fn keep_none(&self, none: bool) {
+        *lock(&self.refuse) = none.then(|| AnchorRefused::Away("not now".to_owned()));
+    }
+
+    /// What was heard since the last time.
+    pub(crate) fn noticed(&self) -> Vec<Noticed> {
+        std::mem::take(&mut *lock(&self.noticed))
+    }
 }
 
 impl Anchors for Provider {
@@ -115,6 +135,7 @@ impl Anchors for Provider {
 impl Events for Provider {
     fn integrity(&self, lba: Option<u64>, physical: Option<u64>, reason: &str) {
         lock(&self.events).push(format!("integrity {lba:?} {physical:?} {reason}"));
+        lock(&self.noticed).push(Noticed { lba, physical, reason: reason.to_owned() });
     }
     fn note(&self, text: &str) {
         lock(&self.events).push(format!("note {text}"));
