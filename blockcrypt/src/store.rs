@@ -14,6 +14,7 @@ use std::num::NonZeroU64;
 use std::os::unix::fs::FileExt;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
 
 /// Bytes at offsets. Nothing it returns is trusted; what [`sync_data`](Self::sync_data) acknowledged is hoped to be durable.
 pub trait Store: Send + Sync {
@@ -167,6 +168,8 @@ pub struct FileStore {
 
 /// What O_DIRECT may ask for at most: that buffers in memory, offsets and lengths are multiples of this.
 const ALIGN: usize = 4096;
+/// How long a file may still be held by a process that was killed: the kernel closes what its io_uring refers to a moment later.
+const LINGERS: Duration = Duration::from_secs(1);
 /// Bytes that a buffer which lies badly is copied through at a time.
 const BOUNCE: usize = 256 << 10;
 
@@ -176,12 +179,14 @@ thread_local! {
 }
 
 impl FileStore {
-    /// `file`, open for reading and writing, for this process alone. [`VolumeError::Busy`] if another has it.
+    /// `file`, open for reading and writing, for this process alone. [`VolumeError::Busy`] if another has it, and keeps it for a
+    /// second more.
     pub fn exclusive(file: File) -> Result<Self, VolumeError> {
         Self::locked(file, FlockOperation::NonBlockingLockExclusive)
     }
 
-    /// `file`, open for reading at least, beside other readers. [`VolumeError::Busy`] if a writer has it.
+    /// `file`, open for reading at least, beside other readers. [`VolumeError::Busy`] if a writer has it, and keeps it for a
+    /// second more.
     pub fn shared(file: File) -> Result<Self, VolumeError> {
         Self::locked(file, FlockOperation::NonBlockingLockShared)
     }
@@ -216,17 +221,16 @@ impl FileStore {
             FileType::BlockDevice => true,
             _ => return Err(VolumeError::NotAVolume),
         };
-        match rustix::fs::flock(&file, how) {
-            Ok(()) => Ok(Self {
-                file,
-                device,
-                direct: false,
-                rings: Mutex::new(Some(vec![])),
-                unsaid: AtomicBool::new(false),
-            }),
-            Err(Errno::WOULDBLOCK) => Err(VolumeError::Busy),
-            Err(e) => Err(VolumeError::Store("be locked", e.into())),
+        let begun = Instant::now();
+        loop {
+            match rustix::fs::flock(&file, how) {
+                Ok(()) => break,
+                Err(Errno::WOULDBLOCK) if begun.elapsed() < LINGERS => std::thread::sleep(Duration::from_millis(10)),
+                Err(Errno::WOULDBLOCK) => return Err(VolumeError::Busy),
+                Err(e) => return Err(VolumeError::Store("be locked", e.into())),
+            }
         }
+        Ok(Self { file, device, direct: false, rings: Mutex::new(Some(vec![])), unsaid: AtomicBool::new(false) })
     }
 }
 
