@@ -2,7 +2,7 @@
 
 mod disk_support;
 
-use disk_support::{Folder, Keeper, Manner, Running, alone, image};
+use disk_support::{Folder, Keeper, Manner, Running, alone, image, room};
 use rustix::fs::{CWD, FileType, Mode};
 use rustix::process::Signal;
 use std::fs::{File, read};
@@ -162,4 +162,34 @@ fn an_interrupted_export_leaves_no_image() {
     running.signal(Signal::TERM);
     running.end().failed(143);
     assert_eq!(names(&folder), ["a.vol"]);
+}
+
+#[test]
+fn an_interrupted_rekey_leaves_a_whole_volume_and_goes_on() {
+    if is_ignored(Signal::INT) {
+        eprintln!("NOT TESTED: SIGINT is ignored here, as under nohup, and stays so");
+        return;
+    }
+    let folder = Folder::new();
+    let content = image(BLOCKS * 8, &(0..BLOCKS * 8).collect::<Vec<_>>());
+    let (from, volume) = (folder.write("from.img", &content), folder.name("a.vol"));
+    let mut keeper = Keeper::new();
+    keeper.good(&["import", &from, &volume, "--room", "100%"]);
+    let before = room(folder.path("a.vol").as_ref());
+    keeper.key = 3;
+    let mut running = keeper.start(&["rekey", &volume], Manner::Good, "");
+    let begun = Instant::now();
+    while room(folder.path("a.vol").as_ref()) < before + (4 << 20) {
+        assert!(begun.elapsed() < Duration::from_secs(60) && !running.is_over(), "the rekey does not begin");
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    running.signal(Signal::INT);
+    let ended = running.end();
+    assert_eq!(ended.code, 130, "{ended:?}");
+    assert!(ended.error.contains("the volume is whole: run this again, and it goes on"), "{ended:?}");
+    keeper.anchor = ended.anchors.last().cloned().or(keeper.anchor);
+    assert_eq!(keeper.json(&["check", &volume])["good"], true);
+    let rekeyed = keeper.json(&["rekey", &volume]);
+    assert_eq!((&rekeyed["begun_before"], &rekeyed["older_keys"]), (&true.into(), &0.into()), "{rekeyed}");
+    assert!(keeper.good(&["export", &volume, "-"]) == content);
 }

@@ -174,7 +174,7 @@ impl Core {
             let root = self.forest.root(Tree::Map);
             self.forest.truncate_map(new.blocks())?;
             let border = new.blocks() / ENTRIES as u64 * ENTRIES as u64;
-            self.leave_behind(root, old.size, border, "shrunk from");
+            self.leave_behind(root, old.size, border, "what the volume was shrunk from");
             self.mapped = self.mapped.saturating_sub(beyond.data);
         }
         self.space.resize(new);

@@ -194,7 +194,7 @@ impl Shared {
             ));
         }
         if done {
-            self.backing.events.note(&format!("snapshot {id} is deleted"));
+            self.backing.events.note(&format!("snapshot {id} is deleted: {}", walk.dying.name));
         }
         Ok(())
     }
@@ -350,7 +350,7 @@ impl Core {
             _ => return Err(VolumeError::NoSnapshot(id).into()),
         };
         let root = self.forest.root(Tree::Map);
-        self.leave_behind(root, size, 0, "gone back from");
+        self.leave_behind(root, size, 0, "what the volume went back from");
         self.mapped = target.mapped;
         self.forest.replace_map(target.root, target.levels)
     }

@@ -103,6 +103,7 @@ pub(super) fn rekeyed(report: Reporter, info: &VolumeInfo, goes_on: bool) -> Res
     let VolumeInfo { volume, key_id, older_keys, .. } = *info;
     let rest = match older_keys {
         0 => "no older key is needed any more".to_owned(),
+        1 => "one older key stays: snapshots, or blocks that can't be read, need it".to_owned(),
         n => format!("{n} older keys stay: snapshots, or blocks that can't be read, need them"),
     };
     let since = match goes_on {

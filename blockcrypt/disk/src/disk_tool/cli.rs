@@ -51,6 +51,7 @@ pub(crate) enum Command {
     #[command(after_help = CHECK_HELP)]
     Check(Check),
     /// Snapshots of a volume: take, list, go back to, delete
+    #[command(after_help = SNAPSHOT_HELP)]
     Snapshot(Snapshot),
     /// Make a volume larger or smaller (what is new reads as zeroes), or give its snapshots more room
     #[command(after_help = RESIZE_HELP)]
@@ -407,6 +408,16 @@ One line for each range of bad blocks (4096 bytes each, as the guest counts them
 also goes to the customer's audit log.
 
 Example: fealty-keys volume exec acme root -- fealty-disk check /store/root.vol";
+
+const SNAPSHOT_HELP: &str = "\
+What is written over takes up room beyond the volume's size as long as a snapshot holds it: `info` shows how much is left, `resize --room` gives
+more. The volume goes back to its newest snapshot only, which the policy must permit (volume.revert). `export --snapshot` and
+`clone --snapshot` read one.
+
+Examples: fealty-keys volume exec acme data -- fealty-disk snapshot take /store/data.vol --name before-upgrade
+          fealty-keys volume exec acme data -- fealty-disk snapshot list /store/data.vol
+          fealty-keys volume exec acme data -- fealty-disk snapshot revert /store/data.vol 1
+          fealty-keys volume exec acme data -- fealty-disk snapshot delete /store/data.vol 1";
 
 const RESIZE_HELP: &str = "\
 The volume must not be in use meanwhile, but by `serve --control`, which can make it larger (--served): NBD clients that connect from then

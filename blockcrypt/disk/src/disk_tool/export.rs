@@ -55,7 +55,7 @@ pub(super) fn export(context: &Context, words: &Export) -> Result<(), ToolError>
     let mut progress = Progress::of("export", volume.size(), context.report.json);
     let data = match (words.format, &sink) {
         (Format::Qcow2, Sink::File(place)) => {
-            let exported = qemu::export(&reader, place.draft_path(), &holder);
+            let exported = qemu::export(&reader, place.draft_path(), &holder, &mut progress);
             holder.still_there()?;
             exported.map_err(|e| ToolError::converting(&words.volume, e))?
         }
@@ -75,7 +75,7 @@ pub(super) fn export(context: &Context, words: &Export) -> Result<(), ToolError>
     let exported = Exported { volume: id, image: &words.image, size, data, lost };
     let text = format!(
         "exported volume {id} to {}: {}, of it {} data, {} of that",
-        words.image.display(),
+        named(&words.image).display(),
         Bytes(size),
         Bytes(data),
         rate(data, seconds)
@@ -157,6 +157,10 @@ impl Sink {
 }
 
 fn write_failed(path: &Path, error: io::Error) -> ToolError {
-    let path = if path.as_os_str() == "-" { PathBuf::from("standard output") } else { path.to_owned() };
-    ImageError::Write(path, error).into()
+    ImageError::Write(named(path), error).into()
+}
+
+/// What people call it.
+fn named(path: &Path) -> PathBuf {
+    if path.as_os_str() == "-" { PathBuf::from("standard output") } else { path.to_owned() }
 }

@@ -114,8 +114,8 @@ fn import_qcow2(context: &Context, words: &Import) -> Result<(), ToolError> {
     if wanted < image.size {
         return Err(ImageError::Larger { path: words.image.clone(), image: image.size, wanted }.into());
     }
-    make_from_image(context, words, wanted, |volume, holder, _| {
-        let imported = qemu::import(image, volume, holder);
+    make_from_image(context, words, wanted, |volume, holder, progress| {
+        let imported = qemu::import(image, volume, holder, progress);
         holder.still_there()?;
         imported.map_err(|e| ToolError::converting(&words.volume, e))
     })
@@ -140,7 +140,7 @@ fn make_from_image(
     let made = Made { volume: id, path: &words.volume, size, data };
     let text = format!(
         "imported {} into volume {id} in {}: {}, of it {} data, {} of that",
-        words.image.display(),
+        if words.image.as_os_str() == "-" { "standard input".into() } else { words.image.display().to_string() },
         words.volume.display(),
         Bytes(size),
         Bytes(data),

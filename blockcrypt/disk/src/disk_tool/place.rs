@@ -97,8 +97,7 @@ impl Place {
     fn draft(path: &Path, content: Content, replaces: bool, interrupts: Interrupts) -> Result<Self, PlaceError> {
         let temporary = beside(path, "partial")?;
         let mode = if content == Content::Image { 0o600 } else { 0o666 };
-        let file = open_temporary(path, &temporary, mode)?;
-        interrupts.drafting(&temporary);
+        let file = interrupts.drafting(&temporary, || open_temporary(path, &temporary, mode))?;
         Ok(Self { path: path.to_owned(), file, draft: Some(Draft { temporary, replaces }), interrupts })
     }
 

@@ -2,12 +2,15 @@
 
 use super::size::Bytes;
 use serde::Serialize;
+use std::collections::VecDeque;
 use std::io::{self, IsTerminal, Write};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 const ON_A_TERMINAL: Duration = Duration::from_millis(200);
 const ELSEWHERE: Duration = Duration::from_secs(10);
+/// Lines from which a rate is taken.
+const TRAIL: usize = 5;
 
 /// Whether a terminal's last line is one of progress.
 static ON_SCREEN: AtomicBool = AtomicBool::new(false);
@@ -26,6 +29,8 @@ pub(crate) struct Progress {
     form: Form,
     begun: Instant,
     told: Instant,
+    /// The newest lines' times and bytes.
+    trail: VecDeque<(Instant, u64)>,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -52,7 +57,7 @@ impl Progress {
             false => Form::Lines,
         };
         let now = Instant::now();
-        Self { what, total, form, begun: now, told: now }
+        Self { what, total, form, begun: now, told: now, trail: [(now, 0)].into() }
     }
 
     /// `done` bytes are behind us.
@@ -62,7 +67,11 @@ impl Progress {
             return;
         }
         self.told = Instant::now();
-        let text = self.text(done);
+        let text = self.text(self.told, done);
+        if self.trail.len() == TRAIL {
+            self.trail.pop_front();
+        }
+        self.trail.push_back((self.told, done));
         let mut out = io::stderr().lock();
         ON_SCREEN.store(self.form == Form::Terminal, Ordering::Relaxed);
         let _ = match self.form {
@@ -81,14 +90,16 @@ impl Progress {
         self.begun.elapsed().as_secs_f64().max(1e-6)
     }
 
-    fn text(&self, done: u64) -> String {
-        let seconds = self.seconds();
+    /// The rate is that of the newest lines: what was done by an earlier run, or went faster, says nothing of what is to come.
+    fn text(&self, now: Instant, done: u64) -> String {
         if self.form == Form::Json {
-            let line = Line { progress: self.what, done, total: self.total, seconds };
+            let line = Line { progress: self.what, done, total: self.total, seconds: self.seconds() };
             return serde_json::to_string(&line).unwrap_or_default();
         }
         let share = done as f64 * 100.0 / self.total.max(1) as f64;
-        format!("{}: {} of {} ({share:.0} %), {}", self.what, Bytes(done), Bytes(self.total), rate(done, seconds))
+        let (since, before) = self.trail.front().copied().unwrap_or((self.begun, 0));
+        let rate = rate(done.saturating_sub(before), (now - since).as_secs_f64().max(1e-6));
+        format!("{}: {} of {} ({share:.0} %), {rate}", self.what, Bytes(done), Bytes(self.total))
     }
 }
 
@@ -111,13 +122,36 @@ mod tests {
     fn a_line_says_how_far_and_how_fast() {
         let mut progress = Progress::of("import", 4 << 20, false);
         progress.form = Form::Lines;
-        assert!(progress.text(1 << 20).starts_with("import: 1 MiB of 4 MiB (25 %), "));
+        let second = progress.begun + Duration::from_secs(1);
+        assert_eq!(progress.text(second, 1 << 20), "import: 1 MiB of 4 MiB (25 %), 1 MiB/s");
         progress.form = Form::Json;
-        let line: serde_json::Value = serde_json::from_str(&progress.text(7)).expect("JSON");
+        let line: serde_json::Value = serde_json::from_str(&progress.text(second, 7)).expect("JSON");
         assert_eq!(
             (&line["progress"], &line["done"], &line["total"]),
             (&"import".into(), &7.into(), &(4 << 20).into())
         );
         assert_eq!(rate(3 << 20, 2.0), "2 MiB/s");
+    }
+
+    #[test]
+    fn the_rate_is_what_it_is_now() {
+        let mut progress = Progress::of("rekey", 1 << 30, false);
+        progress.form = Form::Lines;
+        // An earlier run did the first half, which this one passes over at once.
+        let at = |n: u64| progress.begun + Duration::from_secs(n);
+        progress.trail = (1..=TRAIL as u64).map(|n| (at(n), (512 + 3 * n) << 20)).collect();
+        let text = progress.text(at(7), (512 + 21) << 20);
+        assert!(text.ends_with("(52 %), 3 MiB/s"), "{text}");
+    }
+
+    #[test]
+    fn only_the_newest_lines_are_remembered() {
+        let mut progress = Progress::of("rekey", 100, false);
+        progress.form = Form::Json;
+        for done in 1..20 {
+            progress.told -= ELSEWHERE;
+            progress.at(done);
+        }
+        assert_eq!(progress.trail.iter().map(|(_, done)| *done).collect::<Vec<_>>(), [15, 16, 17, 18, 19]);
     }
 }

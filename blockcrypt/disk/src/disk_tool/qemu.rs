@@ -2,8 +2,10 @@
 //! its standard input, which nobody else has. Nothing of it lies in a file on the way. An image that it reads, it sees over NBD too, on
 //! its standard output.
 
+use super::blocks::filled;
 use super::holder::Holder;
 use super::image::ImageError;
+use super::progress::Progress;
 use super::qcow2::Qcow2;
 use super::salvage::Reader;
 use blockcrypt::{Volume, VolumeError};
@@ -48,9 +50,14 @@ pub(crate) enum QemuError {
 }
 
 /// Writes the content of `image` to a new volume; how many bytes of data that were.
-pub(crate) fn import(image: Qcow2, volume: &Volume, holder: &Holder) -> Result<u64, ConvertError> {
+pub(crate) fn import(
+    image: Qcow2,
+    volume: &Volume,
+    holder: &Holder,
+    progress: &mut Progress,
+) -> Result<u64, ConvertError> {
     let words = ["--target-image-opts", "--target-is-zero", "-n", "-m", "8", "-W", IMAGE, VOLUME];
-    let moved = convert(&Reader::strict(volume), Some(&image), holder, words.iter().map(OsStr::new));
+    let moved = convert(&Reader::strict(volume), Some(&image), holder, progress, words.iter().map(OsStr::new));
     // What went wrong with the image says more than what qemu-img made of it.
     match (moved, image.into_failure()) {
         (Err(ConvertError::Qemu(_)), Some(error)) => Err(QemuError::Image(error).into()),
@@ -58,12 +65,17 @@ pub(crate) fn import(image: Qcow2, volume: &Volume, holder: &Holder) -> Result<u
     }
 }
 
-/// Writes a volume's content to a qcow2 image at `path`, which exists; how many bytes of it were read.
-pub(crate) fn export(reader: &Reader<'_>, path: &Path, holder: &Holder) -> Result<u64, ConvertError> {
+/// Writes a volume's content to a qcow2 image at `path`, which exists; how many bytes of it were not zero.
+pub(crate) fn export(
+    reader: &Reader<'_>,
+    path: &Path,
+    holder: &Holder,
+    progress: &mut Progress,
+) -> Result<u64, ConvertError> {
     // An absolute path is a path; others may be URLs to qemu-img.
     let path = std::fs::canonicalize(path).map_err(|e| QemuError::NotFound(path.to_owned(), e))?;
     let from = ["--image-opts", "-m", "8", "-W", "-O", "qcow2", VOLUME];
-    Ok(convert(reader, None, holder, from.iter().map(OsStr::new).chain([path.as_os_str()]))?.read)
+    Ok(convert(reader, None, holder, progress, from.iter().map(OsStr::new).chain([path.as_os_str()]))?.read)
 }
 
 /// Why a conversion came to nothing.
@@ -75,7 +87,7 @@ pub(crate) enum ConvertError {
     Volume(#[from] VolumeError),
 }
 
-/// Bytes that were moved.
+/// Bytes of data that were moved.
 struct Moved {
     read: u64,
     written: u64,
@@ -86,6 +98,7 @@ fn convert<'a>(
     reader: &Reader<'_>,
     image: Option<&Qcow2>,
     holder: &Holder,
+    progress: &mut Progress,
     words: impl Iterator<Item = &'a OsStr>,
 ) -> Result<Moved, ConvertError> {
     let (ours, theirs) = UnixStream::pair().map_err(QemuError::Run)?;
@@ -105,6 +118,7 @@ fn convert<'a>(
         volume: reader.volume,
         read: AtomicU64::new(0),
         written: AtomicU64::new(0),
+        reached: Mutex::new((progress, 0)),
         failed: Mutex::new(None),
     };
     let complaint = attend(&lent, ours, source, &mut child, holder);
@@ -164,10 +178,31 @@ struct Counted<'a> {
     volume: &'a Volume,
     read: AtomicU64,
     written: AtomicU64,
+    /// How far the work has come.
+    reached: Mutex<(&'a mut Progress, u64)>,
     failed: Mutex<Option<VolumeError>>,
 }
 
 impl Counted<'_> {
+    /// A request before `end` is done.
+    fn reach(&self, end: u64) {
+        let mut reached = self.reached.lock().unwrap_or_else(PoisonError::into_inner);
+        let (progress, before) = &mut *reached;
+        *before = end.max(*before);
+        progress.at(*before);
+    }
+
+    fn count_read(&self, offset: u64, buffer: &[u8]) {
+        let data: u64 = filled(buffer).map(|(_, run)| run.len() as u64).sum();
+        self.read.fetch_add(data, Ordering::Relaxed);
+        self.reach(offset + buffer.len() as u64);
+    }
+
+    fn count_written(&self, offset: u64, data: &[u8]) {
+        self.written.fetch_add(data.len() as u64, Ordering::Relaxed);
+        self.reach(offset + data.len() as u64);
+    }
+
     fn told(&self, done: Result<(), VolumeError>) -> Result<(), Fault> {
         done.map_err(|error| {
             let fault = Fault::from(&error);
@@ -187,24 +222,24 @@ impl Disk for Counted<'_> {
     }
 
     fn read(&self, offset: u64, buffer: &mut [u8]) -> Result<(), Fault> {
-        self.read.fetch_add(buffer.len() as u64, Ordering::Relaxed);
-        self.told(self.reader.read(offset, buffer))
+        let read = self.reader.read(offset, buffer);
+        self.count_read(offset, buffer);
+        self.told(read)
     }
 
     fn write(&self, offset: u64, data: &[u8]) -> Result<(), Fault> {
-        self.written.fetch_add(data.len() as u64, Ordering::Relaxed);
+        self.count_written(offset, data);
         self.told(self.volume.write(offset, data))
     }
 
     fn read_many(&self, requests: &mut [(u64, &mut [u8])]) -> Vec<Result<(), Fault>> {
-        let bytes: usize = requests.iter().map(|(_, buffer)| buffer.len()).sum();
-        self.read.fetch_add(bytes as u64, Ordering::Relaxed);
-        self.reader.read_many(requests).into_iter().map(|done| self.told(done)).collect()
+        let read = self.reader.read_many(requests);
+        requests.iter().for_each(|(offset, buffer)| self.count_read(*offset, buffer));
+        read.into_iter().map(|done| self.told(done)).collect()
     }
 
     fn write_many(&self, requests: &[(u64, &[u8])]) -> Vec<Result<(), Fault>> {
-        let bytes: usize = requests.iter().map(|(_, data)| data.len()).sum();
-        self.written.fetch_add(bytes as u64, Ordering::Relaxed);
+        requests.iter().for_each(|(offset, data)| self.count_written(*offset, data));
         self.volume.write_many(requests).into_iter().map(|done| self.told(done)).collect()
     }
 

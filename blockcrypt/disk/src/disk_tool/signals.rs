@@ -49,8 +49,12 @@ impl Interrupts {
         Ok(interrupts)
     }
 
-    pub(crate) fn drafting(&self, temporary: &Path) {
-        *self.stage() = Stage::Draft(temporary.to_owned());
+    /// Has a temporary file made: an interruption comes before that, or removes it.
+    pub(crate) fn drafting<R, E>(&self, temporary: &Path, make: impl FnOnce() -> Result<R, E>) -> Result<R, E> {
+        let mut stage = self.stage();
+        let made = make()?;
+        *stage = Stage::Draft(temporary.to_owned());
+        Ok(made)
     }
 
     pub(crate) fn overwriting(&self, device: &Path) {
