@@ -94,7 +94,7 @@ impl Shared {
         let mut core = self.core()?;
         match put {
             Ok(()) => core.log.written(&batch),
-            Err(_) => core.log.put_back(batch.into_records()),
+            Err(_) => core.log.failed(batch),
         }
         put
     }

@@ -25,6 +25,8 @@ pub(crate) struct Log {
     retained: u64,
     cut: u64,
     head: u64,
+    /// Before this there may be blocks that continue the chain and that nobody knows of: writing them failed.
+    strays: u64,
     /// The next block's sequence number.
     pub(crate) sequence: u64,
     /// The MAC that the next block follows.
@@ -65,6 +67,7 @@ impl Log {
             retained,
             cut: head,
             head,
+            strays: head,
             sequence: 0,
             chain: [0; MAC],
             pending: Vec::new(),
@@ -147,6 +150,13 @@ impl Log {
         self.unmarked = !batch.commit;
     }
 
+    /// A batch was not written, or only in part; or it was, and nobody said so. Its records wait again, and their next batch takes the
+    /// same place.
+    pub(crate) fn failed(&mut self, batch: Batch) {
+        self.strays = self.strays.max(batch.head + blocks(batch.records.len()));
+        self.put_back(batch.records);
+    }
+
     /// Records that were taken and not written wait again.
     pub(crate) fn put_back(&mut self, records: Vec<Record>) {
         self.writing = 0;
@@ -154,14 +164,19 @@ impl Log {
     }
 
     /// A checkpoint begins: where replay will start, and the records that wait, for the map has them. The MAC is zero where the chain
-    /// has not begun.
+    /// has not begun. Strays hold records that are older than the map: replay must not meet them.
     pub(crate) fn begin_cut(&mut self) -> (Cut, Vec<Record>) {
-        let cut = Cut { offset: self.head % self.blocks, sequence: self.sequence, chain: self.chain };
+        let skipped = self.strays.saturating_sub(self.head);
+        let cut =
+            Cut { offset: (self.head + skipped) % self.blocks, sequence: self.sequence + skipped, chain: self.chain };
         (cut, std::mem::take(&mut self.pending))
     }
 
-    /// A superblock with its cut at the head is durable, and with it the first `records` records.
+    /// A superblock with the cut that was begun is durable, and with it the first `records` records.
     pub(crate) fn cut_here(&mut self, records: u64) {
+        let skipped = self.strays.saturating_sub(self.head);
+        self.head += skipped;
+        self.sequence += skipped;
         self.durable = self.durable.max(records);
         self.unmarked = false;
         self.retained = self.cut;
@@ -201,11 +216,6 @@ impl Batch {
             from.write_blocks(geometry.log_start(), &bytes[before_end..])?;
         }
         Ok(())
-    }
-
-    /// The records, where they could not be written.
-    pub(crate) fn into_records(self) -> Vec<Record> {
-        self.records
     }
 }
 
