@@ -65,6 +65,12 @@ pub trait Store: Send + Sync {
     /// Returns when everything written before is durable.
     fn sync_data(&self) -> io::Result<()>;
 
+    /// What is read from now on is what the store itself holds: after an fdatasync that failed, kernels keep what they could not write,
+    /// show it to readers, and call it durable. Where the store can't do that, it does nothing.
+    fn drop_cached(&self) -> io::Result<()> {
+        Ok(())
+    }
+
     /// Makes it `bytes` long. A store whose length is given (a block device) must have as many, and keeps the rest.
     fn set_len(&self, bytes: u64) -> io::Result<()>;
 
@@ -137,6 +143,9 @@ impl<S: Store + ?Sized> Store for Arc<S> {
     }
     fn sync_data(&self) -> io::Result<()> {
         (**self).sync_data()
+    }
+    fn drop_cached(&self) -> io::Result<()> {
+        (**self).drop_cached()
     }
     fn set_len(&self, bytes: u64) -> io::Result<()> {
         (**self).set_len(bytes)
@@ -388,6 +397,10 @@ impl Store for FileStore {
 
     fn sync_data(&self) -> io::Result<()> {
         self.file.sync_data()
+    }
+
+    fn drop_cached(&self) -> io::Result<()> {
+        Ok(fadvise(&self.file, 0, None, Advice::DontNeed)?)
     }
 
     fn set_len(&self, bytes: u64) -> io::Result<()> {

@@ -18,6 +18,9 @@ use policy::KeyId;
 /// this block without its MAC. The first block of a writer follows the *seed* instead: HMAC over UUID, open number and the MAC of
 /// the superblock with which that writer opened the volume. So blocks of another volume, writer or branch of history never
 /// continue a chain.
+///
+/// Numbers rise by one from block to block. A superblock's cut may pass over some: blocks that could not be written, as far as their writer
+/// heard, and that may be there all the same, with records older than that superblock's map.
 pub(crate) struct LogBlock {
     pub(crate) commit: bool,
     pub(crate) writer: u32,

@@ -108,7 +108,7 @@ impl Shared {
         let mut core = self.core()?;
         match put {
             Ok(()) => core.log.written(&batch),
-            Err(_) => core.log.not_written(batch),
+            Err(_) => core.log.failed(batch),
         }
         put
     }

@@ -29,6 +29,8 @@ pub(crate) struct Log {
     retained: u64,
     cut: u64,
     head: u64,
+    /// Before this there may be blocks that continue the chain and that nobody knows of: writing them failed.
+    strays: u64,
     /// The next block's sequence number.
     pub(crate) sequence: u64,
     /// The MAC that the next block follows.
@@ -40,7 +42,8 @@ pub(crate) struct Log {
     open_mac: [u8; MAC],
     /// Where replay will start when the checkpoint under way is durable.
     next_cut: u64,
-    /// That checkpoint has records that the log has not. Nothing may follow them before it is durable or given up.
+    /// That checkpoint has records that the log has not, or its cut passes over blocks. Nothing may be written behind the head before it
+    /// is durable or given up.
     lent: bool,
     /// Blocks that are being written.
     writing: u64,
@@ -83,6 +86,7 @@ impl Log {
             retained,
             cut: head,
             head,
+            strays: head,
             sequence: 0,
             chain: [0; MAC],
             pending: Vec::new(),
@@ -191,8 +195,10 @@ impl Log {
         }
     }
 
-    /// A batch was not written, or in part: its records wait again.
-    pub(crate) fn not_written(&mut self, batch: Batch) {
+    /// A batch was not written, or only in part; or it was, and nobody said so. Its records wait again, and their next batch takes the
+    /// same place.
+    pub(crate) fn failed(&mut self, batch: Batch) {
+        self.strays = self.strays.max(batch.head + blocks(batch.records.len()));
         self.writing = 0;
         // What the open block holds now is not known.
         self.stored -= batch.handed as u64;
@@ -206,7 +212,8 @@ impl Log {
     }
 
     /// A checkpoint begins: where replay will start, and the records that wait, for the map has them. The MAC is zero where the chain
-    /// has not begun. The open block is closed: replay must not find it behind the cut.
+    /// has not begun. The open block is closed: replay must not find it behind the cut. Nor must it meet strays, whose records are older
+    /// than the map: the cut passes over them.
     pub(crate) fn begin_cut(&mut self) -> (Cut, Vec<Record>) {
         if self.handed > 0 {
             self.pending.drain(..std::mem::take(&mut self.handed));
@@ -214,14 +221,18 @@ impl Log {
             self.head += 1;
             self.sequence += 1;
         }
-        self.next_cut = self.head;
-        self.lent = !self.pending.is_empty();
-        let cut = Cut { offset: self.head % self.blocks, sequence: self.sequence, chain: self.chain };
+        self.next_cut = self.head.max(self.strays);
+        let skipped = self.next_cut - self.head;
+        self.lent = skipped > 0 || !self.pending.is_empty();
+        let cut = Cut { offset: self.next_cut % self.blocks, sequence: self.sequence + skipped, chain: self.chain };
         (cut, std::mem::take(&mut self.pending))
     }
 
     /// The superblock with the cut that was begun is durable, and with it the first `records` records.
     pub(crate) fn end_cut(&mut self, records: u64) {
+        let skipped = self.next_cut.saturating_sub(self.head);
+        self.head += skipped;
+        self.sequence += skipped;
         self.durable = self.durable.max(records);
         self.stored = self.stored.max(records);
         self.lent = false;

@@ -164,14 +164,16 @@ impl Volume {
             return Err(VolumeError::Grant("its anchor is another volume's"));
         }
         let found_size = store.len().map_err(VolumeError::store("say its length"))?;
-        let (verified, damaged) = verify_superblocks(find_superblocks(&*store)?, &anchor, grant, kek)?;
-        let good: Vec<(u64, u64)> = verified.iter().map(|found| (found.at, found.superblock.epoch)).collect();
-        let (chosen, epoch) = choose(verified, damaged, &anchor, grant)?;
-        if options.writes() && !is_anchored_close(&chosen.superblock, &anchor) {
+        let mut state = find_state(&*store, &anchor, grant, kek)?;
+        if options.writes() && !is_anchored_close(&state.chosen.superblock, &anchor) {
             // A killed process may have left writes that only the kernel has. What was and is read here is overwritten on the
             // strength of what else is read: none of it may vanish with the power.
             store.sync_data().map_err(VolumeError::store("make writes durable"))?;
+            // One whose sync failed may have left what no sync makes durable any more.
+            store.drop_cached().map_err(VolumeError::store("be read past what the kernel keeps of it"))?;
+            state = find_state(&*store, &anchor, grant, kek)?;
         }
+        let State { chosen, epoch, good } = state;
         let expected = chosen.superblock.geometry.total * BLOCK as u64;
         if found_size < expected {
             return Err(VolumeError::Truncated { found: found_size, expected });
@@ -498,6 +500,23 @@ fn find_superblocks(store: &dyn Store) -> Result<Vec<Found>, VolumeError> {
         }
     }
     if found.is_empty() { Err(problem) } else { Ok(found) }
+}
+
+/// The superblock that counts, among those that were found.
+struct State {
+    chosen: Found,
+    /// The highest epoch of all.
+    epoch: u64,
+    /// Block and epoch of each that verifies.
+    good: Vec<(u64, u64)>,
+}
+
+/// The newest state that the anchor allows, as far as superblocks say.
+fn find_state(store: &dyn Store, anchor: &AnchorFields, grant: &VolumeGrant, kek: &Kek) -> Result<State, VolumeError> {
+    let (verified, damaged) = verify_superblocks(find_superblocks(store)?, anchor, grant, kek)?;
+    let good = verified.iter().map(|found| (found.at, found.superblock.epoch)).collect();
+    let (chosen, epoch) = choose(verified, damaged, anchor, grant)?;
+    Ok(State { chosen, epoch, good })
 }
 
 /// Those that are of this volume and verify under its keys, and how many are this volume's but don't verify.

@@ -214,6 +214,9 @@ struct Sim {
     now: Vec<u8>,
     durable: Vec<u8>,
     unsynced: BTreeMap<usize, Vec<[u8; SECTOR]>>,
+    /// What a sync that failed gave up: it can be read, no later sync makes it durable, and who drops what is cached reads what is
+    /// durable.
+    given_up: BTreeMap<usize, Vec<[u8; SECTOR]>>,
     /// Operations until the power fails.
     fuse: Option<u64>,
     /// New blocks that the store has room for.
@@ -237,6 +240,21 @@ impl SimStore {
         sim.durable = bytes.clone();
         sim.now = bytes;
         sim.unsynced.clear();
+        sim.given_up.clear();
+    }
+
+    /// A sync fails: some of what was written may never be durable, whatever comes after, as Linux has it.
+    pub(crate) fn fail_sync(&self, random: &mut Random) {
+        let mut sim = lock(&self.0);
+        for (sector, versions) in std::mem::take(&mut sim.unsynced) {
+            if random.chance(30) {
+                sim.durable[sector * SECTOR..][..SECTOR].copy_from_slice(versions.last().expect("one at least"));
+            } else if random.chance(80) {
+                sim.given_up.entry(sector).or_default().extend(versions);
+            } else {
+                sim.unsynced.insert(sector, versions);
+            }
+        }
     }
 
     /// Takes lots while later ones are sealed, from now on.
@@ -268,8 +286,11 @@ impl SimStore {
     pub(crate) fn crash(&self, random: &mut Random) {
         let mut sim = lock(&self.0);
         let style = random.below(4);
-        let unsynced = std::mem::take(&mut sim.unsynced);
-        for (sector, versions) in unsynced {
+        let mut lost = std::mem::take(&mut sim.given_up);
+        for (sector, versions) in std::mem::take(&mut sim.unsynced) {
+            lost.entry(sector).or_default().extend(versions);
+        }
+        for (sector, versions) in lost {
             let pick = match style {
                 0 => 0,
                 1 => versions.len() as u64,
@@ -360,6 +381,19 @@ impl Store for SimStore {
             if let Some(last) = versions.last() {
                 sim.durable[sector * SECTOR..][..SECTOR].copy_from_slice(last);
             }
+            sim.given_up.remove(&sector);
+        }
+        Ok(())
+    }
+
+    fn drop_cached(&self) -> io::Result<()> {
+        let sim = &mut *lock(&self.0);
+        for sector in std::mem::take(&mut sim.given_up).into_keys() {
+            let versions = sim.unsynced.get(&sector);
+            let newest = versions
+                .and_then(|versions| versions.last())
+                .map_or_else(|| sim.durable[sector * SECTOR..][..SECTOR].to_vec(), |newest| newest.to_vec());
+            sim.now[sector * SECTOR..][..SECTOR].copy_from_slice(&newest);
         }
         Ok(())
     }
@@ -392,6 +426,16 @@ impl Store for SimStore {
         }
         Ok(())
     }
+}
+
+/// A new volume that is full of data.
+pub(crate) fn filled(provider: &Arc<Provider>, store: &Arc<SimStore>, size: u64) -> Volume {
+    let volume = provider.create(store.clone(), size).expect("a volume");
+    for at in (0..size).step_by(64 * 4096) {
+        volume.write(at, &vec![7; (size - at).min(64 * 4096) as usize]).expect("written");
+    }
+    volume.flush().expect("flushed");
+    volume
 }
 
 /// A whole check that finds nothing wrong.

@@ -4,58 +4,13 @@
 
 use crate::common::{Noticed, Provider, Random, Replay, check_good, lock, seeds};
 use crate::hostile::{BLOCK, HostileStore};
+use crate::known::{Content, Known, content};
 use fealty_blockcrypt::{AnchorRefused, OpenOptions, Volume, VolumeError};
 use policy::AnchorMode;
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
-
-type Content = Arc<Vec<u8>>;
-
-/// What one block of the volume may hold.
-#[derive(Clone)]
-struct Known {
-    /// Now: one thing, unless something failed.
-    now: BTreeSet<Content>,
-    /// Besides, after the volume is opened again: what it held since the anchor.
-    since: BTreeSet<Content>,
-}
-
-impl Known {
-    fn zero() -> Self {
-        Self { now: BTreeSet::from([Arc::new(vec![0; BLOCK])]), since: BTreeSet::new() }
-    }
-
-    /// Its bytes from `start` on are replaced; if that failed, they may be.
-    fn write(&mut self, start: usize, data: &[u8], failed: bool) {
-        let changed = self.now.iter().map(|content| {
-            let mut content = (**content).clone();
-            content[start..start + data.len()].copy_from_slice(data);
-            Arc::new(content)
-        });
-        let changed: BTreeSet<Content> = changed.collect();
-        self.set(changed, failed);
-    }
-
-    fn set(&mut self, changed: BTreeSet<Content>, failed: bool) {
-        self.since.extend(self.now.iter().cloned());
-        if failed {
-            self.now.extend(changed);
-        } else {
-            self.now = changed;
-        }
-    }
-
-    fn opened(&mut self) {
-        self.now.append(&mut self.since);
-    }
-
-    fn may_be(&self, found: &[u8], also_since: bool) -> bool {
-        let mut all = self.now.iter().chain(self.since.iter().filter(|_| also_since));
-        all.any(|content| **content == found)
-    }
-}
 
 struct Taken {
     content: BTreeMap<u64, BTreeSet<Content>>,
@@ -598,11 +553,6 @@ impl History {
             assert!(!self.pure, "{}: an honest store does not open", self.context);
         }
     }
-}
-
-/// A block that nobody else has.
-fn content(lba: u64, number: u64) -> Vec<u8> {
-    [lba.to_le_bytes(), number.to_le_bytes()].concat().repeat(BLOCK / 16)
 }
 
 impl std::ops::AddAssign for Tally {

@@ -214,9 +214,40 @@ mod tests {
         ]
     }
 
+    /// NIST's CAVP, HMAC.rsp, L = 32, keys longer than a block: the first of 70 bytes, whose tags are cut to 16, and the last of all.
+    fn cavp() -> Vec<(Vec<u8>, Vec<u8>, &'static str)> {
+        let bytes = |text: &str| hex::decode(text).expect("hex");
+        vec![
+            (
+                bytes(
+                    "07c358ed1df3b06d47b5ec763afa07a6677ca3a722524e6103c1056d8c56f6cd0d318adbc5a4a3804afd23a62b9fadf0\
+                    d358afa8b0eea0f995fb865e5dfbbc5ad2a4f26acd76",
+                ),
+                bytes(
+                    "2aa1d94ec83ce7c3c75c6bc847759b085234fd44b407d8f80ddfe93c243556e87e4be8fb30b4743ef1169a24732fb2f5\
+                    f416042b10c3371dd9d20dda29844d58370700ce69f7df5e69240df77b96027a0ecec71b904f690b875da854de05ef04\
+                    7c5d898d1c0d116c580e2a0906b271dec8e5b0dcdfb2550a40092270eabf2533",
+                ),
+                "b3a189a17e8d9e986cd31bbe01b49fb3",
+            ),
+            (
+                bytes(
+                    "4b7ab133efe99e02fc89a28409ee187d579e774f4cba6fc223e13504e3511bef8d4f638b9aca55d4a43b8fbd64cf9d74\
+                    dcc8c9e8d52034898c70264ea911a3fd70813fa73b083371289b",
+                ),
+                bytes(
+                    "138efc832c64513d11b9873c6fd4d8a65dbf367092a826ddd587d141b401580b798c69025ad510cff05fcfbceb6cf0bb\
+                    03201aaa32e423d5200925bddfadd418d8e30e18050eb4f0618eb9959d9f78c1157d4b3e02cd5961f138afd574599399\
+                    17d9144c95d8e6a94c8f6d4eef3418c17b1ef0b46c2a7188305d9811dccb3d99",
+                ),
+                "4f1ee7cb36c58803a8721d4ac8c4cf8cae5d8832392eed2a96dc59694252801b",
+            ),
+        ]
+    }
+
     #[test]
-    fn rfc_4231_vectors_on_every_path() {
-        for (key, data, expected) in rfc_4231() {
+    fn rfc_4231_and_cavp_vectors_on_every_path() {
+        for (key, data, expected) in rfc_4231().into_iter().chain(cavp()) {
             // A key is filled up with zeroes, or hashed where it is longer than a block: the same function of 32 bytes.
             let mut whole = [0; 32];
             match key.len() {
@@ -229,7 +260,8 @@ mod tests {
                     let mut tags = vec![[0; TAG]; count];
                     MacKey::new(engine, &whole).tags(&vec![Message { head, body }; count], &mut tags);
                     for tag in tags {
-                        assert_eq!(hex::encode(tag), expected, "{} x{count} cut at {cut}", engine.name());
+                        let tag = hex::encode(&tag[..expected.len() / 2]);
+                        assert_eq!(tag, expected, "{} x{count} cut at {cut}", engine.name());
                     }
                 }
             }
