@@ -2,10 +2,10 @@
 //! syncs after which the kernel has given up what it could not write. The holder goes on as long as it can. No acknowledged FLUSH
 //! is lost, nothing is ever wrong, and nobody cries tampering.
 
-use crate::common::{Provider, Random, Replay, SimStore, check_good, lock, seeds};
+use crate::common::{Provider, Random, Replay, SimStore, check_good, lock, seeds, write_out_of_order};
 use crate::hostile::BLOCK;
 use crate::known::{Known, content};
-use fealty_blockcrypt::{Store, Volume, VolumeError};
+use fealty_blockcrypt::{Next, OpenOptions, Store, Volume, VolumeError};
 use policy::AnchorMode;
 use std::io;
 use std::sync::{Arc, Mutex};
@@ -102,6 +102,12 @@ impl Store for Faulty {
             }
         }
     }
+    fn overlaps(&self) -> bool {
+        self.inner.overlaps()
+    }
+    fn write_lots_at<'a>(&self, next: &mut Next<'a, '_>) -> io::Result<()> {
+        write_out_of_order(self, next)
+    }
     fn sync_data(&self) -> io::Result<()> {
         match self.fails(|faults| faults.syncs, 0) {
             None => self.inner.sync_data(),
@@ -143,6 +149,7 @@ struct Tally {
 
 struct History {
     provider: Arc<Provider>,
+    options: OpenOptions,
     disk: Arc<SimStore>,
     store: Arc<Faulty>,
     known: Vec<Known>,
@@ -267,7 +274,7 @@ impl History {
         if self.random.chance(40) {
             let what = self.store.begin(&mut self.random);
             self.tell(&what);
-            let opened = self.provider.open(self.store.clone());
+            let opened = self.try_open();
             let done = opened.as_ref().map(|_| ());
             match done {
                 Ok(()) => return opened.expect("just seen"),
@@ -280,7 +287,11 @@ impl History {
                 self.disk.crash(&mut self.random);
             }
         }
-        self.provider.open(self.store.clone()).unwrap_or_else(|e| panic!("{}: {e}", self.context))
+        self.try_open().unwrap_or_else(|e| panic!("{}: {e}", self.context))
+    }
+
+    fn try_open(&self) -> Result<Volume, VolumeError> {
+        self.provider.open_with(self.store.clone(), &self.provider.grant(), self.options)
     }
 
     fn run(&mut self, lives: u64) {
@@ -325,11 +336,15 @@ fn histories(mode: AnchorMode, first: u64, count: u64) {
         let _replay =
             Replay { test: format!("faults::a_store_that_fails_{}", format!("{mode:?}").to_lowercase()), seed };
         let (provider, disk) = (Provider::new(mode), SimStore::new());
+        let options = OpenOptions { outlive: seed % 2 == 1, ..OpenOptions::default() };
+        if seed % 4 >= 2 {
+            disk.overlap();
+        }
         let store = Faulty::over(disk.clone(), seed);
         provider.create(store.clone(), BLOCKS * BLOCK as u64).expect("a volume").close().expect("closed");
         let known = vec![Known::zero(); BLOCKS as usize];
         let (random, context) = (Random(seed), format!("{mode:?} seed {seed}"));
-        let mut history = History { provider, disk, store, known, random, context, tally: Tally::default() };
+        let mut history = History { provider, options, disk, store, known, random, context, tally: Tally::default() };
         history.run(3 + seed % 7);
         let Tally { failed, succeeded, dead, unopened } = history.tally;
         all.failed += failed;
