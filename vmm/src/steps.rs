@@ -57,7 +57,7 @@ impl Steps {
     fn tell(&self, step: &str, detail: &str, took_ms: Option<f64>) {
         let ms = millis(self.start.elapsed());
         if self.json {
-            self.object(&Line::Step { step, ms, took_ms, detail: &one_line(detail) });
+            object(&one_line(detail), |detail| Line::Step { step, ms, took_ms, detail });
             return;
         }
         let took = took_ms.map(|ms| format!(" ({ms:.1} ms)")).unwrap_or_default();
@@ -69,17 +69,27 @@ impl Steps {
     pub fn failure(&self, failure: &Failure) {
         if self.json {
             let ms = millis(self.start.elapsed());
-            self.object(&Line::Error { ms, exit: failure.exit as u8, message: &failure.message });
+            object(&failure.message, |message| Line::Error { ms, exit: failure.exit as u8, message });
         } else {
             line(&format!("fealty: {failure}"));
         }
     }
+}
 
-    fn object(&self, object: &Line<'_>) {
-        if let Ok(text) = serde_json::to_string(object) {
-            line(&text);
-        }
+/// Tells one object, of which `text` is the only part that may be long.
+fn object<'a>(text: &'a str, make: impl Fn(&'a str) -> Line<'a>) {
+    if let Some(json) = fitting(text, make) {
+        line(&json);
     }
+}
+
+/// The object as a line's JSON: where that would be too long, `text` is cut, and not the object.
+fn fitting<'a>(text: &'a str, make: impl Fn(&'a str) -> Line<'a>) -> Option<String> {
+    let whole = serde_json::to_string(&make(text)).ok()?;
+    // Each byte less of the text is at least one less of the JSON.
+    let length = text.len().saturating_sub(whole.len().saturating_sub(LINE_MAX));
+    let cut = (0..=length).rev().find(|at| text.is_char_boundary(*at)).unwrap_or(0);
+    if cut == text.len() { Some(whole) } else { serde_json::to_string(&make(&text[..cut])).ok() }
 }
 
 fn millis(time: Duration) -> f64 {
@@ -113,3 +123,24 @@ static TURN: Mutex<()> = Mutex::new(());
 const LINE_MAX: usize = 4094;
 /// Milliseconds that a line waits for its turn.
 const LINE_TRIES: u32 = 100;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_object_is_whole_however_long_its_text_is() {
+        for text in ["short", &"\u{10348}".repeat(1024), &"\"\\".repeat(512), &"x".repeat(100_000)] {
+            for make in [
+                |detail| Line::Step { step: "runs", ms: 1e9, took_ms: Some(1.5), detail },
+                |message| Line::Error { ms: 1e9, exit: 13, message },
+            ] {
+                let json = fitting(text, make).expect("JSON");
+                assert!(json.len() <= LINE_MAX, "{}", json.len());
+                let told: serde_json::Value = serde_json::from_str(&json).expect("whole");
+                let said = told["detail"].as_str().or(told["message"].as_str()).expect("text");
+                assert!(text.starts_with(said) && (said == text || json.len() > LINE_MAX - 8), "{}", said.len());
+            }
+        }
+    }
+}

@@ -148,6 +148,13 @@ fn an_image_is_written_by_one_disk_of_one_vm() {
     drop(vm);
     let path = configuration(mine.path(), "hello,poweroff", disks(true));
     Program::start(&mut fealty(&["run", "--unprotected", &path.display().to_string()])).end().code(0);
+    // One that ended in order leaves nothing behind that anybody waits for.
+    let path = configuration(mine.path(), "write:1:7,poweroff", one.clone());
+    for _ in 0..5 {
+        Program::start(&mut fealty(&["run", "--unprotected", &path.display().to_string()])).end().code(0);
+        let free = std::fs::File::open(&image).expect("opened");
+        rustix::fs::flock(&free, rustix::fs::FlockOperation::NonBlockingLockExclusive).expect("it let go");
+    }
     for _ in 0..5 {
         let path = configuration(mine.path(), "write:1:7,spin", one.clone());
         let mut vm = Program::start(&mut fealty(&["run", "--unprotected", &path.display().to_string()]));

@@ -191,6 +191,42 @@ fn a_tap_is_what_the_configuration_says_or_nothing_starts() {
 }
 
 #[test]
+fn a_hostile_driver_breaks_its_network_card_only() {
+    in_namespace("a_hostile_driver_breaks_its_network_card_only", || {
+        make_tap("tap0", &["multi_queue"]);
+        let folder = tempfile::tempdir().expect("folder");
+        std::fs::write(folder.path().join("root.img"), vec![0; 1 << 20]).expect("written");
+        let devices = json!({
+            "disks": [{ "id": "root", "path": "root.img" }],
+            "net": [{ "id": "lan", "tap": "tap0", "num_queues": 4 }],
+        });
+        let path = configuration_with(folder.path(), "hostile:6000:3,write:5:7,flush,verify:5:7,tick", devices);
+        let socket = folder.path().join("api.sock").display().to_string();
+        let words = ["run", "--unprotected", path.to_str().expect("UTF-8"), "--api-socket", &socket];
+        let mut vm = Program::start(&mut fealty(&words));
+        // Frames come all the while.
+        vm.until("hostile to 1");
+        let packets = Packets::on("tap0");
+        let payload = [0x55; 1000];
+        while !vm.out().contains("tick 1") {
+            let _ = send(&packets.0, &[&[0; HEADER][..], &frame(0x88b5, &payload)].concat(), SendFlags::empty());
+            assert!(vm.runs(), "{}\n{}", vm.out(), vm.err());
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        assert!(vm.out().contains("verify 5 ok"), "{}", vm.out());
+        let told = Program::start(&mut fealty(&["ctl", &socket, "info", "--json"])).end().code(0);
+        let told: serde_json::Value = serde_json::from_str(&told.out).expect("JSON");
+        let breaks = |device: &serde_json::Value| device["breaks"].as_u64().expect("a number");
+        let counters = &told["counters"];
+        assert!(breaks(&counters["net"]["lan"]) > 0 && breaks(&counters["disks"]["root"]) == 0, "{counters:#}");
+        vm.signal(Signal::TERM);
+        vm.until_step("power-button");
+        vm.signal(Signal::TERM);
+        vm.end().code(14);
+    });
+}
+
+#[test]
 fn a_panic_has_its_own_exit_code_and_one_line() {
     let folder = tempfile::tempdir().expect("folder");
     let path = configuration_with(folder.path(), "say-panic", json!({ "pvpanic": true }));

@@ -124,7 +124,15 @@ fn a_reset_has_its_own_code() {
 /// which it must have `state`; for people and for scripts.
 #[track_caller]
 fn fails(words: &str, why: &str, state: &str) {
-    let (_folder, mut command) = run(words, &[]);
+    fails_in(words, serde_json::json!({}), why, state);
+}
+
+/// The same in a VM with the fields of `more`.
+#[track_caller]
+fn fails_in(words: &str, more: serde_json::Value, why: &str, state: &str) {
+    let folder = tempfile::tempdir().expect("folder");
+    let path = common::configuration_with(folder.path(), words, more);
+    let mut command = fealty(&["run", "--unprotected", path.to_str().expect("UTF-8")]);
     let ended = Program::start(&mut command).end().code(10);
     let said = ended.why().to_owned();
     assert!(said.starts_with(&format!("the guest failed: vCPU 0: {why}; rip=0x")), "{said}");
@@ -134,8 +142,7 @@ fn fails(words: &str, why: &str, state: &str) {
     }
     assert!(!ended.out.contains("done"), "the guest went on: {}", ended.out);
 
-    let (_folder, mut command) = run(words, &["--json"]);
-    let ended = Program::start(&mut command).end().code(10);
+    let ended = Program::start(command.arg("--json")).end().code(10);
     let lines = ended.err.lines().map(|line| serde_json::from_str::<serde_json::Value>(line).expect("JSON"));
     let errors: Vec<_> = lines.filter(|line| line["event"] == "error").collect();
     assert_eq!((errors.len(), &errors[0]["exit"]), (1, &10.into()), "{}", ended.err);
@@ -155,6 +162,15 @@ fn code_where_no_memory_is_ends_the_vm_with_one_line() {
     let (_folder, mut command) = run("ring0-nowhere", &[]);
     let said = Program::start(&mut command).end().code(10).why().to_owned();
     assert!(said.contains("rip=0x30000000 "), "{said}");
+}
+
+#[test]
+fn memory_that_nobody_gave_it_yet_ends_the_vm_with_one_line() {
+    let memory = serde_json::json!({ "memory": { "size": 64 << 20, "hotplug_size": 1 << 30 } });
+    fails_in("touch:0x100000000,hello", memory, "it touched memory that the host can't give it", "cpl=3");
+    // Where there is not even a place for memory, it is a device's that is not there.
+    let (_folder, mut command) = run("touch:0x100000000,poweroff", &[]);
+    assert!(Program::start(&mut command).end().code(0).out.contains("touched 0xff"));
 }
 
 #[test]

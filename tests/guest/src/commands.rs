@@ -35,6 +35,7 @@
 //! | `generation` | | `generation HEX`, the VM generation id |
 //! | `wait-generation` | waits until it is told of another one | `waiting for a generation`, `generation changed` |
 //! | `say-panic` | tells the panic device, and sleeps | `saying panic` |
+//! | `touch:ADDRESS` | reads a byte of physical memory | `touched 0xff` |
 //! | `ring0-cmpxchg16b`, `ring0-xrstor`, `ring0-int3` | has ring 0 do that | `fault vector=...`, and ends, where it can be done |
 //! | `ring0-nowhere` | has ring 0 jump to where no memory is | |
 //! | `poweroff`, `reset`, `panic` | ends; `panic` by a triple fault | `powering off`, `resetting`, `panicking` |
@@ -55,7 +56,7 @@ use crate::acpi::{Acpi, AcpiError};
 use crate::apic::{self, TICKS_PER_SECOND};
 use crate::boot::BootInfo;
 use crate::interrupts::{DISKS, Source, sleep_forever};
-use crate::memory::left_by_firmware;
+use crate::memory::{Registers, left_by_firmware};
 use crate::power::Power;
 use crate::serial::{self, line};
 use crate::tables::{Privileged, in_ring0, triple_fault};
@@ -151,6 +152,10 @@ impl Guest<'_> {
             ("hvc", [None, _]) => self.echo_on_console()?,
             ("hvc-pour", [None, _]) => self.pour_on_console()?,
             ("hostile", [Some(rounds), Some(seed)]) => hostile::run(self.ecam()?, rounds, seed),
+            ("touch", [Some(address), None]) => {
+                let byte = Registers::map(address, 1).read8(0);
+                line(format_args!("touched {byte:#04x}"));
+            }
             ("tick", [count, None]) => tick(count.unwrap_or(u64::MAX)),
             ("spin", [None, _]) => spin(),
             ("sleep", [None, _]) => sleep_forever(),

@@ -33,7 +33,8 @@ pub fn run(file: &Path, settings: &Settings) -> Result<Exit, Failure> {
     let bytes = read_file(file, CONFIG_LIMIT)?;
     let config = parse(&bytes)
         .map_err(|e| Failure::new(Exit::File, format!("{}: {}", file.display(), crate::exit::chain(&e))))?;
-    let files = Files::open(&config, &folder_of(file), steps)?;
+    let mut files = Files::open(&config, &folder_of(file), steps)?;
+    let taken = std::mem::take(&mut files.taken);
     let ends = Ends::configured(config.devices(), &folder_of(file))?;
     let kvm = open_kvm().map_err(|e| machine_failure(&e))?;
     let host = |what: &str, e: std::io::Error| Failure::new(Exit::Host, format!("cannot {what}: {e}"));
@@ -68,25 +69,41 @@ pub fn run(file: &Path, settings: &Settings) -> Result<Exit, Failure> {
     drop(raw);
     let flushed = running.flush_disks();
     let flushed = flushed.map_err(|(name, e)| format!("disk {name} is not flushed: {}", crate::exit::chain(&e)));
+    drop(taken);
     let (result, _, _) = outcome(end, flushed);
     result
 }
 
-/// How long an image may still be held by a process that has ended: the kernel closes what its io_uring refers to a moment later.
+/// How long an image may still be held by a process that was killed: the kernel ends what its io_uring has under way a moment later, and
+/// until then it may still write.
 const LINGERS: Duration = Duration::from_secs(2);
 
-/// Takes a disk's image, for as long as it is open: for writing by one disk of one VM, for reading by several.
-fn take(file: &File, read_only: bool) -> Result<(), String> {
-    let how = if read_only { FlockOperation::NonBlockingLockShared } else { FlockOperation::NonBlockingLockExclusive };
-    let begun = Instant::now();
-    loop {
-        match flock(file, how) {
-            Ok(()) => return Ok(()),
-            Err(Errno::WOULDBLOCK) if begun.elapsed() < LINGERS => std::thread::sleep(Duration::from_millis(10)),
-            Err(Errno::WOULDBLOCK) => return Err("is in use by another disk or another VM".into()),
-            Err(Errno::INTR) => {}
-            Err(error) => return Err(format!("can't be locked: {}", std::io::Error::from(error))),
+/// A disk's image, taken until this is dropped: for writing by one disk of one VM, for reading by several. To be dropped when nothing is
+/// under way: the kernel alone, which looks for that, takes its time.
+struct Taken(File);
+
+impl Taken {
+    fn take(file: &File, read_only: bool) -> Result<Self, String> {
+        let cannot = |error: std::io::Error| format!("can't be locked: {error}");
+        let shared = FlockOperation::NonBlockingLockShared;
+        let how = if read_only { shared } else { FlockOperation::NonBlockingLockExclusive };
+        let begun = Instant::now();
+        loop {
+            match flock(file, how) {
+                Ok(()) => return file.try_clone().map(Self).map_err(cannot),
+                Err(Errno::WOULDBLOCK) if begun.elapsed() < LINGERS => std::thread::sleep(Duration::from_millis(1)),
+                Err(Errno::WOULDBLOCK) => return Err("is in use by another disk or another VM".into()),
+                Err(Errno::INTR) => {}
+                Err(error) => return Err(cannot(error.into())),
+            }
         }
+    }
+}
+
+impl Drop for Taken {
+    fn drop(&mut self) {
+        // What fails is done when the process ends.
+        let _ = flock(&self.0, FlockOperation::Unlock);
     }
 }
 
@@ -95,6 +112,7 @@ struct Files {
     kernel: File,
     initramfs: Option<File>,
     disks: Vec<RawDisk>,
+    taken: Vec<Taken>,
 }
 
 impl Files {
@@ -108,7 +126,7 @@ impl Files {
         let disk = |disk: &PlainDisk| {
             let access = if disk.readonly { Access::ReadStore } else { Access::WriteStore };
             let (file, path) = open(&disk.path, access)?;
-            take(&file, disk.readonly)
+            let taken = Taken::take(&file, disk.readonly)
                 .map_err(|why| Failure::new(Exit::File, format!("disk {}: {} {why}", disk.id, path.display())))?;
             let raw = RawDisk::new(file, disk.id.as_str())
                 .map_err(|e| Failure::new(Exit::File, format!("disk {} is no disk: {e}", disk.id)))?;
@@ -116,9 +134,11 @@ impl Files {
             if let Err(why) = rings {
                 steps.step("disk-without-io-uring", &format!("{}: {why}", disk.id));
             }
-            Ok(raw)
+            Ok((raw, taken))
         };
         let payload = &config.payload;
+        let opened: Vec<_> = config.disks.iter().map(disk).collect::<Result<_, Failure>>()?;
+        let (disks, taken) = opened.into_iter().unzip();
         Ok(Self {
             kernel: open(&payload.kernel, Access::Read)?.0,
             initramfs: payload
@@ -127,7 +147,8 @@ impl Files {
                 .map(|name| open(name, Access::Read))
                 .transpose()?
                 .map(|(file, _)| file),
-            disks: config.disks.iter().map(disk).collect::<Result<_, _>>()?,
+            disks,
+            taken,
         })
     }
 

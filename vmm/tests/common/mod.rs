@@ -89,6 +89,11 @@ impl Program {
         text(&self.err)
     }
 
+    /// Whether it has not ended.
+    pub(crate) fn runs(&mut self) -> bool {
+        self.child.try_wait().expect("waited").is_none()
+    }
+
     pub(crate) fn stdin(&mut self) -> std::process::ChildStdin {
         self.child.stdin.take().expect("piped")
     }
