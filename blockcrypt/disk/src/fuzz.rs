@@ -1,10 +1,14 @@
 //! Targets for fuzzing: every parser of bytes that a client supplies. None may panic, loop or allocate without bound, whatever the
 //! bytes.
 
+mod front_end;
+
+pub use front_end::fuzz_vhost_user;
+
 use crate::nbd::{Export, parsing};
 use crate::vhost_user::request::{BATCH, LONGEST_CHAIN, Performer};
 use crate::{Disk, Fault};
-use std::sync::atomic::{AtomicU16, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU16, Ordering};
 use virtio_queue::{Queue, QueueOwnedT, QueueT};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
@@ -32,7 +36,7 @@ pub fn fuzz_virtio_queue(data: &[u8]) {
     assert!(set.iter().all(Result::is_ok));
     queue.set_ready(true);
     let mut performer = Performer::new("fuzz");
-    let disk = Checked(AtomicU16::new(0));
+    let disk = Checked::default();
     // A guest may go on for ever, but not within one look at its ring.
     for _ in 0..2 * SIZE {
         let Ok(available) = queue.iter(&memory) else { return };
@@ -49,14 +53,22 @@ pub fn fuzz_virtio_queue(data: &[u8]) {
 }
 
 /// A disk that makes sure of what it is asked.
-struct Checked(AtomicU16);
+#[derive(Default)]
+struct Checked {
+    asked: AtomicU16,
+    /// It was asked for what can't be: a thread that panics for that may have nobody who notices.
+    wronged: AtomicBool,
+}
 
 impl Checked {
     fn check(&self, offset: u64, length: u64) -> Result<(), Fault> {
-        assert!(length > 0 && offset.is_multiple_of(512) && length.is_multiple_of(512));
-        assert!(offset.checked_add(length).is_some_and(|end| end <= self.size()));
+        let sectors = length > 0 && offset.is_multiple_of(512) && length.is_multiple_of(512);
+        if !sectors || offset.checked_add(length).is_none_or(|end| end > self.size()) {
+            self.wronged.store(true, Ordering::Relaxed);
+            panic!("{length} bytes at {offset}");
+        }
         // Now and then it fails.
-        if self.0.fetch_add(1, Ordering::Relaxed) % 7 == 6 { Err(Fault::Io) } else { Ok(()) }
+        if self.asked.fetch_add(1, Ordering::Relaxed) % 7 == 6 { Err(Fault::Io) } else { Ok(()) }
     }
 }
 

@@ -1,6 +1,6 @@
 //! Every parser over a corpus of what real clients say, and mutations of it: no panic, and nothing is let through that can't be done.
 
-use fealty_disk::fuzz::{fuzz_nbd_handshake, fuzz_nbd_requests, fuzz_virtio_queue};
+use fealty_disk::fuzz::{fuzz_nbd_handshake, fuzz_nbd_requests, fuzz_vhost_user, fuzz_virtio_queue};
 use std::path::Path;
 
 /// A generator of numbers: xorshift64*.
@@ -68,4 +68,34 @@ fn nbd_requests() {
 #[test]
 fn virtio_queues() {
     run("virtio-queue", fuzz_virtio_queue, 20_000);
+}
+
+/// The real server at the other end of a socket: it lives, serves the next, ends when it is asked to, and keeps nothing of whoever left.
+#[test]
+fn vhost_user_front_ends() {
+    // What the corpus says is understood: a block is read, another is written.
+    for (name, sector) in [("vhost-user-read", 8), ("vhost-user-write", 16)] {
+        let memory = fuzz_vhost_user(&corpus(name)[0]);
+        assert_eq!(
+            (memory[0x1008], memory[0x302], memory[0x3000]),
+            (sector, 1, 0),
+            "{name}: one request is done, and well"
+        );
+    }
+    let held = || {
+        let count = |path| std::fs::read_dir(path).expect("procfs").count();
+        let status = std::fs::read_to_string("/proc/self/status").expect("procfs");
+        let field = |name: &str| {
+            let line = status.lines().find_map(|line| line.strip_prefix(name)).expect(name);
+            line.split_whitespace().next().and_then(|number| number.parse::<usize>().ok()).expect(name)
+        };
+        (count("/proc/self/fd"), count("/proc/self/task"), field("VmSize:"), field("VmRSS:"))
+    };
+    let before = held();
+    run("vhost-user", |data| drop(fuzz_vhost_user(data)), 300);
+    let after = held();
+    println!("descriptors, threads, KiB mapped, KiB resident: {before:?}, then {after:?}");
+    // Other tests run beside this one, in threads of the same process.
+    assert!(after.0 < before.0 + 40 && after.1 < before.1 + 20, "{before:?} {after:?}");
+    assert!(after.2 < before.2 + (4 << 20) && after.3 < before.3 + (256 << 10), "{before:?} {after:?}");
 }

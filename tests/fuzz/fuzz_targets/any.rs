@@ -32,6 +32,7 @@ const TARGETS: &[(&str, Target)] = &[
     ("cedar/rules", fealty_policy_cedar::fuzz::fuzz_rules),
     ("disk/nbd_handshake", fealty_disk::fuzz::fuzz_nbd_handshake),
     ("disk/nbd_requests", fealty_disk::fuzz::fuzz_nbd_requests),
+    ("disk/vhost_user", |data| drop(fealty_disk::fuzz::fuzz_vhost_user(data))),
     ("disk/virtio_queue", fealty_disk::fuzz::fuzz_virtio_queue),
     ("host/frames", fealty_host::fuzz::frames),
     ("host/layer_arg", fealty_host::fuzz::layer_arg),

@@ -1,6 +1,7 @@
 //! The device, and its queues' threads.
 
 use super::config::{QUEUE_SIZE, features, protocol_features, space};
+use super::end::End;
 use super::request::{BATCH, Performer};
 use super::{Device, QUEUES};
 use crate::Disk;
@@ -13,7 +14,7 @@ use virtio_bindings::virtio_blk::VIRTIO_BLK_F_FLUSH;
 use virtio_queue::{QueueOwnedT, QueueT};
 use vm_memory::{GuestAddressSpace, GuestMemoryAtomic, GuestMemoryMmap};
 use vmm_sys_util::epoll::EventSet;
-use vmm_sys_util::event::{EventConsumer, EventFlag, EventNotifier, new_event_consumer_and_notifier};
+use vmm_sys_util::event::{EventConsumer, EventNotifier};
 
 type Memory = GuestMemoryAtomic<GuestMemoryMmap>;
 
@@ -33,8 +34,7 @@ pub(super) struct Backend {
 struct Queue {
     /// Held while requests are performed, so that a queue is stopped between two batches of them.
     work: Mutex<Work>,
-    /// Taken by the thread that it ends.
-    end: Mutex<Option<(EventConsumer, EventNotifier)>>,
+    end: End,
 }
 
 struct Work {
@@ -52,8 +52,7 @@ impl Backend {
         let count = device.queues.clamp(*QUEUES.start(), *QUEUES.end());
         let queues = (0..count).map(|_| {
             let work = Work { performer: Performer::new(&device.serial), dead: false };
-            let end = new_event_consumer_and_notifier(EventFlag::NONBLOCK | EventFlag::CLOEXEC)?;
-            Ok(Queue { work: Mutex::new(work), end: Mutex::new(Some(end)) })
+            Ok(Queue { work: Mutex::new(work), end: End::new()? })
         });
         let queues = queues.collect::<io::Result<_>>()?;
         let space = space(&*disk, count);
@@ -170,7 +169,7 @@ impl VhostUserBackend for Backend {
     }
 
     fn exit_event(&self, thread: usize) -> Option<(EventConsumer, EventNotifier)> {
-        self.queues.get(thread)?.end.lock().unwrap_or_else(PoisonError::into_inner).take()
+        self.queues.get(thread)?.end.take()
     }
 
     fn stop_vring(&self, queue: u32) -> io::Result<()> {

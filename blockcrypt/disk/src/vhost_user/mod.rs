@@ -16,10 +16,12 @@
 //! | --- | --- |
 //! | `backend` | the device, and its queues' threads |
 //! | `config` | features and configuration space |
+//! | `end` | what ends a queue's thread |
 //! | `request` | one request |
 
 mod backend;
 mod config;
+mod end;
 pub(crate) mod request;
 
 use crate::{Disk, Socket};
