@@ -3,6 +3,7 @@
 mod anchors;
 mod batches;
 mod common;
+mod faults;
 mod fuzz;
 mod kill;
 mod model;
