@@ -23,6 +23,14 @@ pub enum VolumeError {
         /// Bytes that the superblock names.
         expected: u64,
     },
+    /// A device that is too short for what was asked for.
+    #[error("the store has {found} bytes, and this takes {needed}; take a longer one, or ask for less")]
+    TooShort {
+        /// Bytes in the store.
+        found: u64,
+        /// Bytes that it would need.
+        needed: u64,
+    },
     /// Another volume than the one that the keys are for.
     #[error("this is volume {found}, but the keys are for volume {expected}; check the path")]
     OtherVolume {

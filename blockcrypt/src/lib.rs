@@ -66,4 +66,6 @@ pub use format::geometry::store_size;
 pub use hooks::{Anchors, Events, Nobody};
 pub use keys::Kek;
 pub use store::{FileStore, MemoryStore, Next, Ready, Store};
-pub use volume::{CheckReport, CheckStep, OpenOptions, PlainInfo, SnapshotInfo, Volume, VolumeInfo, erase, inspect};
+pub use volume::{
+    CheckReport, CheckStep, OpenOptions, PlainInfo, SnapshotInfo, Volume, VolumeInfo, erase, inspect, make_room,
+};

@@ -61,7 +61,7 @@ use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
 
 pub use check::{CheckReport, CheckStep};
-pub use open::{OpenOptions, PlainInfo, inspect};
+pub use open::{OpenOptions, PlainInfo, inspect, make_room};
 pub use rekey::erase;
 pub use snapshots::SnapshotInfo;
 

@@ -9,7 +9,7 @@ use super::{Condition, Core, Volume};
 use crate::backing::Backing;
 use crate::crypto::wipe_registers;
 use crate::format::anchor::AnchorFields;
-use crate::format::geometry::Geometry;
+use crate::format::geometry::{Geometry, store_size};
 use crate::format::page::{Child, Header, Tree};
 use crate::format::slot::{MAX_PAGES, Slot, SlotPage};
 use crate::format::snapshot::{MAX_PAGES as SNAPSHOT_PAGES, Snapshot, SnapshotPage};
@@ -23,6 +23,7 @@ use policy::disk::VolumeGrant;
 use policy::{KeyId, VolumeAnchor, VolumeId};
 use secretmem::{Secret, wiping_stack};
 use serde::Serialize;
+use std::io::ErrorKind;
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -406,7 +407,7 @@ fn read_chain(
 /// Sizes the store, and makes sure that nothing in it looks like a superblock.
 fn prepare_store(backing: &Backing) -> Result<(), VolumeError> {
     let (store, geometry) = (&backing.store, backing.geometry());
-    store.set_len(geometry.total * BLOCK as u64).map_err(VolumeError::store("be made as long as the volume"))?;
+    lengthen(&**store, geometry.total * BLOCK as u64)?;
     let front = geometry.zone().end * BLOCK as u64;
     let reserved = store.reserve(0, front);
     let back = geometry.pool().end * BLOCK as u64;
@@ -416,6 +417,25 @@ fn prepare_store(backing: &Backing) -> Result<(), VolumeError> {
         backing.write_blocks(at, &zero_block()[..])?;
     }
     Ok(())
+}
+
+/// Makes an empty store as long as it must be so that a volume of `size` bytes that is made in it has `room` for as many bytes beyond its
+/// size, as [`store_size`] says. One that is longer stays so.
+///
+/// # Errors
+/// [`VolumeError::TooShort`]: a device that is too short. [`VolumeError::Size`] or [`VolumeError::Room`]: there is no such volume.
+pub fn make_room(store: &dyn Store, size: u64, room: u64) -> Result<(), VolumeError> {
+    let needed = store_size(size, room)?;
+    let found = store.len().map_err(VolumeError::store("say its length"))?;
+    if found < needed { lengthen(store, needed) } else { Ok(()) }
+}
+
+/// Makes a store `needed` bytes long, which is longer than it is; a device has the length that it has.
+pub(super) fn lengthen(store: &dyn Store, needed: u64) -> Result<(), VolumeError> {
+    store.set_len(needed).map_err(|error| match (error.kind(), store.len()) {
+        (ErrorKind::StorageFull, Ok(found)) if found < needed => VolumeError::TooShort { found, needed },
+        _ => VolumeError::store("be made longer")(error),
+    })
 }
 
 /// Every block that may hold a superblock: those at the front, and those at the end, wherever the former say that it is.
@@ -471,8 +491,10 @@ fn find_superblocks(store: &dyn Store) -> Result<Vec<Found>, VolumeError> {
             continue;
         }
         let mut block = zero_block();
-        store.read_at(&mut block[..], at * BLOCK as u64).map_err(VolumeError::store("read"))?;
-        if has_magic(&block) {
+        if let Err(error) = store.read_at(&mut block[..], at * BLOCK as u64) {
+            // As one that is damaged: there are others.
+            problem = VolumeError::store("read")(error);
+        } else if has_magic(&block) {
             ends.push(claimed_total(&block));
             match Superblock::parse(&block) {
                 // Only it says where its end is: a store may be longer, and what is guessed from that belongs to the other slot.

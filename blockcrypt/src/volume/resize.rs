@@ -12,6 +12,7 @@
 
 use super::Core;
 use super::durable::Occasion;
+use super::open::lengthen;
 use super::shared::Shared;
 use crate::VolumeError;
 use crate::format::geometry::Geometry;
@@ -46,7 +47,7 @@ impl Shared {
         }
         self.settle_all(&group)?;
         if found < new.total * BLOCK as u64 {
-            from.store.set_len(new.total * BLOCK as u64).map_err(VolumeError::store("be made longer"))?;
+            lengthen(&*from.store, new.total * BLOCK as u64)?;
         }
         let block = BLOCK as u64;
         let zone = new.zone();

@@ -19,3 +19,4 @@ mod resize;
 mod room;
 mod snapshots;
 mod tamper;
+mod unreadable;

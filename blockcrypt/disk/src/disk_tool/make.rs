@@ -12,7 +12,7 @@ use super::qcow2::Qcow2;
 use super::qemu;
 use super::size::Bytes;
 use super::{Context, open_file, open_snapshot, open_writable};
-use blockcrypt::{AnchorRefused, Anchors, FileStore, Store, Volume, VolumeError, inspect, store_size};
+use blockcrypt::{AnchorRefused, Anchors, FileStore, Volume, VolumeError, inspect};
 use policy::disk::{VolumeGrant, VolumeOperation, VolumeRequest};
 use policy::{AnchorMode, VolumeAnchor, VolumeId};
 use serde::Serialize;
@@ -242,11 +242,9 @@ fn make_empty(
     })
 }
 
-/// Makes the store as long as a volume of `size` bytes with so much room takes; it uses all of it.
+/// Makes the store as long as a volume of `size` bytes with so much room takes.
 fn make_room(store: &FileStore, size: u64, more: &More) -> Result<(), VolumeError> {
-    let Some(room) = more.room else { return Ok(()) };
-    let bytes = store_size(size, room.bytes(size))?;
-    store.set_len(bytes).map_err(|error| VolumeError::Store("be as long as the room takes", error))
+    more.room.map_or(Ok(()), |room| blockcrypt::make_room(store, size, room.bytes(size)))
 }
 
 impl Making<'_> {
@@ -260,6 +258,10 @@ impl Making<'_> {
         let Self { path, place, grant, holder } = self;
         let store = FileStore::exclusive(place.another()?).map_err(|e| ToolError::Volume(path.to_owned(), e))?;
         let first = Arc::new(FirstAnchor { holder: holder.clone(), state: Mutex::new(State::Filling) });
+        if grant.anchor.is_some() {
+            // Before a device is written to.
+            return Err(ToolError::Volume(path.to_owned(), VolumeError::Exists));
+        }
         let device = place.is_device();
         place.overwrite();
         let made = || {

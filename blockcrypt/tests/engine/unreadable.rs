@@ -1,0 +1,103 @@
+//! Stores that can't read some of their blocks, and ones whose length is given.
+
+use crate::common::{MIB, Provider, check_good, lock};
+use fealty_blockcrypt::{MemoryStore, Store, VolumeError, make_room};
+use policy::AnchorMode;
+use std::io;
+use std::sync::{Arc, Mutex};
+
+/// Fails to read some blocks, and becomes no longer than it may.
+struct Worn {
+    inner: MemoryStore,
+    unreadable: Mutex<Vec<u64>>,
+    longest: u64,
+}
+
+impl Worn {
+    fn new(longest: u64) -> Arc<Self> {
+        Arc::new(Self { inner: MemoryStore::default(), unreadable: Mutex::default(), longest })
+    }
+}
+
+impl Store for Worn {
+    fn len(&self) -> io::Result<u64> {
+        self.inner.len()
+    }
+    fn read_at(&self, buffer: &mut [u8], offset: u64) -> io::Result<()> {
+        let blocks = offset / 4096..(offset + buffer.len() as u64).div_ceil(4096);
+        if lock(&self.unreadable).iter().any(|block| blocks.contains(block)) {
+            return Err(rustix::io::Errno::IO.into());
+        }
+        self.inner.read_at(buffer, offset)
+    }
+    fn write_at(&self, bytes: &[u8], offset: u64) -> io::Result<()> {
+        self.inner.write_at(bytes, offset)
+    }
+    fn sync_data(&self) -> io::Result<()> {
+        Ok(())
+    }
+    fn set_len(&self, bytes: u64) -> io::Result<()> {
+        if bytes > self.longest { Err(io::ErrorKind::StorageFull.into()) } else { self.inner.set_len(bytes) }
+    }
+}
+
+#[test]
+fn superblocks_that_can_not_be_read_are_as_good_as_damaged() {
+    let (provider, store) = (Provider::new(AnchorMode::Close), Worn::new(u64::MAX));
+    let volume = provider.create(store.clone(), 2 * MIB).expect("a volume");
+    volume.write(4096, &[7; 4096]).expect("written");
+    volume.close().expect("closed");
+    drop(volume);
+    let end = store.len().expect("known") / 4096;
+    for (unreadable, opens) in [
+        (vec![0, 1], Some(true)),
+        (vec![end - 2, end - 1], Some(true)),
+        (vec![0, end - 1], Some(true)),
+        // All copies of the newest one, or of the one before.
+        (vec![0, end - 2], None),
+        (vec![1, end - 1], None),
+        (vec![0, 1, end - 2, end - 1], Some(false)),
+    ] {
+        *lock(&store.unreadable) = unreadable.clone();
+        let opened = provider.open_read_only(store.clone());
+        assert!(opens.is_none_or(|opens| opens == opened.is_ok()), "{unreadable:?}: {:?}", opened.err());
+        match opened {
+            Ok(volume) => {
+                let mut found = [0; 4096];
+                volume.read(4096, &mut found).expect("read");
+                assert!(found == [7; 4096], "{unreadable:?}: never an older state");
+            }
+            Err(error) if opens == Some(false) => assert!(matches!(error, VolumeError::Store(..)), "{error}"),
+            Err(error) => assert!(error.is_integrity(), "{error}"),
+        }
+    }
+    // A writer goes on too, and writes them anew.
+    *lock(&store.unreadable) = vec![0, 1];
+    let volume = provider.open(store.clone()).expect("opens");
+    volume.write(8192, &[8; 4096]).expect("written");
+    volume.close().expect("closed");
+    drop(volume);
+    lock(&store.unreadable).clear();
+    check_good(&provider.open(store).expect("opens"));
+}
+
+#[test]
+fn a_store_that_is_too_short_is_told_how_long_it_must_be() {
+    let (provider, store) = (Provider::new(AnchorMode::Close), Worn::new(4 * MIB));
+    let too_short = |error: VolumeError, found: u64| match error {
+        VolumeError::TooShort { found: said, needed } => assert!(said == found && needed > 4 * MIB),
+        other => panic!("{other}"),
+    };
+    too_short(make_room(&store, MIB, 8 * MIB).expect_err("no device grows"), 0);
+    too_short(provider.create(store.clone(), 8 * MIB).err().expect("no device grows"), 0);
+    let store = Worn::new(8 * MIB);
+    let volume = provider.create(store.clone(), MIB).expect("a volume");
+    let found = store.len().expect("known");
+    too_short(volume.grow(64 * MIB).expect_err("no device grows"), found);
+    too_short(volume.widen(64 * MIB).expect_err("no device grows"), found);
+    // Nothing has happened.
+    volume.write(0, &[1; 4096]).expect("written");
+    volume.grow(2 * MIB).expect("there is as much");
+    check_good(&volume);
+    volume.close().expect("closed");
+}
