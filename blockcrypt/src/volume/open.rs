@@ -97,6 +97,13 @@ struct Found {
     block: Box<Block>,
 }
 
+/// What stands where superblocks may be.
+struct Superblocks {
+    found: Vec<Found>,
+    /// Blocks that can't be read. Of each a twin was found.
+    unreadable: Vec<u64>,
+}
+
 impl Volume {
     /// Makes an empty volume of `size` bytes (a multiple of 512, to 2^50) in `store`, whose content is lost. It has no anchor,
     /// and can't be opened, before [`close`](Self::close) has set the first one.
@@ -174,7 +181,7 @@ impl Volume {
             store.drop_cached().map_err(VolumeError::store("be read past what the kernel keeps of it"))?;
             state = find_state(&*store, &anchor, grant, kek)?;
         }
-        let State { chosen, epoch, good } = state;
+        let State { chosen, epoch, good, unreadable } = state;
         let expected = chosen.superblock.geometry.total * BLOCK as u64;
         if found_size < expected {
             return Err(VolumeError::Truncated { found: found_size, expected });
@@ -183,7 +190,11 @@ impl Volume {
             // Both copies were durable before the anchor that names them was sent. Others a crash may have cut off.
             let copies = chosen.superblock.geometry.superblocks(chosen.place);
             for at in copies.into_iter().filter(|at| !good.contains(&(*at, chosen.superblock.epoch))) {
-                events.integrity(None, Some(at), "a copy of the superblock does not verify; the other one does");
+                if unreadable.contains(&at) {
+                    events.note(&format!("the superblock's copy in block {at} can't be read; the other one can"));
+                } else {
+                    events.integrity(None, Some(at), "a copy of the superblock does not verify; the other one does");
+                }
             }
         }
         let ring = KeyRing::open(std::slice::from_ref(&chosen.superblock.slot), kek, &grant.customer)?;
@@ -205,7 +216,7 @@ impl Volume {
 
 /// What a store shows to somebody without a key: nothing of it is authenticated.
 pub fn inspect(store: &dyn Store) -> Result<PlainInfo, VolumeError> {
-    let found = find_superblocks(store)?;
+    let Superblocks { found, .. } = find_superblocks(store)?;
     let count = found.len();
     let newest = found.into_iter().max_by_key(|f| (f.superblock.epoch, f.superblock.writer));
     let superblock = newest.ok_or(VolumeError::NotAVolume)?.superblock;
@@ -442,7 +453,7 @@ pub(super) fn lengthen(store: &dyn Store, needed: u64) -> Result<(), VolumeError
 pub(super) fn superblock_places(store: &dyn Store) -> Result<(Vec<u64>, Vec<u64>), VolumeError> {
     let blocks = store.len().map_err(VolumeError::store("say its length"))? / BLOCK as u64;
     let mut places = Vec::new();
-    let found = find_superblocks(store)?;
+    let Superblocks { found, .. } = find_superblocks(store)?;
     for end in
         found.iter().map(|f| f.superblock.geometry.total).chain([blocks]).filter(|end| (4..=blocks).contains(end))
     {
@@ -454,7 +465,7 @@ pub(super) fn superblock_places(store: &dyn Store) -> Result<(Vec<u64>, Vec<u64>
 /// Blocks that hold older key slots, as far as superblocks say without a key.
 pub(super) fn older_slot_blocks(store: &dyn Store) -> Result<Vec<u64>, VolumeError> {
     let mut blocks = Vec::new();
-    for found in find_superblocks(store)? {
+    for found in find_superblocks(store)?.found {
         let pool = found.superblock.geometry.pool();
         let mut next = found.superblock.older;
         for _ in 0..MAX_PAGES {
@@ -477,23 +488,23 @@ pub(super) fn older_slot_blocks(store: &dyn Store) -> Result<Vec<u64>, VolumeErr
 }
 
 /// Every superblock that can be parsed, at both ends.
-fn find_superblocks(store: &dyn Store) -> Result<Vec<Found>, VolumeError> {
+fn find_superblocks(store: &dyn Store) -> Result<Superblocks, VolumeError> {
     let blocks = store.len().map_err(VolumeError::store("say its length"))? / BLOCK as u64;
-    let mut places = vec![0, 1];
+    // Where a copy may be, and of which slot.
+    let mut places = vec![(0, 0), (1, 1)];
     let mut ends = vec![blocks];
-    let mut found = Vec::new();
+    let (mut found, mut unreadable) = (Vec::<Found>::new(), Vec::new());
     let mut problem = VolumeError::NotAVolume;
     let mut next = 0;
     while next < places.len() {
-        let at = places[next];
+        let (at, slot) = places[next];
         next += 1;
         if at >= blocks {
             continue;
         }
         let mut block = zero_block();
         if let Err(error) = store.read_at(&mut block[..], at * BLOCK as u64) {
-            // As one that is damaged: there are others.
-            problem = VolumeError::store("read")(error);
+            unreadable.push((at, slot, error));
         } else if has_magic(&block) {
             ends.push(claimed_total(&block));
             match Superblock::parse(&block) {
@@ -518,10 +529,16 @@ fn find_superblocks(store: &dyn Store) -> Result<Vec<Found>, VolumeError> {
             // Both at the front are known: the others lie at the end, wherever that may be.
             ends.sort_unstable();
             ends.dedup();
-            places.extend(ends.iter().filter(|e| (4..=blocks).contains(*e)).flat_map(|e| [e - 2, e - 1]));
+            places.extend(ends.iter().filter(|e| (4..=blocks).contains(*e)).flat_map(|e| [(e - 2, 0), (e - 1, 1)]));
         }
     }
-    if found.is_empty() { Err(problem) } else { Ok(found) }
+    // A copy that can't be read is missed by nobody if its twin can. Without that it may be the newest of all.
+    let missed = unreadable.iter().position(|(_, slot, _)| found.iter().all(|found| found.place != *slot));
+    if let Some(missed) = missed {
+        return Err(VolumeError::store("read")(unreadable.swap_remove(missed).2));
+    }
+    let unreadable = unreadable.into_iter().map(|(at, ..)| at).collect();
+    if found.is_empty() { Err(problem) } else { Ok(Superblocks { found, unreadable }) }
 }
 
 /// The superblock that counts, among those that were found.
@@ -531,14 +548,16 @@ struct State {
     epoch: u64,
     /// Block and epoch of each that verifies.
     good: Vec<(u64, u64)>,
+    unreadable: Vec<u64>,
 }
 
 /// The newest state that the anchor allows, as far as superblocks say.
 fn find_state(store: &dyn Store, anchor: &AnchorFields, grant: &VolumeGrant, kek: &Kek) -> Result<State, VolumeError> {
-    let (verified, damaged) = verify_superblocks(find_superblocks(store)?, anchor, grant, kek)?;
+    let Superblocks { found, unreadable } = find_superblocks(store)?;
+    let (verified, damaged) = verify_superblocks(found, anchor, grant, kek)?;
     let good = verified.iter().map(|found| (found.at, found.superblock.epoch)).collect();
     let (chosen, epoch) = choose(verified, damaged, anchor, grant)?;
-    Ok(State { chosen, epoch, good })
+    Ok(State { chosen, epoch, good, unreadable })
 }
 
 /// Those that are of this volume and verify under its keys, and how many are this volume's but don't verify.

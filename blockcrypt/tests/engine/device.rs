@@ -92,7 +92,7 @@ fn a_volume_on_a_block_device_through_the_page_cache_and_past_it() {
         });
         // A device is as long as it is.
         let refused = volume.grow(64 * MIB);
-        assert!(matches!(refused, Err(VolumeError::Full(_))), "{refused:?}");
+        assert!(matches!(refused, Err(VolumeError::TooShort { .. })), "{refused:?}");
         volume.grow(10 * MIB).expect("there is room for that");
         volume.write(9 * MIB, &[9; 4096]).expect("written");
         volume.close().expect("closed");
@@ -102,5 +102,5 @@ fn a_volume_on_a_block_device_through_the_page_cache_and_past_it() {
         assert!(found == [9; 4096]);
     }
     let refused = Provider::new(AnchorMode::Close).create(store(false), 64 * MIB).err();
-    assert!(matches!(refused, Some(VolumeError::Full(_))), "{refused:?}");
+    assert!(matches!(refused, Some(VolumeError::TooShort { .. })), "{refused:?}");
 }
