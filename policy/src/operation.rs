@@ -35,6 +35,9 @@ pub enum Operation {
     /// Write the guest's memory and vCPU state to a sealed stream that only the customer opens.
     #[serde(rename = "vm.coredump")]
     CoreDump,
+    /// Make a volume larger under the running guest.
+    #[serde(rename = "vm.resize-disk")]
+    ResizeDisk,
 }
 
 /// How an operation is decided.
@@ -50,7 +53,7 @@ pub enum OperationClass {
 
 impl Operation {
     /// Every operation.
-    pub const ALL: [Self; 9] = [
+    pub const ALL: [Self; 10] = [
         Self::PowerOn,
         Self::Renew,
         Self::ResumeKeys,
@@ -60,6 +63,7 @@ impl Operation {
         Self::PowerButton,
         Self::Shutdown,
         Self::CoreDump,
+        Self::ResizeDisk,
     ];
 
     /// How it is decided.
@@ -67,7 +71,7 @@ impl Operation {
         match self {
             Self::Info | Self::Pause | Self::Resume | Self::PowerButton | Self::Shutdown => OperationClass::Free,
             Self::PowerOn | Self::Renew | Self::ResumeKeys => OperationClass::Attested,
-            Self::CoreDump => OperationClass::Restricted,
+            Self::CoreDump | Self::ResizeDisk => OperationClass::Restricted,
         }
     }
 
@@ -83,6 +87,7 @@ impl Operation {
             Self::PowerButton => "vm.power-button",
             Self::Shutdown => "vm.shutdown",
             Self::CoreDump => "vm.coredump",
+            Self::ResizeDisk => "vm.resize-disk",
         }
     }
 }
@@ -154,8 +159,10 @@ mod tests {
     }
 
     #[test]
-    fn what_weakens_a_vm_is_restricted() {
-        assert_eq!(Operation::CoreDump.class(), OperationClass::Restricted);
+    fn what_weakens_or_changes_a_vm_is_restricted() {
+        for operation in [Operation::CoreDump, Operation::ResizeDisk] {
+            assert_eq!(operation.class(), OperationClass::Restricted);
+        }
     }
 
     #[test]

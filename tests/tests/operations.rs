@@ -81,6 +81,51 @@ fn a_core_dump_is_refused_by_default_and_sealed_when_permitted() {
     assert!(kinds.contains(&"dump-opened".into()), "{kinds:?}");
 }
 
+#[test]
+fn a_volume_grows_under_its_guest_where_the_customer_permits_it() {
+    let words = "wait-resize,write:1500:0x66,flush,verify:1500:0x66,tick".into();
+    let mut lab = Lab::new(&Plan { words, ..Plan::default() });
+    let mut vm = Background::start(&mut lab.vm(&["--api-socket", &lab.text("api.sock")]));
+    vm.until("waiting for another size", LIMIT);
+    let resize = |lab: &Lab, words: &[&str]| ctl(lab, &[&["resize-disk"], words].concat());
+    let (larger, as_it_is) = ("8388608", "4194304");
+    for (words, why) in [
+        (&["root"][..], "it has 4194304 bytes"),
+        (&["root", "--size", "1048576"], "while its VM does not run"),
+        (&["root", "--size", "8388609"], "multiple of 512"),
+        (&["data", "--size", larger], "no disk data"),
+    ] {
+        let refused = resize(&lab, words).refused();
+        assert!(refused.err.contains(why), "{words:?}: {}", refused.err);
+    }
+    // To the size that it has there is nothing to permit.
+    resize(&lab, &["root", "--size", as_it_is]).good();
+    let refused = resize(&lab, &["root", "--size", larger]).refused();
+    assert!(refused.err.contains("policy"), "{}", refused.err);
+    assert!(lab.audit_kinds().contains(&"operation-refused".into()));
+    assert!(!vm.out().contains("bytes=8388608"));
+
+    let rule = "permit (principal, action == Action::\"vm.resize-disk\", resource) \
+                when { context.parameters.hasTag(\"disk\") && context.parameters.getTag(\"disk\") == \"root\" };";
+    lab.set_policy(&lease(600, 10), &format!("{POWER_ON_ONLY}\n{rule}"));
+    assert!(resize(&lab, &["root", "--size", larger]).good().out.contains("root has 8388608 bytes"));
+    vm.until("verify 1500 ok", LIMIT);
+    ctl(&lab, &["shutdown"]).good();
+    let ended = vm.end(LIMIT).good();
+    assert!(ended.out.contains("disk 0 bytes=8388608"), "{}", ended.out);
+    let log = lab.audit();
+    let of = |kind: &str, name: &str, value: &str| {
+        log.iter().position(|event| event["kind"] == kind && event["details"][name] == value)
+    };
+    let before = of("operation-permitted", "parameter.size", larger).expect("a before");
+    let after = of("report", "detail", "disk root has 8388608 bytes").expect("an after");
+    assert!(before < after && log[after]["details"]["done"] == "true" && log[after]["details"]["permitted"] == "true");
+    let exported = lab.export();
+    assert_eq!(exported.len(), 8 << 20);
+    assert!(exported[1500 * 4096..1501 * 4096].iter().all(|b| *b == 0x66));
+    assert!(exported[..4 << 20] == Plan::default().disk);
+}
+
 /// Asks for a core dump into a pipe; the pipe's other end, and the connection on which the answer comes.
 fn dump_into_pipe(lab: &Lab) -> (OwnedFd, UnixStream) {
     let (reader, writer) = rustix::pipe::pipe().expect("a pipe");

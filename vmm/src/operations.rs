@@ -7,6 +7,7 @@ use crate::dump;
 use crate::exit::{Exit, Failure};
 use crate::helm::{Helm, Hold};
 use crate::lease::boottime_ms;
+use crate::machine::DiskError;
 use crate::post::{Message, Post};
 use crate::provider::{Link, OutboxFull};
 use attest::protocol::KeyName;
@@ -51,8 +52,8 @@ pub struct Operations {
     post: Post,
     protected: Option<Arc<Protected>>,
     ending: AtomicBool,
-    /// Held from a core dump's permission to the report of its outcome.
-    dumping: Mutex<()>,
+    /// Held from a restricted operation's permission to the report of its outcome.
+    restricted: Mutex<()>,
     /// Boot-time milliseconds before which no further look at the VM is reported.
     looked_until_ms: AtomicU64,
 }
@@ -88,6 +89,9 @@ pub enum OperationError {
     /// It was begun and failed.
     #[error("the core dump failed")]
     Dump(#[from] dump::DumpError),
+    /// It was begun and failed.
+    #[error("the volume did not grow")]
+    Grow(#[from] DiskError),
 }
 
 impl OperationError {
@@ -97,7 +101,7 @@ impl OperationError {
             Self::State(_) | Self::Unprotected(_) => 409,
             Self::Refused(Failure { exit: Exit::Refused, .. }) => 403,
             Self::Refused(Failure { exit: Exit::Unreachable, .. }) | Self::Full(_) => 503,
-            Self::Refused(_) | Self::Dump(_) => 500,
+            Self::Refused(_) | Self::Dump(_) | Self::Grow(_) => 500,
         }
     }
 }
@@ -105,8 +109,8 @@ impl OperationError {
 impl Operations {
     /// Operations on the VM at `helm`.
     pub fn new(helm: Arc<Helm>, facts: Facts, post: Post, protected: Option<Arc<Protected>>) -> Self {
-        let (ending, dumping, looked_until_ms) = (AtomicBool::new(false), Mutex::new(()), AtomicU64::new(0));
-        Self { helm, facts, post, protected, ending, dumping, looked_until_ms }
+        let (ending, restricted, looked_until_ms) = (AtomicBool::new(false), Mutex::new(()), AtomicU64::new(0));
+        Self { helm, facts, post, protected, ending, restricted, looked_until_ms }
     }
 
     /// `vm.info`, in Cloud Hypervisor's shape; reported, once a minute at most.
@@ -193,20 +197,58 @@ impl Operations {
         Ok(())
     }
 
-    /// Tells the guest of an unprotected VM that the file of disk `id` has another size now: that is the operator's to change, and
-    /// `desired` bytes, where given, are what it must have. Gives the bytes that the guest sees.
+    /// Disk `id` has another size. Gives the bytes that the guest sees.
+    ///
+    /// Of an unprotected VM the file is the operator's to change, and `desired` bytes, where given, are what it must have by now: its guest
+    /// is told. The volume of a protected VM is made as large as `desired`, where the customer permits it.
     pub fn resize_disk(&self, id: &str, desired: Option<u64>) -> Result<u64, OperationError> {
         let state = |why: String| OperationError::State(why);
-        if self.protected.is_some() {
-            return Err(state("the disks of a protected VM keep their size while it runs".into()));
-        }
         let size = self.helm.running().look_again(id).ok_or_else(|| state(format!("this VM has no disk {id}")))?;
+        if let Some(protected) = &self.protected {
+            let desired =
+                desired.ok_or_else(|| state(format!("say how large disk {id} is to be; it has {size} bytes")))?;
+            return self.grow_volume(protected, id, size, desired);
+        }
         match desired {
             Some(desired) if desired != size => {
                 Err(state(format!("disk {id} has {size} bytes, not {desired}; change its file first")))
             }
             _ => Ok(size),
         }
+    }
+
+    /// Makes a volume larger: asks the provider, and reports the outcome.
+    fn grow_volume(&self, protected: &Protected, id: &str, size: u64, desired: u64) -> Result<u64, OperationError> {
+        let state = |why: String| Err(OperationError::State(why));
+        if desired < size {
+            return state(format!("disk {id} has {size} bytes; a volume is made smaller while its VM does not run"));
+        }
+        if !desired.is_multiple_of(512) {
+            return state(format!("a disk has a multiple of 512 bytes, not {desired}"));
+        }
+        if self.facts.disks.iter().any(|(name, _, readonly)| name == id && *readonly) {
+            return state(format!("disk {id} is read only"));
+        }
+        if desired == size {
+            return Ok(size);
+        }
+        self.room()?;
+        let operation = Operation::ResizeDisk;
+        let mut request = OperationRequest::plain(operation);
+        request.parameters.insert("disk".into(), id.to_owned());
+        request.parameters.insert("size".into(), desired.to_string());
+        let _one = self.restricted.lock().unwrap_or_else(PoisonError::into_inner);
+        // Its answer brings keys that this process has already: what counts is that there is one.
+        let opened = protected.link.attest(request).map_err(OperationError::Refused)?;
+        let attestation = opened.release.attestation;
+        drop(opened);
+        let grown = self.helm.running().grow(id, desired).unwrap_or(Err(DiskError::Unsupported));
+        let detail = match &grown {
+            Ok(size) => format!("disk {id} has {size} bytes"),
+            Err(error) => crate::exit::chain(error),
+        };
+        self.report(ReportEvent::Outcome { attestation, operation, done: grown.is_ok(), detail });
+        Ok(grown?)
     }
 
     /// Asks the guest of an unprotected VM to put `size` bytes into its balloon, a multiple of 4096 less than its memory.
@@ -255,7 +297,7 @@ impl Operations {
         let mut request = OperationRequest::plain(Operation::CoreDump);
         request.parameters.insert("memory".into(), self.facts.memory.to_string());
         request.parameters.insert("vcpus".into(), self.facts.vcpus.to_string());
-        let _dumping = self.dumping.lock().unwrap_or_else(PoisonError::into_inner);
+        let _one = self.restricted.lock().unwrap_or_else(PoisonError::into_inner);
         let opened = protected.link.attest(request).map_err(OperationError::Refused)?;
         let attestation = opened.release.attestation;
         let stream = |name: &KeyName| matches!(name, KeyName::Stream(_));
@@ -276,10 +318,10 @@ impl Operations {
         Ok(Dumped { attestation: attestation.to_string(), bytes: written.bytes, tag: written.tag })
     }
 
-    /// Waits until a core dump that the VM's end cuts off has reported that, for `limit` at most: nothing is reported after the end.
+    /// Waits until a restricted operation that the VM's end cuts off has reported that, for `limit` at most: nothing is reported after the end.
     pub fn settle(&self, limit: Duration) {
         let begun = Instant::now();
-        while matches!(self.dumping.try_lock(), Err(TryLockError::WouldBlock)) && begun.elapsed() < limit {
+        while matches!(self.restricted.try_lock(), Err(TryLockError::WouldBlock)) && begun.elapsed() < limit {
             std::thread::sleep(Duration::from_millis(10));
         }
     }

@@ -243,6 +243,10 @@ impl Disk for VolumeDisk {
         self.0.write_zeroes(offset, length, may_unmap).map_err(disk_error)
     }
 
+    fn grow(&self, bytes: u64) -> Result<(), DiskError> {
+        self.0.grow(bytes).map_err(disk_error)
+    }
+
     fn id(&self) -> [u8; 20] {
         let mut id = [0; 20];
         let text = hex::encode(self.0.id().0);

@@ -71,6 +71,10 @@ pub async fn release(
             volumes::extend_all(c, &instance.customer, &instance.vm, instance.number, instance.lease_end_us).await?;
             match operation {
                 Operation::CoreDump => dump_key(provider, c, challenge, &instance, now_us).await?,
+                Operation::ResizeDisk => {
+                    permit(c, challenge, &instance, now_us, |before| before).await?;
+                    same_keys(provider, c, &instance, now_us).await?
+                }
                 _ => same_keys(provider, c, &instance, now_us).await?,
             }
         }
@@ -360,7 +364,7 @@ fn hand_volume(
     Ok(())
 }
 
-/// The one-time key of a core dump, kept for the customer; and the operation's "before".
+/// The one-time key of a core dump, kept for the customer.
 async fn dump_key(
     provider: &Provider,
     c: &mut SqliteConnection,
@@ -373,19 +377,31 @@ async fn dump_key(
     let key = Secret::<32>::random().map_err(crate::keystore::KeyStoreError::from)?;
     let wrapped = provider.keys.wrap(KeyLabel::Stream(customer, vm, key_id), key.expose())?;
     vms::add_stream_key(c, instance, &challenge.id, key_id, &wrapped, now_us).await?;
+    permit(c, challenge, instance, now_us, |before| before.detail("key_id", key_id)).await?;
+    Ok(Handed { volumes: Vec::new(), names: vec![KeyName::Stream(key_id)], keys: vec![key] })
+}
+
+/// A restricted operation is permitted: its "before", to which `f` adds, and that its "after" is owed.
+async fn permit(
+    c: &mut SqliteConnection,
+    challenge: &Challenge,
+    instance: &Instance,
+    now_us: u64,
+    f: impl FnOnce(Draft) -> Draft,
+) -> Result<(), Refusal> {
     vms::add_permit(c, instance, &challenge.id, challenge.operation.operation).await?;
-    let mut draft = Draft::new(customer, Actor::Instance, AuditKind::OperationPermitted)
-        .vm(vm)
+    let before = Draft::new(&instance.customer, Actor::Instance, AuditKind::OperationPermitted)
+        .vm(&instance.vm)
         .instance(instance.number)
         .host(instance.host)
         .attestation(challenge.id)
-        .detail("operation", challenge.operation.operation)
-        .detail("key_id", key_id);
+        .detail("operation", challenge.operation.operation);
+    let mut before = f(before);
     for (name, value) in &challenge.operation.parameters {
-        draft = draft.detail(format!("parameter.{name}"), value);
+        before = before.detail(format!("parameter.{name}"), value);
     }
-    append(c, now_us, draft).await?;
-    Ok(Handed { volumes: Vec::new(), names: vec![KeyName::Stream(key_id)], keys: vec![key] })
+    append(c, now_us, before).await?;
+    Ok(())
 }
 
 /// The event that the receipt names. It covers all of the release by its digest, and says the parts that people look for.

@@ -100,14 +100,37 @@ fn free_operations_need_no_attestation() {
 }
 
 #[test]
-fn a_core_dump_is_refused_by_default_and_written_down() {
+fn restricted_operations_are_refused_by_default_and_written_down() {
     let lab = Lab::with(600, "permit (principal, action, resource);");
     let mut vm = SoftVm::new(&lab);
     vm.start(&lab.host);
-    vm.operation = OperationRequest::plain(Operation::CoreDump);
-    assert_eq!(vm.refused(&lab.host), ProblemType::PolicyRefuses, "permitted by name only");
-    assert_eq!(lab.events("operation-refused").len(), 1);
+    for (count, operation) in [(1, Operation::CoreDump), (2, Operation::ResizeDisk)] {
+        vm.operation = OperationRequest::plain(operation);
+        assert_eq!(vm.refused(&lab.host), ProblemType::PolicyRefuses, "permitted by name only");
+        assert_eq!(lab.events("operation-refused").len(), count);
+    }
     assert!(lab.events("operation-permitted").is_empty());
+}
+
+#[test]
+fn a_permitted_resize_brings_no_key_that_was_not_there_and_owes_an_outcome() {
+    let by_name = r#"permit (principal, action == Action::"vm.resize-disk", resource);"#;
+    let lab = Lab::with(600, &format!("{GO}\n{by_name}"));
+    let mut vm = SoftVm::new(&lab);
+    let started = vm.start(&lab.host);
+    vm.operation = OperationRequest::plain(Operation::ResizeDisk);
+    vm.operation.parameters.insert("size".into(), "8388608".into());
+    let permitted = vm.attest(&lab.host).expect("permitted");
+    check_receipt(&lab, &permitted);
+    // Nothing that the instance had not got before.
+    assert_eq!(permitted.release.keys, started.release.keys);
+    let before = &lab.events("operation-permitted")[0];
+    assert_eq!(
+        (&before["details"]["operation"], &before["details"]["parameter.size"]),
+        (&"vm.resize-disk".into(), &"8388608".into())
+    );
+    vm.end(started.release.instance).expect("ended");
+    assert_eq!(lab.events("report-gap")[0]["details"]["missing"], "the outcome of vm.resize-disk");
 }
 
 #[test]

@@ -86,6 +86,9 @@ fn a_core_dump_must_be_permitted_by_name() {
     let dump = |q: &mut Question<'_>| q.operation = Operation::CoreDump;
     let said = reason(ask(ALL, dump));
     assert_eq!(said, "no rule of the policy names vm.coredump, which is permitted by name only");
+    let resize = |q: &mut Question<'_>| q.operation = Operation::ResizeDisk;
+    assert!(reason(ask(ALL, resize)).contains("names vm.resize-disk, which is permitted by name only"));
+    assert!(permits(r#"permit (principal, action == Action::"vm.resize-disk", resource);"#, resize));
     let by_condition = r#"permit (principal, action, resource) when { action == Action::"vm.coredump" };"#;
     assert!(!permits(by_condition, dump));
     let by_name = r#"permit (principal, action == Action::"vm.coredump", resource);"#;

@@ -59,7 +59,7 @@ fn resize(body: &[u8], operations: Option<&Operations>) -> (u16, Option<String>)
 #[serde(deny_unknown_fields)]
 struct ResizeDisk {
     id: String,
-    /// Bytes that the file has by now.
+    /// Bytes: of an unprotected VM, that the file has by now; of a protected one, that the volume is to have.
     desired_size: Option<u64>,
 }
 

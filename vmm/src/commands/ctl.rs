@@ -31,10 +31,14 @@ pub enum Action {
     PowerButton,
     /// End the VM at once, its volumes flushed
     Shutdown,
-    /// Tell the guest of an unprotected VM that a disk's file has another size now
+    /// Tell the guest of an unprotected VM that a disk's file has another size now, or make a protected VM's volume larger; the
+    /// latter needs the customer's permission
     ResizeDisk {
         /// The disk's name
         id: String,
+        /// Bytes that it is to have: of a protected VM's volume, a multiple of 512
+        #[arg(long, value_name = "BYTES")]
+        size: Option<u64>,
     },
     /// Ask the guest of an unprotected VM to give memory back through its balloon, or to take it again
     ResizeBalloon {
@@ -71,8 +75,8 @@ pub fn run(socket: &Path, action: &Action, json: bool) -> Result<Exit, Failure> 
         Action::Resume => talk.done("vm.resume", "running", json)?,
         Action::PowerButton => talk.done("vm.power-button", "power button pressed", json)?,
         Action::Shutdown => talk.done("vm.shutdown", "ending", json)?,
-        Action::ResizeDisk { id } => {
-            let body = serde_json::json!({ "id": id }).to_string();
+        Action::ResizeDisk { id, size } => {
+            let body = serde_json::json!({ "id": id, "desired_size": size }).to_string();
             let done = talk.send("PUT", "vm.resize-disk", &body, None)?;
             print(if json { done.to_string() } else { format!("{id} has {} bytes", done["size"]) });
         }

@@ -161,6 +161,12 @@ impl Running {
         self.0.disks.iter().find(|disk| disk.name() == name).map(|disk| disk.look_again())
     }
 
+    /// Makes the disk called `name` `bytes` long, and tells the guest. Gives the bytes that the guest sees; `None` if there is no
+    /// such disk.
+    pub fn grow(&self, name: &str, bytes: u64) -> Option<Result<u64, DiskError>> {
+        self.0.disks.iter().find(|disk| disk.name() == name).map(|disk| disk.grow(bytes))
+    }
+
     /// Looks at memory and registers of a paused machine, which can't be resumed or stopped meanwhile: `look` must not wait for
     /// anybody.
     pub fn inspect<R>(&self, look: impl FnOnce(&Frozen<'_>) -> R) -> Result<R, InspectError> {

@@ -422,7 +422,7 @@ Examples: fealty-keys volume exec acme data -- fealty-disk snapshot take /store/
 const RESIZE_HELP: &str = "\
 The volume must not be in use meanwhile, but by `serve --control`, which can make it larger (--served): NBD clients that connect from then
 on see the new size, those that are connected keep the old one until they connect again; with vhost-user the next front end sees it, when
-the VM is powered on again. A volume of a running fealty VM keeps its size. Snapshots keep their size and what they hold. The key provider learns the new size.
+the VM is powered on again. A volume of a running fealty VM is made larger by `fealty ctl resize-disk`. Snapshots keep their size and what they hold. The key provider learns the new size.
 
 Make what is in the volume (partitions, file systems) smaller first. Data behind the new end, which a file system leaves there unless it
 discarded it (fstrim, blkdiscard), keeps the volume from becoming smaller: it needs --discard-tail, as qemu-img's resize needs
@@ -495,7 +495,8 @@ SIGTERM or SIGINT, or when the key holder leaves, requests that were sent are fi
 provider is then the newest.
 
 A server that is killed loses nothing that it acknowledged unless the machine crashes too: start it again on the same socket, and clients
-that reconnect (QEMU: reconnect=1 of a vhost-user chardev, reconnect-delay of nbd) go on, and their next FLUSH covers all of it.
+that reconnect (QEMU: reconnect=1 of a vhost-user chardev, reconnect-delay of nbd) go on, and their next FLUSH covers all of it. It costs
+each write, or as many as come together, a write of 4 KiB to the volume's log before the answer; with --direct the device is waited for.
 
 The anchor at the key provider tells the newest state from an older copy of the volume, which then does not open. --anchor-mode says how
 old a copy, put back while the server does not run, may be to pass all the same: with `flush` it lacks nothing that a FLUSH acknowledged,

@@ -114,6 +114,15 @@ impl BlockDevice {
         sectors * SECTOR
     }
 
+    /// Makes the disk `bytes` long, and tells the driver. Gives the bytes that the guest sees.
+    pub fn grow(&self, bytes: u64) -> Result<u64, DiskError> {
+        if self.desk.read_only {
+            return Err(DiskError::Unsupported);
+        }
+        self.desk.disk.grow(bytes)?;
+        Ok(self.look_again())
+    }
+
     /// Makes durable what the guest wrote.
     pub fn flush(&self) -> Result<(), DiskError> {
         if self.desk.read_only { Ok(()) } else { self.desk.disk.flush() }

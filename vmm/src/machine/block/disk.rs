@@ -38,6 +38,10 @@ pub trait Disk: Send + Sync {
     }
     /// Looks at its size again: somebody may have resized what lies behind it.
     fn look_again(&self) {}
+    /// Makes it `bytes` long, not less than it is; what is new reads as zeroes. Durable when this returns.
+    fn grow(&self, _bytes: u64) -> Result<(), DiskError> {
+        Err(DiskError::Unsupported)
+    }
     /// Rings in which the device's queues submit without a thread for each request, with what wakes them; asked once. Where there
     /// are none, or fewer than queues, the other calls are made.
     fn rings(&self) -> Vec<(DiskRing, EventFd)> {
