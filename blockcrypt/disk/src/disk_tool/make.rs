@@ -247,6 +247,14 @@ fn make_room(store: &FileStore, size: u64, more: &More) -> Result<(), VolumeErro
     more.room.map_or(Ok(()), |room| blockcrypt::make_room(store, size, room.bytes(size)))
 }
 
+/// Whether an error is one that is found before anything is written.
+fn comes_first(error: &ToolError) -> bool {
+    let sizes = |e: &VolumeError| {
+        matches!(e, VolumeError::TooShort { .. } | VolumeError::Size { .. } | VolumeError::Room { .. })
+    };
+    matches!(error, ToolError::Volume(_, e) if sizes(e))
+}
+
 impl Making<'_> {
     /// Gives what `build` makes its name and its first anchor.
     fn make(
@@ -277,7 +285,9 @@ impl Making<'_> {
             Ok(())
         };
         match made() {
-            Err(error) if device => Err(ToolError::Overwritten(path.to_owned(), Box::new(error))),
+            Err(error) if device && !comes_first(&error) => {
+                Err(ToolError::Overwritten(path.to_owned(), Box::new(error)))
+            }
             other => other.map(|()| grant.volume),
         }
     }
