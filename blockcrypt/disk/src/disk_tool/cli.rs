@@ -478,8 +478,8 @@ Examples: fealty-keys volume exec acme data -- fealty-disk erase /store/data.vol
 
 const BENCH_HELP: &str = "\
 First the ciphers alone, on buffers in the processor's caches, on each path that this processor has: the first is the one that volumes
-take. Then a volume that is half full and a plain file, in turn: 1 MiB in order, 4 KiB at random with 1 and with 32 requests in flight,
-written and read, and written with a FLUSH after each 32. Each line has the median, the quartiles, and the ratio to what it is compared
+take. Then a volume that is half full and a plain file, in turn: 1 MiB in order, 4 KiB at random with 1 and with 32 requests in flight
+(handed over together as a queue's are, and by 32 threads), written and read, and written with a FLUSH after each 32. Each line has the median, the quartiles, and the ratio to what it is compared
 with: by the wall's clock the plain file, by processor time (per core) the ciphers alone, the most that is to be had. The volume is used in
 this process: a server adds its own time. Its anchors are kept in memory, so that mode `flush` costs an answer of the key provider's
 more for each FLUSH.
