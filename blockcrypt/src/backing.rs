@@ -4,11 +4,11 @@
 
 use crate::crypto::{BATCH, wipe_registers};
 use crate::format::geometry::Geometry;
-use crate::format::page::{Child, Entry, Header};
+use crate::format::page::{Child, Entry, Header, Tree};
 use crate::format::{BLOCK, Block, zero_block};
 use crate::keys::{KeyRing, VolumeKey, same};
 use crate::room::with_room;
-use crate::tree::Missing;
+use crate::tree::{Missing, PageId};
 use crate::{Events, Store, VolumeError};
 use policy::VolumeId;
 use secretmem::wiping_stack;
@@ -203,10 +203,22 @@ impl Backing {
         Err(VolumeError::Damaged(format!("the map page in block {} does not verify", pointer.physical)))
     }
 
-    /// A page is bad for good: the audit log hears of it.
-    pub(crate) fn bad_page(&self, pointer: &Child, error: VolumeError) -> VolumeError {
+    /// A page is bad for good: the audit log hears of it, and of the first logical block that can't be found without it. A page of a list
+    /// has no `id`.
+    pub(crate) fn bad_page(&self, id: Option<PageId>, pointer: &Child, error: VolumeError) -> VolumeError {
         if error.is_integrity() {
-            self.events.integrity(None, Some(pointer.physical), "a page of the map does not verify");
+            let (lba, reason) = match id {
+                Some(id) if id.tree == Tree::Map => {
+                    let (first, end) = (id.blocks().start, id.blocks().end.min(self.geometry().blocks()));
+                    (
+                        Some(first),
+                        format!("the map page of blocks {first} to {} does not verify", end.saturating_sub(1)),
+                    )
+                }
+                Some(_) => (None, "a page of the free-space map does not verify".to_owned()),
+                None => (None, "a page of key slots or snapshots does not verify".to_owned()),
+            };
+            self.events.integrity(lba, Some(pointer.physical), &reason);
         }
         error
     }

@@ -15,7 +15,7 @@ pub trait Anchors: Send + Sync {
 /// Hears what the audit log should know. Called with locks held: an implementation must not call the volume.
 pub trait Events: Send + Sync {
     /// Something in the store is not what was written there: the guest's block and the store's block (4096 bytes each), as far
-    /// as known.
+    /// as known. Where a page of the map is bad, the guest's block is the first that it describes, and `reason` names the last.
     fn integrity(&self, lba: Option<u64>, physical: Option<u64>, reason: &str);
     /// Something worth knowing, one line: what a recovery dropped, an anchor that is late.
     fn note(&self, text: &str);

@@ -10,6 +10,7 @@ use crate::format::{Block, zero_block};
 use policy::KeyId;
 use std::collections::{BTreeSet, HashMap};
 use std::hash::{BuildHasher, Hash, Hasher, RandomState};
+use std::ops::Range;
 
 /// Fewest clean pages kept, whatever the bound: what one operation needs at once.
 const FEWEST: usize = 512;
@@ -72,6 +73,12 @@ impl PageId {
     /// The page above.
     pub(crate) fn parent(self) -> Self {
         Self { level: self.level + 1, index: self.index / CHILDREN as u64, ..self }
+    }
+
+    /// Of a page of the map: the logical blocks that it describes.
+    pub(crate) fn blocks(self) -> Range<u64> {
+        let each = (CHILDREN as u64).saturating_pow(u32::from(self.level)).saturating_mul(ENTRIES as u64);
+        self.index.saturating_mul(each)..(self.index + 1).saturating_mul(each)
     }
 
     /// Which child of the page above it is.

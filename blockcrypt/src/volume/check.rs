@@ -231,7 +231,7 @@ impl Check<'_> {
         let bytes = match self.from.read_page(&pointer, expected) {
             Ok(bytes) => bytes,
             Err(error @ VolumeError::Damaged(_)) => {
-                let error = self.from.bad_page(&pointer, error);
+                let error = self.from.bad_page(Some(id), &pointer, error);
                 self.told_problem(format!("snapshot {}: {error}", snapshot.id));
                 return Ok(());
             }

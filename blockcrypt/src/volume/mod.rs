@@ -430,8 +430,7 @@ impl Core {
 
 /// The first logical block behind those of a page of the map.
 fn end_of(id: PageId) -> u64 {
-    let leaves = (crate::format::page::CHILDREN as u64).saturating_pow(u32::from(id.level));
-    (id.index + 1).saturating_mul(leaves).saturating_mul(crate::format::page::ENTRIES as u64)
+    id.blocks().end
 }
 
 /// The leaf of a logical block, and its place within.

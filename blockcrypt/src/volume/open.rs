@@ -408,7 +408,7 @@ fn read_chain(
             return Err(VolumeError::Damaged("one of its lists does not end".to_owned()));
         }
         let page = from.read_page(&next, |h| h.tree == tree && h.level == 0 && h.index == index as u64);
-        let page = page.map_err(|error| from.bad_page(&next, error))?;
+        let page = page.map_err(|error| from.bad_page(None, &next, error))?;
         blocks.push(next.physical);
         next = parse(&page).map_err(|e| VolumeError::Damaged(e.to_string()))?;
     }

@@ -77,7 +77,7 @@ impl Shared {
                 Ok(page) => core.forest.insert(missing, page),
                 // It may have been replaced meanwhile, and its block reused: then another one is missing now.
                 Err(error) if core.forest.still_misses(&missing) => {
-                    return Err(self.backing.bad_page(&missing.pointer, error));
+                    return Err(self.backing.bad_page(Some(missing.id), &missing.pointer, error));
                 }
                 Err(_) => {}
             }
@@ -169,7 +169,9 @@ impl Core {
                 Ok(done) => return Ok(done),
                 Err(Halt::Failed(error)) => return Err(error),
                 Err(Halt::Missing(missing)) => {
-                    let page = from.fetch(&missing).map_err(|error| from.bad_page(&missing.pointer, error))?;
+                    let page = from
+                        .fetch(&missing)
+                        .map_err(|error| from.bad_page(Some(missing.id), &missing.pointer, error))?;
                     self.forest.insert(missing, page);
                 }
             }

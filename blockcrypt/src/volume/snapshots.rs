@@ -277,7 +277,7 @@ impl Shared {
     fn snapshot_page(&self, id: PageId, pointer: &Child) -> Result<Box<Block>, VolumeError> {
         let expected = |h: &Header| h.tree == id.tree && h.level == id.level && h.index == id.index;
         let page = self.backing.read_page(pointer, expected);
-        page.map_err(|error| self.backing.bad_page(pointer, error))
+        page.map_err(|error| self.backing.bad_page(Some(id), pointer, error))
     }
 
     /// What points, in a snapshot, to the leftmost page of a level that it may have or not.

@@ -203,7 +203,9 @@ impl History {
                 self.tally.bad_blocks += 1;
             }
             VolumeError::Damaged(_) => {
-                let of_page = |event: &&Noticed| event.reason == "a page of the map does not verify";
+                let of_page = |event: &&Noticed| {
+                    event.lba.is_some_and(|first| first <= lba) && event.reason.starts_with("the map page of blocks")
+                };
                 let event = noticed.iter().find(of_page);
                 let event = event.unwrap_or_else(|| panic!("{context}: nobody heard of {error}: {noticed:?}"));
                 let block = event.physical.expect("a page lies somewhere");

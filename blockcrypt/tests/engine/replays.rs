@@ -84,8 +84,8 @@ fn scene(mode: AnchorMode) -> Scene {
 #[derive(Default)]
 struct Seen {
     bad: Vec<u64>,
-    /// The errors that were no block's own.
-    damaged: u64,
+    /// Those that can't be found: the error is no block's own.
+    damaged: Vec<u64>,
     older: u64,
 }
 
@@ -113,7 +113,7 @@ impl Scene {
                 }
                 Err(error) => {
                     assert!(error.is_integrity() && found.iter().all(|b| *b == 0), "{what}: {lba}: {error}");
-                    seen.damaged += 1;
+                    seen.damaged.push(lba * APART / BLOCK as u64);
                 }
             }
         }
@@ -130,7 +130,7 @@ impl Scene {
                 for lba in &seen.bad {
                     assert!(noticed.iter().any(|event| event.lba == Some(*lba)), "{what}: {lba}: {noticed:?}");
                 }
-                assert!(seen.damaged == 0 || noticed.iter().any(|event| event.physical.is_some()), "{what}");
+                assert!(seen.damaged.is_empty() || noticed.iter().any(|event| event.physical.is_some()), "{what}");
                 Ok(seen)
             }
             Err(error) => {
@@ -147,7 +147,7 @@ fn untouched_scenes_are_what_was_written() {
     for mode in MODES {
         let scene = scene(mode);
         let seen = scene.judge(&"untouched").expect("opens");
-        assert!(seen.bad.is_empty() && seen.damaged == 0 && seen.older == 0, "{mode:?}");
+        assert!(seen.bad.is_empty() && seen.damaged.is_empty() && seen.older == 0, "{mode:?}");
         let several = scene.allowed.iter().any(|allowed| allowed.len() > 1);
         assert_eq!(several, mode != AnchorMode::Flush, "{mode:?}");
     }
@@ -163,7 +163,7 @@ fn each_old_block_is_refused_or_younger_than_the_anchor() {
             scene.store.show(at, &old);
             let outcome = match scene.judge(&format_args!("{mode:?}: an old version of block {at}")) {
                 Err(_) => 0,
-                Ok(seen) if !seen.bad.is_empty() || seen.damaged > 0 => 1,
+                Ok(seen) if !seen.bad.is_empty() || !seen.damaged.is_empty() => 1,
                 Ok(seen) if seen.older > 0 => 2,
                 Ok(_) => 3,
             };
@@ -195,22 +195,21 @@ fn each_old_block_under_an_open_volume_is_an_error_that_names_it() {
             scene.store.show(at, &old);
             let what = format!("warm: {warm}: an old version of block {at}");
             let seen = scene.read(&volume, newest, &what);
-            let one = |lba| Noticed { lba, physical: Some(at), reason: reason(lba).to_owned() };
-            let mut expected: Vec<Noticed> = seen.bad.iter().map(|lba| one(Some(*lba))).collect();
-            expected.extend((0..seen.damaged).map(|_| one(None)));
+            let one = |lba, reason| Noticed { lba: Some(lba), physical: Some(at), reason };
+            let data_is_bad = |lba: &u64| one(*lba, "its tag does not verify".to_owned());
+            let page_is_bad =
+                |lba: &u64| one(*lba, format!("the map page of blocks {lba} to {} does not verify", lba + 71));
+            let expected: Vec<Noticed> =
+                seen.bad.iter().map(data_is_bad).chain(seen.damaged.iter().map(page_is_bad)).collect();
             assert_eq!(scene.provider.noticed(), expected, "{what}");
-            assert!(seen.bad.len() <= 1 && (seen.damaged == 0 || !warm), "{what}");
+            assert!(seen.bad.len() <= 1 && (seen.damaged.is_empty() || !warm), "{what}");
             data += seen.bad.len();
-            pages += u64::from(seen.damaged > 0);
-            kept += u64::from(seen.bad.is_empty() && seen.damaged == 0);
+            pages += u64::from(!seen.damaged.is_empty());
+            kept += u64::from(seen.bad.is_empty() && seen.damaged.is_empty());
         }
     }
     println!("{data} blocks and {pages} pages were noticed, {kept} did not matter");
     assert!(data > 60 && pages > 60);
-}
-
-fn reason(lba: Option<u64>) -> &'static str {
-    if lba.is_some() { "its tag does not verify" } else { "a page of the map does not verify" }
 }
 
 #[test]
@@ -243,7 +242,7 @@ fn no_moment_before_the_anchor_comes_back_whole_or_in_parts() {
                 }
                 if part == 0 && time >= scene.anchored[1] {
                     let seen = judged.unwrap_or_else(|e| panic!("{what}: {e}"));
-                    assert!(seen.bad.is_empty() && seen.damaged == 0, "{what}");
+                    assert!(seen.bad.is_empty() && seen.damaged.is_empty(), "{what}");
                 }
             }
         }
@@ -372,10 +371,11 @@ fn swapped_blocks_and_pages_are_errors_or_nothing() {
             swap();
             let what = format!("{mode:?}: blocks {a} and {b} swapped");
             let seen = scene.read(&volume, |lba, round| scene.newest[lba] == round, &what);
-            under += u64::from(!seen.bad.is_empty() || seen.damaged > 0);
+            under += u64::from(!seen.bad.is_empty() || !seen.damaged.is_empty());
             drop(volume);
             let judged = scene.judge(&what);
-            noticed += u64::from(judged.is_err() || judged.is_ok_and(|seen| !seen.bad.is_empty() || seen.damaged > 0));
+            noticed +=
+                u64::from(judged.is_err() || judged.is_ok_and(|seen| !seen.bad.is_empty() || !seen.damaged.is_empty()));
         }
         println!("{mode:?}: of {} pairs {noticed} were noticed, {under} under an open volume", pairs.len());
         assert!(noticed > 40 && under > 40);

@@ -602,7 +602,11 @@ fn a_snapshot_whose_map_is_damaged_is_deleted_all_the_same() {
         let heard = provider.heard();
         let told = |what: &str| heard.iter().filter(|event| event.contains(what)).count();
         assert_eq!(
-            (told("integrity None"), told("1 damaged pages"), told("snapshot 1 is deleted")),
+            (
+                told("map page of blocks 0 to 71 does not verify"),
+                told("1 damaged pages"),
+                told("snapshot 1 is deleted")
+            ),
             (1, 1, 1),
             "{heard:?}"
         );
