@@ -513,6 +513,9 @@ impl History {
             if self.random.chance(70) {
                 (0..1 + self.random.below(2)).for_each(|_| self.trick());
             }
+            // Who only looks, and is lied to as he opens it, may see an older log, whose blocks were reused since.
+            let was_pure = self.pure;
+            self.pure &= !self.store.lies();
             if self.random.chance(25) {
                 self.provider.noticed();
                 match self.provider.open_with(
@@ -527,6 +530,7 @@ impl History {
             if self.random.chance(20) {
                 self.look_at_a_snapshot();
             }
+            self.pure = was_pure;
             if self.random.chance(15) {
                 *lock(&self.provider.key_id) += 1;
             }
