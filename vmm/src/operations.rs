@@ -245,7 +245,10 @@ impl Operations {
         let grown = self.helm.running().grow(id, desired).unwrap_or(Err(DiskError::Unsupported));
         let detail = match &grown {
             Ok(size) => format!("disk {id} has {size} bytes"),
-            Err(error) => crate::exit::chain(error),
+            Err(error) => {
+                let size = self.helm.running().look_again(id).unwrap_or(size);
+                format!("disk {id} has {size} bytes: {}", crate::exit::chain(error))
+            }
         };
         self.report(ReportEvent::Outcome { attestation, operation, done: grown.is_ok(), detail });
         Ok(grown?)

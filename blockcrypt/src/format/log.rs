@@ -20,7 +20,8 @@ use policy::KeyId;
 /// continue a chain.
 ///
 /// Numbers rise by one from block to block. A superblock's cut may pass over some: blocks that could not be written, as far as their writer
-/// heard, and that may be there all the same, with records older than that superblock's map.
+/// heard, and that may be there all the same, with records older than that superblock's map. What follows such a cut is found from that
+/// superblock on only, not from the one before it.
 pub(crate) struct LogBlock {
     pub(crate) commit: bool,
     pub(crate) writer: u32,

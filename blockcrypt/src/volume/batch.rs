@@ -9,8 +9,7 @@ pub(super) const CHUNK: u64 = 64;
 /// the store writes while the next ones are sealed; elsewhere a [`CHUNK`], which the processor's cache holds until the store has copied
 /// it.
 pub(super) const LARGE: u64 = 256;
-/// Pieces handled at once: twice as many as there are lanes to hash in, and few enough that the pages of the map that they need
-/// fit the smallest cache.
+/// Pieces handled at once: twice as many as there are lanes to hash in. They need a few hundred pages of the map at most.
 const PIECES: usize = 32;
 
 /// A part of a request: neighbouring blocks, whole or in part.

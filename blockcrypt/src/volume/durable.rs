@@ -194,7 +194,7 @@ impl Shared {
         self.not_closing()?;
         {
             let core = self.core()?;
-            if !core.changed() && !core.superblock.clean {
+            if !core.changed() && !core.superblock.clean && !core.log.is_held_up() {
                 return core.writable();
             }
         }

@@ -7,6 +7,7 @@
 //! block lie in the one at the head, which is *open*: it is written again, with more, until it is full, or a FLUSH or a checkpoint
 //! closes it. A crash of the machine may tear it, and with it only what no FLUSH has acknowledged.
 
+use super::write::LOG_ROOM;
 use crate::VolumeError;
 use crate::backing::Backing;
 use crate::format::log::{LogBlock, MAC_AT, RECORDS, Record};
@@ -126,6 +127,12 @@ impl Log {
     /// Blocks that can still be written.
     pub(crate) fn free(&self) -> u64 {
         (self.blocks - (self.head - self.retained)).saturating_sub(self.waiting_blocks())
+    }
+
+    /// Whether the ring has little room only because an older superblock may still need what lies before the cut: one more checkpoint, of
+    /// nothing, lets go of it.
+    pub(crate) fn is_held_up(&self) -> bool {
+        self.retained < self.cut && self.free() < LOG_ROOM
     }
 
     /// Whether anything was logged since the cut.

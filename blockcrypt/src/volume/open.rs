@@ -100,8 +100,10 @@ struct Found {
 /// What stands where superblocks may be.
 struct Superblocks {
     found: Vec<Found>,
-    /// Blocks that can't be read. Of each a twin was found.
+    /// Blocks that can't be read.
     unreadable: Vec<u64>,
+    /// The error of one whose twin was not found either: it may be the newest of all.
+    missed: Option<VolumeError>,
 }
 
 impl Volume {
@@ -532,13 +534,12 @@ fn find_superblocks(store: &dyn Store) -> Result<Superblocks, VolumeError> {
             places.extend(ends.iter().filter(|e| (4..=blocks).contains(*e)).flat_map(|e| [(e - 2, 0), (e - 1, 1)]));
         }
     }
-    // A copy that can't be read is missed by nobody if its twin can. Without that it may be the newest of all.
     let missed = unreadable.iter().position(|(_, slot, _)| found.iter().all(|found| found.place != *slot));
-    if let Some(missed) = missed {
-        return Err(VolumeError::store("read")(unreadable.swap_remove(missed).2));
+    let missed = missed.map(|missed| VolumeError::store("read")(unreadable.swap_remove(missed).2));
+    if found.is_empty() {
+        return Err(missed.unwrap_or(problem));
     }
-    let unreadable = unreadable.into_iter().map(|(at, ..)| at).collect();
-    if found.is_empty() { Err(problem) } else { Ok(Superblocks { found, unreadable }) }
+    Ok(Superblocks { found, unreadable: unreadable.into_iter().map(|(at, ..)| at).collect(), missed })
 }
 
 /// The superblock that counts, among those that were found.
@@ -553,7 +554,8 @@ struct State {
 
 /// The newest state that the anchor allows, as far as superblocks say.
 fn find_state(store: &dyn Store, anchor: &AnchorFields, grant: &VolumeGrant, kek: &Kek) -> Result<State, VolumeError> {
-    let Superblocks { found, unreadable } = find_superblocks(store)?;
+    let Superblocks { found, unreadable, missed } = find_superblocks(store)?;
+    missed.map_or(Ok(()), Err)?;
     let (verified, damaged) = verify_superblocks(found, anchor, grant, kek)?;
     let good = verified.iter().map(|found| (found.at, found.superblock.epoch)).collect();
     let (chosen, epoch) = choose(verified, damaged, anchor, grant)?;

@@ -36,7 +36,7 @@ impl Shared {
         plan: impl FnOnce(&Geometry, u64) -> Result<(u64, u64), VolumeError>,
     ) -> Result<(), VolumeError> {
         self.check_writable(0, 0)?;
-        let _alone = self.alone()?;
+        let alone = self.alone()?;
         let group = self.flushing();
         let (from, old) = (&self.backing, self.backing.geometry());
         let found = from.store.len().map_err(VolumeError::store("say its length"))?;
@@ -55,10 +55,11 @@ impl Shared {
         let reserved =
             reserved.and_then(|()| from.store.reserve(new.pool().end * block, (new.total - new.pool().end) * block));
         reserved.map_err(VolumeError::store("set room aside for pages"))?;
+        // They may have been wiped while the store made room.
+        from.has_keys()?;
         let grown = self.with_core(|core| core.lengthen(&new)).and_then(|()| {
             from.set_geometry(new);
             self.with_core(|core| core.move_fence(&old, &new))?;
-            self.write_checkpoint(&group, Occasion::Running)?;
             self.write_checkpoint(&group, Occasion::Running)
         });
         // Where it fails on its way, memory is the larger volume's already; the next opener finds out what the store is.
@@ -66,7 +67,14 @@ impl Shared {
             Ok(mut core) => core.fail(error, &*from.events),
             Err(other) => other,
         })?;
-        drop(group);
+        // Of the larger volume too: so that no superblock of the smaller one is needed.
+        if let Err(error) = self.write_checkpoint(&group, Occasion::Running) {
+            from.events.note(&format!(
+                "the volume is larger; its second superblock follows with the next checkpoint: {error}"
+            ));
+        }
+        // Who waits for the key provider holds up nobody's writes.
+        drop((group, alone));
         self.anchoring.after_flush()
     }
 

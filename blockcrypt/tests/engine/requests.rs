@@ -243,6 +243,9 @@ impl Store for Hanging {
         self.wait(&[Hangs::All]);
         self.inner.write_at(bytes, offset)
     }
+    fn overlaps(&self) -> bool {
+        self.inner.overlaps()
+    }
     fn sync_data(&self) -> io::Result<()> {
         self.wait(&[Hangs::All, Hangs::Syncs]);
         self.inner.sync_data()
@@ -250,6 +253,44 @@ impl Store for Hanging {
     fn set_len(&self, bytes: u64) -> io::Result<()> {
         self.inner.set_len(bytes)
     }
+}
+
+/// They are promised nearly all of the log, whose other interval is not free before one more checkpoint, of nothing.
+#[test]
+fn as_many_large_writes_as_the_log_holds_leave_room_for_the_next() {
+    let provider = Provider::new(AnchorMode::Close);
+    let sim = SimStore::new();
+    sim.overlap();
+    let store = Hanging::over(sim);
+    let volume = provider.create(store.clone(), 16 * MIB).expect("a volume");
+    let data = vec![7; MIB as usize];
+    for round in 0..3 {
+        store.hang(Hangs::All);
+        std::thread::scope(|scope| {
+            let writers: Vec<_> = (0..16)
+                .map(|i| {
+                    scope.spawn({
+                        let (volume, data) = (&volume, &data);
+                        move || volume.write(i * MIB, data)
+                    })
+                })
+                .collect();
+            let begun = std::time::Instant::now();
+            while *lock(&store.waiting) < 14 && begun.elapsed() < std::time::Duration::from_secs(2) {
+                std::thread::sleep(std::time::Duration::from_millis(1));
+            }
+            store.hang(Hangs::Not);
+            for writer in writers {
+                writer.join().expect("joined").unwrap_or_else(|error| panic!("round {round}: {error}"));
+            }
+        });
+        volume.flush().expect("flushed");
+        for lba in 0..4 {
+            volume.write(lba * 4096, &[round; 4096]).unwrap_or_else(|error| panic!("round {round}: {error}"));
+        }
+        volume.discard(15 * MIB, 4096).expect("discarded");
+    }
+    check_good(&volume);
 }
 
 #[test]

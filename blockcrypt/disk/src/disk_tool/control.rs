@@ -15,14 +15,14 @@ use fealty_disk::Socket;
 use policy::VolumeId;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
-use std::io::{self, BufRead, BufReader, Read, Write};
+use std::io::{self, Read, Write};
 use std::os::fd::BorrowedFd;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// The longest line, in bytes.
-const LINE: u64 = 4096;
+const LINE: usize = 4096;
 /// How long a client may take for its request, and for taking in the answer.
 const TALK: Duration = Duration::from_secs(2);
 /// How long the server may take: it waits for requests under way, and perhaps for the key provider.
@@ -70,18 +70,16 @@ pub(super) fn attend(volume: &Volume, holder: &Holder, socket: &Socket, until: &
 pub(super) fn resize(socket: &Path, volume: VolumeId, size: u64) -> Result<(u64, u64), ToolError> {
     let failed = |e| ControlError::Talk(socket.to_owned(), e);
     let stream = UnixStream::connect(socket).map_err(|e| ControlError::Connect(socket.to_owned(), e))?;
-    stream.set_read_timeout(Some(ANSWER)).map_err(failed)?;
     say(&stream, &Request::Resize { volume, size }).map_err(failed)?;
-    match hear(&stream).map_err(failed)? {
+    match hear(&stream, ANSWER).map_err(failed)? {
         Answer::Done { size, room } => Ok((size, room)),
-        Answer::Refused(why) => Err(ControlError::Refused(report::one_line(&why, LINE as usize)).into()),
+        Answer::Refused(why) => Err(ControlError::Refused(report::one_line(&why, LINE)).into()),
     }
 }
 
 fn converse(volume: &Volume, holder: &Holder, stream: &UnixStream) -> io::Result<()> {
-    stream.set_read_timeout(Some(TALK))?;
     stream.set_write_timeout(Some(TALK))?;
-    let answer = match hear(stream) {
+    let answer = match hear(stream, TALK) {
         Ok(request) => perform(volume, holder, &request).unwrap_or_else(Answer::Refused),
         Err(error) => Answer::Refused(format!("the request can't be read: {error}")),
     };
@@ -96,8 +94,13 @@ fn perform(volume: &Volume, holder: &Holder, request: &Request) -> Result<Answer
     if *size < volume.size() {
         return Err(format!("it has {} bytes; to make it smaller, stop the server first", volume.size()));
     }
-    volume.grow(*size).map_err(|error| report::chain(&error))?;
-    holder.size(volume.id(), volume.size());
+    let before = volume.size();
+    let grown = volume.grow(*size);
+    if volume.size() != before {
+        // Also where only its anchor is still to be kept.
+        holder.size(volume.id(), volume.size());
+    }
+    grown.map_err(|error| report::chain(&error))?;
     let info = volume.info();
     Ok(Answer::Done { size: info.size, room: info.room })
 }
@@ -108,8 +111,20 @@ fn say(mut stream: &UnixStream, message: &impl Serialize) -> io::Result<()> {
     stream.write_all(&line)
 }
 
-fn hear<T: DeserializeOwned>(stream: &UnixStream) -> io::Result<T> {
-    let mut line = String::new();
-    BufReader::new(stream.take(LINE)).read_line(&mut line)?;
-    Ok(serde_json::from_str(&line)?)
+/// A line, which must be whole after `patience`, in however many pieces it comes.
+fn hear<T: DeserializeOwned>(mut stream: &UnixStream, patience: Duration) -> io::Result<T> {
+    let (begun, mut line, mut piece) = (Instant::now(), Vec::new(), [0; LINE]);
+    while !line.ends_with(b"\n") {
+        let left = patience.saturating_sub(begun.elapsed());
+        if left.is_zero() {
+            return Err(io::ErrorKind::TimedOut.into());
+        }
+        stream.set_read_timeout(Some(left))?;
+        let read = stream.read(&mut piece)?;
+        line.extend_from_slice(&piece[..read]);
+        if read == 0 || line.len() > LINE {
+            return Err(io::ErrorKind::InvalidData.into());
+        }
+    }
+    Ok(serde_json::from_slice(&line)?)
 }

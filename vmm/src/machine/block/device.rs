@@ -119,8 +119,10 @@ impl BlockDevice {
         if self.desk.read_only {
             return Err(DiskError::Unsupported);
         }
-        self.desk.disk.grow(bytes)?;
-        Ok(self.look_again())
+        let grown = self.desk.disk.grow(bytes);
+        // It may have grown although something failed after that.
+        let size = self.look_again();
+        grown.map(|()| size)
     }
 
     /// Makes durable what the guest wrote.
