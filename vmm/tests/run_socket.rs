@@ -6,7 +6,7 @@ use common::{Ended, LIMIT, Program, configuration, configuration_with, fealty};
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 struct Vm {
     folder: tempfile::TempDir,
@@ -245,6 +245,50 @@ fn a_disk_is_added_and_removed_while_the_guest_runs() {
     vm.ctl(&["shutdown"]).code(0);
     vm.program.end().code(0);
     assert_eq!(std::fs::read(&second).expect("read")[3 * 4096], 1);
+}
+
+/// The last one is ejected by a guest that has not reset it.
+#[test]
+fn a_slot_is_used_again_and_again_and_nothing_is_left_of_what_was_there() {
+    let cycle = "wait-slots,disk:1,serial,write:2:9,verify:2:9,wait-slots,let-go,eject:1,".repeat(12);
+    let words =
+        format!("write:5:7,{cycle}wait-slots,disk:1,serial,write:2:8,wait-slots,eject:1,disk:0,verify:5:7,tick");
+    let mut vm = start_with(&words, serde_json::json!([{ "id": "root", "path": "root.img" }]));
+    let image = vm.folder.path().join("late.img");
+    std::fs::write(&image, vec![0; 1 << 20]).expect("written");
+    let entries = |vm: &Vm, what: &str| {
+        std::fs::read_dir(format!("/proc/{}/{what}", vm.program.pid())).expect("there").flatten().collect::<Vec<_>>()
+    };
+    let held = |vm: &Vm| {
+        let names =
+            entries(vm, "task").into_iter().filter_map(|task| std::fs::read_to_string(task.path().join("comm")).ok());
+        // The kernel makes and ends workers of its own for a ring.
+        let mut names: Vec<_> = names.filter(|name| !name.starts_with("iou-")).collect();
+        names.sort();
+        (entries(vm, "fd").len(), names)
+    };
+    let before = held(&vm);
+    for round in 0..13 {
+        let name = format!("late{round}");
+        vm.ctl(&["add-disk", &name, &image.display().to_string()]).code(0);
+        vm.program.until(&format!("serial {name}"));
+        vm.ctl(&["remove-device", &name]).code(0);
+        vm.program.until_step(&format!("disk-removed: {name}"));
+    }
+    vm.program.until("tick 1");
+    let out = vm.program.out();
+    assert_eq!((out.matches("verify 2 ok").count(), out.matches("ejected 1, disks=1").count()), (12, 13), "{out}");
+    assert!(out.contains("verify 5 ok"), "{out}");
+    let (start, mut now) = (Instant::now(), held(&vm));
+    while now != before {
+        // The socket's side of a client that has just gone.
+        assert!(start.elapsed() < LIMIT, "descriptors and threads: {now:?}, not {before:?}");
+        std::thread::sleep(Duration::from_millis(100));
+        now = held(&vm);
+    }
+    vm.ctl(&["shutdown"]).code(0);
+    vm.program.end().code(0);
+    assert_eq!(std::fs::read(&image).expect("read")[2 * 4096], 8);
 }
 
 /// A driver that does anything, for real: through KVM's doorbells and interrupt routes, under the sandbox, with a disk beside it that
