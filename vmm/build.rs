@@ -19,7 +19,7 @@ use std::collections::HashMap;
 use std::fmt::Write as _;
 use std::path::Path;
 
-const LISTS: [&str; 13] = [
+const LISTS: [&str; 14] = [
     "main",
     "provider",
     "vcpu",
@@ -30,6 +30,7 @@ const LISTS: [&str; 13] = [
     "virtio-console",
     "vsock",
     "console",
+    "slots",
     "api",
     "opener",
     "ctl",

@@ -36,6 +36,11 @@ fn a_vm_is_paused_resumed_and_ended_through_its_socket() {
     std::thread::sleep(std::time::Duration::from_secs(3));
     assert_eq!(vm.out().matches("tick").count(), stopped, "it ran while paused");
     ctl(&lab, &["resume"]).good();
+    std::fs::write(lab.path("late.img"), [0; 4096]).expect("written");
+    for words in [&["add-disk", "late", &lab.text("late.img")][..], &["remove-device", "root"]] {
+        let refused = ctl(&lab, words).refused();
+        assert!(refused.err.contains("others need the customer's permission"), "{}", refused.err);
+    }
     ctl(&lab, &["shutdown"]).good();
     vm.end(LIMIT).good();
     let log = lab.audit();

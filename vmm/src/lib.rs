@@ -11,7 +11,7 @@
 //! | [`machine`] | the virtual machine itself, which knows nothing of providers |
 //! | [`permit`], [`lease`], [`guard`] | leave to start vCPUs, and how long it lasts |
 //! | [`provider`], [`registrar`] | the thread that talks to the key provider; reports; the way to the TPM service |
-//! | [`volumes`], [`opener`] | disks: volumes with released keys, files by descriptor |
+//! | [`volumes`], [`opener`], [`images`] | disks: volumes with released keys, files by descriptor, images |
 //! | [`attach`] | where the host's side of a VM's networks is |
 //! | [`operations`], [`dump`], [`core_file`], [`api`] | what can be done to a running VM, and the socket that asks for it |
 //! | [`watch`], [`helm`], [`post`], [`signals`], [`console`] | the thread that watches, and what it watches |
@@ -30,6 +30,7 @@ pub mod exit;
 pub mod fuzz;
 pub mod guard;
 pub mod helm;
+pub mod images;
 pub mod lease;
 pub mod machine;
 pub mod opener;

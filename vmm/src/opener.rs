@@ -223,7 +223,8 @@ fn words(error: rustix::io::Errno) -> String {
     }
 }
 
-fn check_kind(file: &OwnedFd, access: Access) -> Result<(), String> {
+/// Whether what is open is of the kind that `access` says.
+pub(crate) fn check_kind(file: &OwnedFd, access: Access) -> Result<(), String> {
     let kind = FileType::from_raw_mode(fstat(file).map_err(|e| format!("can't be looked at: {e}"))?.st_mode);
     match (kind, access) {
         (FileType::RegularFile, _) | (FileType::BlockDevice, Access::ReadStore | Access::WriteStore) => Ok(()),

@@ -6,16 +6,19 @@
 use crate::dump;
 use crate::exit::{Exit, Failure};
 use crate::helm::{Helm, Hold};
+use crate::images::{self, Taken};
 use crate::lease::boottime_ms;
-use crate::machine::DiskError;
+use crate::machine::{DiskError, DiskSettings, DiskSlot, PlugError, RawDisk};
 use crate::post::{Message, Post};
 use crate::provider::{Link, OutboxFull};
 use attest::protocol::KeyName;
+use policy::config::FileName;
 use policy::operation::{OperationClass, OperationRequest};
 use policy::report::ReportEvent;
 use policy::{InstanceNumber, Operation};
 use serde_json::{Map, Value, json};
 use std::fs::File;
+use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, TryLockError};
 use std::time::{Duration, Instant};
@@ -86,6 +89,9 @@ pub enum OperationError {
     /// It needs a provider, and this VM has none.
     #[error("{0} needs a key provider's permission, and an unprotected VM has no provider")]
     Unprotected(Operation),
+    /// A disk can't be added.
+    #[error(transparent)]
+    Plug(#[from] PlugError),
     /// It was begun and failed.
     #[error("the core dump failed")]
     Dump(#[from] dump::DumpError),
@@ -99,6 +105,8 @@ impl OperationError {
     pub fn status(&self) -> u16 {
         match self {
             Self::State(_) | Self::Unprotected(_) => 409,
+            Self::Plug(PlugError::Wire(_) | PlugError::Thread(_)) => 500,
+            Self::Plug(_) => 409,
             Self::Refused(Failure { exit: Exit::Refused, .. }) => 403,
             Self::Refused(Failure { exit: Exit::Unreachable, .. }) | Self::Full(_) => 503,
             Self::Refused(_) | Self::Dump(_) | Self::Grow(_) => 500,
@@ -126,8 +134,9 @@ impl Operations {
 
     fn described(&self) -> Value {
         let (held, _) = self.helm.state();
-        let disks: Vec<_> =
-            self.facts.disks.iter().map(|(id, _, readonly)| json!({ "id": id, "readonly": readonly })).collect();
+        let fixed = self.facts.disks.iter().map(|(id, _, readonly)| (id.clone(), *readonly));
+        let disks = fixed.chain(self.helm.running().added_disks());
+        let disks: Vec<_> = disks.map(|(id, readonly)| json!({ "id": id, "readonly": readonly })).collect();
         let mut config = json!({
             "cpus": { "boot_vcpus": self.facts.vcpus, "max_vcpus": self.facts.vcpus },
             "memory": { "size": self.facts.memory },
@@ -168,7 +177,8 @@ impl Operations {
     pub fn status_line(&self) -> String {
         let (_, state) = self.helm.state();
         let size = self.facts.memory >> 20;
-        let machine = format!("{state}, {} vCPUs, {size} MiB, {} disks", self.facts.vcpus, self.facts.disks.len());
+        let disks = self.facts.disks.len() + self.helm.running().added_disks().len();
+        let machine = format!("{state}, {} vCPUs, {size} MiB, {disks} disks", self.facts.vcpus);
         match &self.protected {
             None => format!("{machine}, unprotected"),
             Some(protected) => {
@@ -252,6 +262,40 @@ impl Operations {
         };
         self.report(ReportEvent::Outcome { attestation, operation, done: grown.is_ok(), detail });
         Ok(grown?)
+    }
+
+    /// Adds a disk to an unprotected VM: the image behind `descriptor`, which nobody else may use. Gives its PCI address.
+    pub fn add_disk(&self, id: &FileName, read_only: bool, descriptor: OwnedFd) -> Result<String, OperationError> {
+        self.may_change_disks()?;
+        let bad = |why: String| OperationError::State(format!("disk {id}: the image {why}"));
+        let file = images::passed(descriptor, read_only).map_err(bad)?;
+        let taken = Taken::take(&file, read_only).map_err(bad)?;
+        let disk = RawDisk::new(file, id.as_str()).map_err(|e| bad(format!("is no disk: {e}")))?;
+        let settings = DiskSettings { read_only, ..DiskSettings::default() };
+        let slot = DiskSlot { id: id.to_string(), disk: Arc::new(disk), settings };
+        let (post, name) = (self.post.clone(), id.to_string());
+        let gone = Box::new(move |flushed: Result<(), DiskError>| {
+            drop(taken);
+            post.put(Message::DiskRemoved(name, flushed.map_err(|e| crate::exit::chain(&e))));
+        });
+        let slot = self.helm.running().plug(slot, gone)?;
+        Ok(format!("0000:00:{slot:02x}.0"))
+    }
+
+    /// Asks the guest of an unprotected VM to let go of a disk that was added: it is there until the guest has.
+    pub fn remove_disk(&self, id: &str) -> Result<(), OperationError> {
+        self.may_change_disks()?;
+        self.helm.running().unplug(id).map_err(|e| OperationError::State(e.to_string()))
+    }
+
+    fn may_change_disks(&self) -> Result<(), OperationError> {
+        match self.protected {
+            None => Ok(()),
+            Some(_) => Err(OperationError::State(
+                "a protected VM keeps the disks of its start: others need the customer's permission, which this version can't ask for"
+                    .into(),
+            )),
+        }
     }
 
     /// Asks the guest of an unprotected VM to put `size` bytes into its balloon, a multiple of 4096 less than its memory.

@@ -15,6 +15,8 @@ pub enum Message {
     Superseded(String),
     /// The machine is quiet and its volumes are flushed, or why not.
     Quiet(Result<(), String>),
+    /// The guest has let go of a disk that was added: its name, and why its last flush failed, if it did.
+    DiskRemoved(String, Result<(), String>),
     /// A thread that nothing works without has died; one line.
     Died(String),
 }

@@ -152,6 +152,10 @@ impl Watch {
                 (Message::Shutdown, _) => return Some(End::Shutdown),
                 (Message::Died(why), _) => return Some(End::Broken(why)),
                 (Message::Superseded(why), _) => return Some(End::Lease(why)),
+                (Message::DiskRemoved(name, Ok(())), _) => self.steps.step("disk-removed", &name),
+                (Message::DiskRemoved(name, Err(why)), _) => {
+                    self.steps.step("disk-removed", &format!("{name}, but it is not flushed: {why}"));
+                }
                 (Message::Renewed(renewal), Some(guard)) => guard.renewed(*renewal, self.steps),
                 (Message::Quiet(result), Some(guard)) => guard.quiet(result, self.steps),
                 (Message::Renewed(_) | Message::Quiet(_), None) => {}

@@ -6,7 +6,7 @@ use common::{Ended, LIMIT, Program, configuration, configuration_with, fealty};
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 struct Vm {
     folder: tempfile::TempDir,
@@ -176,6 +176,119 @@ fn a_socket_that_nobody_serves_is_said_to_be_so() {
     let folder = tempfile::tempdir().expect("folder");
     let socket = folder.path().join("none").display().to_string();
     assert!(Program::start(&mut fealty(&["ctl", &socket, "info"])).end().code(13).why().contains("no VM answers"));
+}
+
+/// The driver waits for slots as ACPI's methods would have it, and lets go of what it is asked for.
+#[test]
+fn a_disk_is_added_and_removed_while_the_guest_runs() {
+    let image = |vm: &Vm, name: &str, fill: u8| {
+        let path = vm.folder.path().join(name);
+        std::fs::write(&path, vec![fill; 1 << 20]).expect("written");
+        path.display().to_string()
+    };
+    let disks = serde_json::json!([{ "id": "root", "path": "root.img" }]);
+    let words = "write:5:7,eject:255,wait-slots,disk:1,serial,verify:3:0x33,write:9:0xab,flush,eject:255,wait-slots,let-go,eject:1,\
+                 wait-slots,disk:1,serial,verify:3:0x44,write:3:1,verify:3:1,disk:0,verify:5:7,tick";
+    let mut vm = start_with(words, disks);
+    vm.program.until("waiting for slots");
+    let (first, second) = (image(&vm, "first.img", 0x33), image(&vm, "second.img", 0x44));
+    assert!(vm.ctl(&["remove-device", "late"]).code(4).why().contains("no disk late"));
+    assert!(vm.ctl(&["remove-device", "root"]).code(4).why().contains("was there when the VM started"));
+    assert!(vm.ctl(&["add-disk", "root", &first]).code(4).why().contains("has a disk root already"));
+    let root = vm.folder.path().join("root.img").display().to_string();
+    assert!(vm.ctl(&["add-disk", "other", &root]).code(4).why().contains("in use by another disk"));
+    for (body, why) in [(r#"{"id":"x"}"#, "opens no paths"), (r#"{"id":"x","path":"/x"}"#, "comes as a descriptor")] {
+        let request = format!("PUT /api/v1/vm.add-disk HTTP/1.1\r\nContent-Length: {}\r\n\r\n{body}", body.len());
+        let answer = vm.raw(request.as_bytes());
+        assert!(answer.starts_with("HTTP/1.1 400") && answer.contains(why), "{answer}");
+    }
+
+    assert!(vm.ctl(&["add-disk", "late", &first]).code(0).out.contains("late is at 0000:00:18.0"));
+    assert!(vm.ctl(&["add-disk", "again", &first]).code(4).why().contains("in use by another disk"));
+    vm.program.until("ejected 255, disks=2");
+    let shown = |vm: &Vm| {
+        let info: serde_json::Value = serde_json::from_str(&vm.ctl(&["info", "--json"]).code(0).out).expect("JSON");
+        let disks = info["info"]["config"]["disks"].as_array().expect("disks").clone();
+        assert_eq!(info["counters"]["disks"].as_object().expect("counters").len(), disks.len());
+        disks.iter().map(|disk| disk["id"].as_str().expect("a name").to_owned()).collect::<Vec<_>>()
+    };
+    assert_eq!(shown(&vm), ["root", "late"]);
+    vm.ctl(&["remove-device", "late"]).code(0);
+    vm.program.until_step("disk-removed");
+    vm.program.until("ejected 1, disks=1");
+    assert_eq!(shown(&vm), ["root"]);
+    assert_eq!(std::fs::read(&first).expect("read")[9 * 4096], 0xab);
+    let held = std::fs::read_dir(format!("/proc/{}/fd", vm.program.pid())).expect("descriptors").flatten();
+    let mut held = held.filter_map(|entry| std::fs::read_link(entry.path()).ok());
+    assert!(held.all(|file| !file.ends_with("first.img")), "nobody holds the image any more");
+    vm.ctl(&["pause"]).code(0);
+    vm.ctl(&["add-disk", "later", &second]).code(0);
+    assert!(vm.ctl(&["add-disk", "first", "--readonly", &first]).code(0).out.contains("0000:00:19.0"));
+    vm.ctl(&["resume"]).code(0);
+    vm.program.until("tick 1");
+    let out = vm.program.out();
+    for line in [
+        "ejected 255, disks=1",
+        "slots filled=1 asked=0",
+        "serial late",
+        "verify 3 ok",
+        "slots filled=0 asked=1",
+        "disk 1 let go",
+        "slots filled=3 asked=0",
+        "serial later",
+        "write 3 ok",
+        "verify 5 ok",
+    ] {
+        assert!(out.contains(line), "{line}: {out}");
+    }
+    assert_eq!(out.matches("verify 3 ok").count(), 3, "{out}");
+    vm.ctl(&["shutdown"]).code(0);
+    vm.program.end().code(0);
+    assert_eq!(std::fs::read(&second).expect("read")[3 * 4096], 1);
+}
+
+/// The last one is ejected by a guest that has not reset it.
+#[test]
+fn a_slot_is_used_again_and_again_and_nothing_is_left_of_what_was_there() {
+    let cycle = "wait-slots,disk:1,serial,write:2:9,verify:2:9,wait-slots,let-go,eject:1,".repeat(12);
+    let words =
+        format!("write:5:7,{cycle}wait-slots,disk:1,serial,write:2:8,wait-slots,eject:1,disk:0,verify:5:7,tick");
+    let mut vm = start_with(&words, serde_json::json!([{ "id": "root", "path": "root.img" }]));
+    let image = vm.folder.path().join("late.img");
+    std::fs::write(&image, vec![0; 1 << 20]).expect("written");
+    let entries = |vm: &Vm, what: &str| {
+        std::fs::read_dir(format!("/proc/{}/{what}", vm.program.pid())).expect("there").flatten().collect::<Vec<_>>()
+    };
+    let held = |vm: &Vm| {
+        let names =
+            entries(vm, "task").into_iter().filter_map(|task| std::fs::read_to_string(task.path().join("comm")).ok());
+        // The kernel makes and ends workers of its own for a ring.
+        let mut names: Vec<_> = names.filter(|name| !name.starts_with("iou-")).collect();
+        names.sort();
+        (entries(vm, "fd").len(), names)
+    };
+    let before = held(&vm);
+    for round in 0..13 {
+        let name = format!("late{round}");
+        vm.ctl(&["add-disk", &name, &image.display().to_string()]).code(0);
+        vm.program.until(&format!("serial {name}"));
+        vm.ctl(&["remove-device", &name]).code(0);
+        vm.program.until_step(&format!("disk-removed: {name}"));
+    }
+    vm.program.until("tick 1");
+    let out = vm.program.out();
+    assert_eq!((out.matches("verify 2 ok").count(), out.matches("ejected 1, disks=1").count()), (12, 13), "{out}");
+    assert!(out.contains("verify 5 ok"), "{out}");
+    let (start, mut now) = (Instant::now(), held(&vm));
+    while now != before {
+        // The socket's side of a client that has just gone.
+        assert!(start.elapsed() < LIMIT, "descriptors and threads: {now:?}, not {before:?}");
+        std::thread::sleep(Duration::from_millis(100));
+        now = held(&vm);
+    }
+    vm.ctl(&["shutdown"]).code(0);
+    vm.program.end().code(0);
+    assert_eq!(std::fs::read(&image).expect("read")[2 * 4096], 8);
 }
 
 /// A driver that does anything, for real: through KVM's doorbells and interrupt routes, under the sandbox, with a disk beside it that

@@ -34,6 +34,9 @@
 //! | `wait-button` | waits for the power button | `waiting for the button`, `button pressed` |
 //! | `generation` | | `generation HEX`, the VM generation id |
 //! | `wait-generation` | waits until it is told of another one | `waiting for a generation`, `generation changed` |
+//! | `wait-slots` | waits until PCI slots were filled or are to be emptied | `waiting for slots`, `slots filled=1 asked=0`, a bit each |
+//! | `let-go` | resets the disk and forgets it: another may come in its place | `disk 1 let go` |
+//! | `eject:SLOTS` | ejects these slots, a bit each | `ejected 1, disks=1` |
 //! | `say-panic` | tells the panic device, and sleeps | `saying panic` |
 //! | `touch:ADDRESS` | reads a byte of physical memory | `touched 0xff` |
 //! | `ring0-cmpxchg16b`, `ring0-xrstor`, `ring0-int3` | has ring 0 do that | `fault vector=...`, and ends, where it can be done |
@@ -169,6 +172,16 @@ impl Guest<'_> {
                 Power::wait_for_generation();
                 line(format_args!("generation changed"));
             }
+            ("wait-slots", [None, _]) => {
+                line(format_args!("waiting for slots"));
+                let (filled, asked) = Power::wait_for_slots();
+                line(format_args!("slots filled={filled} asked={asked}"));
+            }
+            ("let-go", [None, _]) => self.let_go()?,
+            ("eject", [Some(slots), None]) => {
+                Power::eject(narrow(slots)?);
+                line(format_args!("ejected {slots}, disks={}", Disk::count(self.ecam()?)));
+            }
             ("say-panic", [None, _]) => self.say_panic()?,
             ("poweroff", [None, _]) => {
                 line(format_args!("powering off"));
@@ -262,6 +275,14 @@ impl Guest<'_> {
             disk.sleep();
         }
         line(format_args!("disk {number} bytes={}", disk.length));
+        Ok(())
+    }
+
+    fn let_go(&mut self) -> Result<(), CommandError> {
+        let (number, ecam) = (self.chosen, self.ecam()?);
+        Disk::stop(ecam, number)?;
+        self.disks[number] = None;
+        line(format_args!("disk {number} let go"));
         Ok(())
     }
 

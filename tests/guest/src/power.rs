@@ -23,6 +23,12 @@ const EVENT_LINE: u8 = 16;
 const EVENT_BUTTON: u8 = 1;
 /// And bit 1 says that the generation id is another one.
 const EVENT_GENERATION: u8 = 1 << 1;
+/// And bit 2 that PCI slots were filled, or are to be emptied: which, these two say, and forget it; the third is written with those
+/// that are done with.
+const EVENT_SLOTS: u8 = 1 << 2;
+const SLOTS_FILLED: u16 = 0x610;
+const SLOTS_ASKED: u16 = 0x611;
+const SLOTS_EJECT: u16 = 0x612;
 /// The button's bit in a PC's PM1 status, and in the enable register after it.
 const PM1_BUTTON: u16 = 1 << 8;
 const PM1_ENABLE: u16 = 2;
@@ -112,6 +118,17 @@ impl Power {
     /// Waits until the generation id is another one.
     pub fn wait_for_generation() {
         wait_for_event(EVENT_GENERATION);
+    }
+
+    /// Waits until PCI slots were filled or are to be emptied: which, a bit each.
+    pub fn wait_for_slots() -> (u8, u8) {
+        wait_for_event(EVENT_SLOTS);
+        (port::read8(SLOTS_FILLED), port::read8(SLOTS_ASKED))
+    }
+
+    /// Ejects what is in these slots, a bit each.
+    pub fn eject(slots: u8) {
+        port::write8(SLOTS_EJECT, slots);
     }
 
     /// Powers off without having read any table, as fealty and QEMU's q35 do it: for a guest that is lost anyway.

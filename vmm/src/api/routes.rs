@@ -3,6 +3,7 @@
 use super::http::{Method, Request};
 use crate::operations::{OperationError, Operations};
 use policy::Operation;
+use policy::config::FileName;
 use serde::Deserialize;
 use serde_json::{Value, json};
 use std::fs::File;
@@ -26,6 +27,8 @@ pub(super) fn route(
         (Method::Get, "fealty/status") => ok(&operations.map_or_else(starting, Operations::status)),
         (Method::Put, "vm.resize") => resize(&request.body, operations),
         (Method::Put, "vm.resize-disk") => resize_disk(&request.body, operations),
+        (Method::Put, "vm.add-disk") => add_disk(&request.body, descriptor, operations),
+        (Method::Put, "vm.remove-device") => remove_device(&request.body, operations),
         (Method::Put, path) => match operation(path) {
             None => refused(404, "this VM has no such operation"),
             Some(_) if operations.is_none() => refused(409, "the VM does not run yet"),
@@ -69,6 +72,53 @@ fn resize_disk(body: &[u8], operations: Option<&Operations>) -> (u16, Option<Str
         Err(_) => refused(400, "the body is {\"id\": DISK} and, if you like, \"desired_size\" in bytes"),
         Ok(ResizeDisk { id, desired_size }) => match operations.resize_disk(&id, desired_size) {
             Ok(size) => ok(&json!({ "id": id, "size": size })),
+            Err(error) => failed(&error),
+        },
+    }
+}
+
+/// `vm.add-disk`, in Cloud Hypervisor's shape, but for the path: the image is the descriptor beside the request.
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct AddDisk {
+    id: FileName,
+    #[serde(default)]
+    readonly: bool,
+}
+
+fn add_disk(body: &[u8], descriptor: Option<OwnedFd>, operations: Option<&Operations>) -> (u16, Option<String>) {
+    let Some(operations) = operations else { return refused(409, "the VM does not run yet") };
+    let Ok(AddDisk { id, readonly }) = serde_json::from_slice(body) else {
+        return refused(
+            400,
+            "the body is {\"id\": DISK} and, if you like, \"readonly\"; the image comes as a descriptor",
+        );
+    };
+    let Some(descriptor) = descriptor else {
+        return refused(
+            400,
+            "this process opens no paths: the image comes as a descriptor beside its request (fealty ctl)",
+        );
+    };
+    match operations.add_disk(&id, readonly, descriptor) {
+        Ok(address) => ok(&json!({ "id": id, "bdf": address })),
+        Err(error) => failed(&error),
+    }
+}
+
+/// `vm.remove-device`, in Cloud Hypervisor's shape; of what it can remove, disks that were added.
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct RemoveDevice {
+    id: String,
+}
+
+fn remove_device(body: &[u8], operations: Option<&Operations>) -> (u16, Option<String>) {
+    let Some(operations) = operations else { return refused(409, "the VM does not run yet") };
+    match serde_json::from_slice::<RemoveDevice>(body) {
+        Err(_) => refused(400, "the body is {\"id\": DISK}"),
+        Ok(RemoveDevice { id }) => match operations.remove_disk(&id) {
+            Ok(()) => (204, None),
             Err(error) => failed(&error),
         },
     }

@@ -2,6 +2,7 @@
 
 use crate::api::http;
 use crate::exit::{Exit, Failure, visible};
+use crate::opener::{Access, open_path};
 use crate::sandbox::{Filter, close_inherited, close_thread, descriptors};
 use clap::Subcommand;
 use serde_json::Value;
@@ -40,6 +41,21 @@ pub enum Action {
         #[arg(long, value_name = "BYTES")]
         size: Option<u64>,
     },
+    /// Add a disk to an unprotected VM: a raw image or a block device
+    AddDisk {
+        /// The disk's name, which is also its serial number
+        id: String,
+        /// The image
+        path: PathBuf,
+        /// The guest may not write
+        #[arg(long)]
+        readonly: bool,
+    },
+    /// Ask the guest of an unprotected VM to let go of a disk that was added; it is gone when `info` does not show it any more
+    RemoveDevice {
+        /// The disk's name
+        id: String,
+    },
     /// Ask the guest of an unprotected VM to give memory back through its balloon, or to take it again
     ResizeBalloon {
         /// Bytes that the balloon is to hold: a multiple of 4096
@@ -57,8 +73,9 @@ pub enum Action {
 pub fn run(socket: &Path, action: &Action, json: bool) -> Result<Exit, Failure> {
     close_inherited().map_err(|e| Failure::of(Exit::Host, &e))?;
     let stream = connect(socket)?;
-    let out = match action {
+    let file = match action {
         Action::Coredump { out } => Some((out, create(out)?)),
+        Action::AddDisk { path, readonly, .. } => Some((path, image(path, *readonly)?)),
         _ => None,
     };
     close_thread(Filter::Ctl).map_err(|e| Failure::of(Exit::Host, &e))?;
@@ -80,6 +97,19 @@ pub fn run(socket: &Path, action: &Action, json: bool) -> Result<Exit, Failure> 
             let done = talk.send("PUT", "vm.resize-disk", &body, None)?;
             print(if json { done.to_string() } else { format!("{id} has {} bytes", done["size"]) });
         }
+        Action::AddDisk { id, readonly, .. } => {
+            let Some((_, file)) = file else { return Ok(Exit::Internal) };
+            let body = serde_json::json!({ "id": id, "readonly": readonly }).to_string();
+            let done = talk.send("PUT", "vm.add-disk", &body, Some(&file))?;
+            let address = done["bdf"].as_str().unwrap_or_default();
+            print(if json { done.to_string() } else { format!("{id} is at {address}; the guest is told") });
+        }
+        Action::RemoveDevice { id } => {
+            let body = serde_json::json!({ "id": id }).to_string();
+            talk.send("PUT", "vm.remove-device", &body, None)?;
+            let said = format!("the guest is asked to let go of {id}; it is there until it has");
+            print(if json { serde_json::json!({ "done": said }).to_string() } else { said });
+        }
         Action::ResizeBalloon { bytes } => {
             let body = serde_json::json!({ "desired_balloon": bytes }).to_string();
             talk.send("PUT", "vm.resize", &body, None)?;
@@ -87,7 +117,7 @@ pub fn run(socket: &Path, action: &Action, json: bool) -> Result<Exit, Failure> 
             print(if json { serde_json::json!({ "done": said }).to_string() } else { said });
         }
         Action::Coredump { .. } => {
-            let Some((path, file)) = out else { return Ok(Exit::Internal) };
+            let Some((path, file)) = file else { return Ok(Exit::Internal) };
             let done = talk.ask("PUT", "fealty/vm.coredump", Some(&file)).inspect_err(|_| {
                 // What was not written whole opens nowhere. If it can't be removed, it stays.
                 let _ = std::fs::remove_file(path);
@@ -119,6 +149,11 @@ fn create(path: &Path) -> Result<File, Failure> {
     OpenOptions::new().write(true).create_new(true).mode(0o600).open(path).map_err(|e| {
         Failure::new(Exit::Host, format!("cannot make {}: {e}; an existing file is never overwritten", path.display()))
     })
+}
+
+fn image(path: &Path, read_only: bool) -> Result<File, Failure> {
+    let access = if read_only { Access::ReadStore } else { Access::WriteStore };
+    open_path(path, access).map_err(|why| Failure::new(Exit::Host, why))
 }
 
 struct Talk {

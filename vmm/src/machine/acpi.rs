@@ -1,17 +1,19 @@
 //! ACPI tables of reduced hardware (ACPI 6.5, 4.1): no fixed registers, no PIT or 8042; what is there is a local APIC for
-//! each processor, an I/O APIC, a PCI host bridge with ECAM, COM1, a clock chip, a power button, and the VM generation id.
+//! each processor, an I/O APIC, a PCI host bridge with ECAM, COM1, a clock chip, a power button, the VM generation id, and where
+//! disks may come and go while the machine runs, slots for them.
 
 use super::generation::{ADDRESS_NAME, COMPATIBLE};
 use super::layout::{
-    ACPI_TABLES, ECAM, ECAM_SIZE, GENERATION_ID, IO_APIC, LOCAL_APIC, PCI_CONFIG_PORT, PCI_CONFIG_PORTS, PCI_WINDOW,
-    PCI_WINDOW_SIZE, POWER_GSI, POWER_PORT, RTC_PORT, RTC_PORTS, SERIAL_GSI, SERIAL_PORT, SERIAL_PORTS,
+    ACPI_TABLES, ECAM, ECAM_SIZE, GENERATION_ID, HOT_SLOT_FIRST, HOT_SLOTS, HOTPLUG_PORT, HOTPLUG_PORTS, IO_APIC,
+    LOCAL_APIC, PCI_CONFIG_PORT, PCI_CONFIG_PORTS, PCI_WINDOW, PCI_WINDOW_SIZE, POWER_GSI, POWER_PORT, RTC_PORT,
+    RTC_PORTS, SERIAL_GSI, SERIAL_PORT, SERIAL_PORTS,
 };
 use super::memory::GuestRam;
-use super::power::{EVENT_BUTTON, EVENT_GENERATION, RESET_VALUE, SLEEP_TYPE_OFF};
+use super::power::{EVENT_BUTTON, EVENT_GENERATION, EVENT_SLOTS, RESET_VALUE, SLEEP_TYPE_OFF};
 use acpi_tables::aml::{
     AddressSpace, AddressSpaceCacheable, And, Device, EISAName, Field, FieldAccessType, FieldEntry, FieldLockRule,
-    FieldUpdateRule, IO, If, Interrupt, Local, Memory32Fixed, Method, Name, Notify, ONE, OpRegion, OpRegionSpace,
-    Package, Path, ResourceTemplate, Scope, Store, ZERO,
+    FieldUpdateRule, IO, If, Interrupt, Local, Memory32Fixed, Method, MethodCall, Name, Notify, ONE, OpRegion,
+    OpRegionSpace, Package, Path, ResourceTemplate, Scope, Store, ZERO,
 };
 use acpi_tables::fadt::{FADTBuilder, Flags};
 use acpi_tables::gas::{AccessSize, AddressSpace as Space, GAS};
@@ -29,24 +31,27 @@ const OEM_REVISION: u32 = 1;
 /// FADT, IA-PC boot architecture: no VGA; and legacy devices, the serial port and the clock chip.
 const BOOT_ARCHITECTURE: u16 = 1 << 2 | 1;
 const RSDP_SPACE: u64 = 64;
+/// What a slot is told: look whether there is a device, or let go of it.
+const DEVICE_CHECK: u8 = 1;
+const EJECT_REQUEST: u8 = 3;
 
 /// The tables do not fit: there is a bug, or a processor too many.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
 #[error("the ACPI tables need {0} bytes, more than there is room for")]
 pub struct AcpiError(usize);
 
-/// Writes all tables for `processors` processors, the RSDP at [`ACPI_TABLES`].
-pub(super) fn write(ram: &GuestRam, processors: u8) -> Result<(), AcpiError> {
-    let tables = build(processors);
+/// Writes all tables for `processors` processors, the RSDP at [`ACPI_TABLES`]; `hotplug` says whether slots may be filled later.
+pub(super) fn write(ram: &GuestRam, processors: u8, hotplug: bool) -> Result<(), AcpiError> {
+    let tables = build(processors, hotplug);
     let room = (GENERATION_ID - ACPI_TABLES) as usize;
     let fits = tables.len() <= room && ram.write_slice(&tables, GuestAddress(ACPI_TABLES)).is_ok();
     fits.then_some(()).ok_or(AcpiError(tables.len()))
 }
 
 /// All tables as they lie in memory: RSDP, DSDT, FADT, MADT, MCFG, XSDT.
-fn build(processors: u8) -> Vec<u8> {
+fn build(processors: u8, hotplug: bool) -> Vec<u8> {
     let mut out = vec![0; RSDP_SPACE as usize];
-    let dsdt = append(&mut out, &dsdt());
+    let dsdt = append(&mut out, &dsdt(hotplug));
     let tables = [append(&mut out, &fadt(dsdt)), append(&mut out, &madt(processors)), append(&mut out, &mcfg())];
     let mut xsdt = XSDT::new(OEM, OEM_TABLE, OEM_REVISION);
     tables.iter().for_each(|at| xsdt.add_entry(*at));
@@ -98,11 +103,15 @@ fn mcfg() -> impl Aml {
     mcfg
 }
 
-fn dsdt() -> impl Aml {
+fn dsdt(hotplug: bool) -> impl Aml {
     let mut body = vec![];
-    for object in [host_bridge, ecam_reservation, serial, clock, power_button, generation, power_events, power_off] {
+    for object in [host_bridge, ecam_reservation, serial, clock, power_button, generation, power_off] {
         object(&mut body);
     }
+    if hotplug {
+        slots(&mut body);
+    }
+    events(&mut body, hotplug);
     let mut dsdt = Sdt::new(*b"DSDT", 36, 6, OEM, OEM_TABLE, OEM_REVISION);
     dsdt.append_slice(&body);
     dsdt.update_checksum();
@@ -206,8 +215,56 @@ fn generation(out: &mut Vec<u8>) {
     );
 }
 
+/// The slots that may be filled and emptied while the machine runs: to each its device with the method by which it is ejected
+/// (ACPI 6.5, 6.3.3), and a method that reads what is new, which clears it, and tells each slot (5.6.6: device check, or eject request).
+fn slots(out: &mut Vec<u8>) {
+    let length = HOTPLUG_PORTS as u8;
+    let region = OpRegion::new("HPRG".into(), OpRegionSpace::SystemIO, &HOTPLUG_PORT, &length);
+    let registers = [*b"HPIN", *b"HPRM", *b"HPEJ"].map(|name| FieldEntry::Named(name, 8));
+    let (access, lock, update) = (FieldAccessType::Byte, FieldLockRule::NoLock, FieldUpdateRule::WriteAsZeroes);
+    let field = Field::new("HPRG".into(), access, lock, update, registers.into());
+    let slots = (0..HOT_SLOTS as u8).map(|index| (HOT_SLOT_FIRST + index, 1_u8 << index));
+    let (mut devices, mut steps) = (vec![], vec![]);
+    for (slot, bit) in slots.clone() {
+        let (address, register) = (u32::from(slot) << 16, Path::new("HPEJ"));
+        let eject = Store::new(&register, &bit);
+        Device::new(
+            Path::new(&slot_name(slot)),
+            vec![
+                &Name::new("_ADR".into(), &address),
+                &Name::new("_SUN".into(), &slot),
+                &Method::new("_EJ0".into(), 1, true, vec![&eject]),
+            ],
+        )
+        .to_aml_bytes(&mut devices);
+    }
+    for (register, value) in [("HPIN", DEVICE_CHECK), ("HPRM", EJECT_REQUEST)] {
+        Store::new(&Local(0), &Path::new(register)).to_aml_bytes(&mut steps);
+        for (slot, bit) in slots.clone() {
+            And::new(&Local(1), &Local(0), &bit).to_aml_bytes(&mut steps);
+            If::new(&Local(1), vec![&Notify::new(&Path::new(&slot_name(slot)), &value)]).to_aml_bytes(&mut steps);
+        }
+    }
+    let (devices, steps) = (Encoded(devices), Encoded(steps));
+    let look = Method::new("HPLK".into(), 0, true, vec![&steps]);
+    Scope::new("\\_SB_.PCI0".into(), vec![&region, &field, &devices, &look]).to_aml_bytes(out);
+}
+
+fn slot_name(slot: u8) -> String {
+    format!("SL{slot:02}")
+}
+
+/// Objects that are AML already.
+struct Encoded(Vec<u8>);
+
+impl Aml for Encoded {
+    fn to_aml_bytes(&self, sink: &mut dyn AmlSink) {
+        sink.vec(&self.0);
+    }
+}
+
 /// The generic event device (ACPI 6.5, 5.6.9): its method reads the event register, which clears it, and tells each device.
-fn power_events(out: &mut Vec<u8>) {
+fn events(out: &mut Vec<u8>, hotplug: bool) {
     let interrupt = Interrupt::new(true, true, false, false, POWER_GSI);
     let register = POWER_PORT + 3;
     let region = OpRegion::new("EVTR".into(), OpRegionSpace::SystemIO, &register, &ONE);
@@ -228,7 +285,13 @@ fn power_events(out: &mut Vec<u8>) {
     let generation = Path::new("\\_SB_.VGEN");
     let tell_generation = Notify::new(&generation, &0x80_u8);
     let renewed = If::new(&Local(1), vec![&tell_generation]);
-    let steps: Vec<&dyn Aml> = vec![&read, &test_button, &pressed, &test_generation, &renewed];
+    let test_slots = And::new(&Local(1), &Local(0), &EVENT_SLOTS);
+    let look = MethodCall::new("\\_SB_.PCI0.HPLK".into(), vec![]);
+    let changed = If::new(&Local(1), vec![&look]);
+    let mut steps: Vec<&dyn Aml> = vec![&read, &test_button, &pressed, &test_generation, &renewed];
+    if hotplug {
+        steps.extend([&test_slots as &dyn Aml, &changed]);
+    }
     let method = Method::new("_EVT".into(), 1, true, steps);
     device(
         out,
@@ -265,7 +328,7 @@ mod tests {
 
     #[test]
     fn the_tables_lead_to_one_another() {
-        let tables = build(4);
+        let tables = build(4, false);
         let sum = |bytes: &[u8]| bytes.iter().fold(0_u8, |sum, byte| sum.wrapping_add(*byte));
         assert_eq!((&tables[..8], sum(&tables[..20]), sum(&tables[..36])), (&b"RSD PTR "[..], 0, 0));
         let xsdt = table(&tables, quad(&tables, 24));
@@ -285,11 +348,29 @@ mod tests {
         assert!(dsdt.windows(address.len()).any(|window| window == address), "{dsdt:02x?}");
     }
 
+    #[test]
+    fn slots_are_there_where_disks_may_come_and_go() {
+        let found = |tables: &[u8], bytes: &[u8]| tables.windows(bytes.len()).filter(|window| *window == bytes).count();
+        let (with, without) = (build(1, true), build(1, false));
+        for slot in 24..32_u8 {
+            let name = format!("SL{slot}");
+            // Its device, and in the look at the registers two notifications.
+            assert_eq!(found(&with, name.as_bytes()), 3, "{name}");
+            // Name, DWord: the slot's number in the upper half. Name, Byte: the same for people.
+            let address =
+                [&b"\x08_ADR\x0c"[..], &(u32::from(slot) << 16).to_le_bytes(), b"\x08_SUN\x0a", &[slot]].concat();
+            assert_eq!(found(&with, &address), 1, "{name}");
+            let notify = |value: &[u8]| [b"\x86", name.as_bytes(), value].concat();
+            assert_eq!((found(&with, &notify(b"\x01")), found(&with, &notify(b"\x0a\x03"))), (1, 1), "{name}");
+        }
+        assert_eq!((found(&with, b"_EJ0"), found(&without, b"_EJ0"), found(&without, b"HPLK")), (8, 0, 0));
+    }
+
     /// ACPI 6.5, 5.2.12: a local APIC for each processor, by its id, and one I/O APIC.
     #[test]
     fn every_processor_has_its_local_apic() {
         for processors in 1..=16_u8 {
-            let tables = build(processors);
+            let tables = build(processors, true);
             let xsdt = table(&tables, quad(&tables, 24));
             let madt =
                 xsdt[36..].chunks(8).map(|entry| table(&tables, quad(entry, 0))).find(|t| t.starts_with(b"APIC"));
@@ -313,6 +394,6 @@ mod tests {
     #[test]
     fn there_is_room_for_all_processors() {
         let ram = GuestRam::from_ranges(&[(GuestAddress(0), 1 << 20)]).expect("1 MiB");
-        assert_eq!(write(&ram, 255), Ok(()));
+        assert_eq!(write(&ram, 255, true), Ok(()));
     }
 }

@@ -29,7 +29,10 @@
 //! 0x600         sleep control, byte: 0x34 (SLP_TYP 5, SLP_EN) powers off
 //! 0x601         sleep status, byte: reads 0
 //! 0x602         reset register, byte: 0x01 resets
-//! 0x603         event status, byte, cleared by the read: bit 0 power button, bit 1 another VM generation id. Its interrupt is GSI 16 (edge)
+//! 0x603         event status, byte, cleared by the read: bit 0 power button, bit 1 another VM generation id, bit 2 PCI slots. Its interrupt is GSI 16 (edge)
+//! 0x610         slots with something new, byte, cleared by the read: bit N is slot 24+N. Event bit 2 (0x603) says so
+//! 0x611         slots that the guest is asked to empty, likewise
+//! 0x612         slots that the guest has done with, written: what it was asked for leaves the bus
 //! 0xcf8, 0xcfc  PCI configuration mechanism 1, as an alternative to ECAM
 //! ```
 //!
@@ -41,6 +44,8 @@
 //! memory BAR of 32 KiB (the panic device's: 16 bytes) that already holds its address at reset; memory decoding and bus mastering are off until the guest sets them in the command register. No INTx. Where
 //! the virtio structures lie in the BAR is said by the capabilities; today: common configuration 0x0, ISR 0x1000, device
 //! configuration 0x2000, notifications 0x3000 (4 bytes a queue), MSI-X table 0x4000, MSI-X pending bits 0x5000.
+//!
+//! In an unprotected machine disks come to slots 24 to 31, as far as they are free, and go while it runs: ports 0x610 to 0x612.
 //!
 //! # The first vCPU's state at entry
 //!
@@ -128,6 +133,10 @@ pub const POWER_PORT: u16 = 0x600;
 pub const POWER_PORTS: u16 = 4;
 /// Interrupt of the power device's events.
 pub const POWER_GSI: u32 = 16;
+/// First port of the slots that are filled and emptied while the machine runs.
+pub const HOTPLUG_PORT: u16 = 0x610;
+/// Its ports.
+pub const HOTPLUG_PORTS: u16 = 3;
 /// First port of PCI's configuration mechanism 1.
 pub const PCI_CONFIG_PORT: u16 = 0xcf8;
 /// Its ports.
@@ -137,3 +146,7 @@ pub const PCI_CONFIG_PORTS: u16 = 8;
 pub const IO_APIC_PINS: u32 = 24;
 /// Slots of the PCI bus, the host bridge's included.
 pub const PCI_SLOTS: usize = 32;
+/// The first of the slots that may be filled and emptied while the machine runs; they are the last ones.
+pub const HOT_SLOT_FIRST: u8 = 24;
+/// How many: a bit of a byte each.
+pub const HOT_SLOTS: usize = 8;

@@ -19,6 +19,7 @@ mod control;
 mod devices;
 mod event;
 mod generation;
+mod hotplug;
 pub mod layout;
 pub mod memory;
 pub mod net;
@@ -58,6 +59,7 @@ pub use block::{BlockCounters, Disk, DiskError, DiskSettings, RawDisk, serial_nu
 pub use boot::{Boot, BootError, Image};
 pub use devices::DeviceCounters;
 pub use event::{Events, MachineEvent};
+pub use hotplug::{Gone, PlugError, UnplugError};
 pub use memory::{MemoryError, Pages};
 pub use net::{NetCounters, NetSlot, Tap, TapError};
 pub use rng::RngCounters;
@@ -77,6 +79,7 @@ use console::{ConsoleDevice, Line};
 use control::Control;
 use devices::Devices;
 use generation::Generation;
+use hotplug::{Bay, Ground, Slots};
 use kvm_bindings::{CpuId, KVM_API_VERSION, KVM_MAX_CPUID_ENTRIES};
 use kvm_ioctls::{Cap, Kvm, VmFd};
 use layout::{KVM_IDENTITY_MAP, KVM_TSS, POWER_GSI, SERIAL_GSI};
@@ -118,6 +121,8 @@ pub struct Traits {
     pub baseline: CpuBaseline,
     /// Where its memory lies.
     pub pages: Pages,
+    /// Whether disks may come and go while it runs.
+    pub hotplug: bool,
 }
 
 impl Traits {
@@ -129,7 +134,7 @@ impl Traits {
             (false, _, true) => Pages::Transparent,
             (false, _, false) => Pages::Usual,
         };
-        Self { baseline: cpus.baseline, pages }
+        Self { baseline: cpus.baseline, pages, hotplug: false }
     }
 }
 
@@ -215,6 +220,7 @@ pub struct Machine {
     disks: Vec<Arc<BlockDevice>>,
     devices: Devices,
     panic: bool,
+    hotplug: bool,
     console: Option<ConsoleBackend>,
 }
 
@@ -335,7 +341,7 @@ impl Machine {
 
         let events = Arc::new(Events::new()?);
         let control = Arc::new(Control::new(events));
-        let crew = Crew::new(hook, gate.clone(), control.clone());
+        let crew = Arc::new(Crew::new(hook, gate.clone(), control.clone()));
         let power = Arc::new(Power::new(control.clone(), self.wires.pin(POWER_GSI)?));
         let console = self.console.unwrap_or(ConsoleBackend { input: None, output: Box::new(std::io::sink()) });
         let serial = Arc::new(SerialPort::new(self.wires.pin(SERIAL_GSI)?, console.output)?);
@@ -345,12 +351,23 @@ impl Machine {
             pci.add(Arc::new(device))?;
         }
         let generation = Generation::new(power.clone());
-        let bus = Arc::new(Bus::new(serial.clone(), power.clone(), pci));
+        let bay = match self.hotplug {
+            true => {
+                let fixed = pci.next_slot().unwrap_or(layout::PCI_SLOTS as u8);
+                let ground = Ground { memory: self.memory.ram().clone(), wires: self.wires.clone(), fixed };
+                let registers = |emptied| Arc::new(Slots::new(power.clone(), pci.hot().clone(), emptied));
+                Some(Bay::hire(crew.clone(), ground, registers).map_err(MachineError::Thread)?)
+            }
+            false => None,
+        };
+        let slots = bay.as_ref().map(|bay| bay.registers().clone());
+        let bus = Arc::new(Bus::new(serial.clone(), power.clone(), pci, slots));
 
         let mut background: Vec<Arc<dyn Background>> = vec![];
         for disk in &self.disks {
             background.extend(disk.hire(&crew).map_err(MachineError::Thread)?);
         }
+        background.extend(bay.iter().map(|bay| bay.clone() as Arc<dyn Background>));
         background.extend(self.devices.hire(&crew).map_err(MachineError::Thread)?);
         if let Some(input) = console.input {
             background.push(ConsoleInput::hire(serial.clone(), input, &crew)?);
@@ -371,6 +388,7 @@ impl Machine {
             generation,
             serial,
             disks,
+            bay,
             devices,
             bus,
             memory,
@@ -428,7 +446,7 @@ impl EarlyVm {
         vm.create_irq_chip().map_err(|source| MachineError::Kvm { what: "an interrupt controller", source })?;
         let vcpus = (0..shape.vcpus).map(|index| Vcpu::new(&vm, index, &table, memory.clone()));
         let vcpus = vcpus.collect::<Result<Vec<_>, _>>()?;
-        acpi::write(memory.ram(), shape.vcpus)?;
+        acpi::write(memory.ram(), shape.vcpus, self.traits.hotplug)?;
         Generation::write(memory.ram()).map_err(MachineError::Generation)?;
         reset::write(memory.ram());
         Ok(Machine {
@@ -441,6 +459,7 @@ impl EarlyVm {
             disks: vec![],
             devices: Devices::default(),
             panic: false,
+            hotplug: self.traits.hotplug,
             console: None,
         })
     }

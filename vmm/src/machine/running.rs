@@ -1,11 +1,13 @@
 //! The handle to a machine that runs.
 
+use super::DiskSlot;
 use super::block::{BlockCounters, BlockDevice, DiskError};
 use super::bus::Bus;
 use super::control::Control;
 use super::devices::{DeviceCounters, Devices};
 use super::event::Events;
 use super::generation::Generation;
+use super::hotplug::{Bay, Gone, PlugError, UnplugError};
 use super::memory::Memory;
 use super::power::Power;
 use super::serial::SerialPort;
@@ -33,6 +35,7 @@ pub(super) struct Parts {
     pub(super) generation: Generation,
     pub(super) serial: Arc<SerialPort>,
     pub(super) disks: Vec<Arc<BlockDevice>>,
+    pub(super) bay: Option<Arc<Bay>>,
     pub(super) devices: Devices,
     pub(super) bus: Arc<Bus>,
     pub(super) memory: Arc<Memory>,
@@ -133,9 +136,41 @@ impl Running {
         self.0.control.ends()
     }
 
+    /// Adds a disk, and tells the guest; gives its slot on PCI bus 0. `gone` is called when it has left the machine.
+    pub fn plug(&self, disk: DiskSlot, gone: Gone) -> Result<u8, PlugError> {
+        let bay = self.0.bay.as_ref().ok_or(PlugError::NoSlots)?;
+        match self.0.disks.iter().any(|other| other.name() == disk.id) {
+            true => Err(PlugError::Name(disk.id)),
+            false => bay.plug(disk, gone),
+        }
+    }
+
+    /// Asks the guest to let go of a disk that was [added](Self::plug). It leaves when the guest has ejected it; until then it may be
+    /// asked for again.
+    pub fn unplug(&self, name: &str) -> Result<(), UnplugError> {
+        if self.0.disks.iter().any(|disk| disk.name() == name) {
+            return Err(UnplugError::Fixed(name.into()));
+        }
+        self.0.bay.as_ref().map_or_else(|| Err(UnplugError::Unknown(name.into())), |bay| bay.ask(name))
+    }
+
+    /// The disks that were added: name, and whether read only.
+    pub fn added_disks(&self) -> Vec<(String, bool)> {
+        self.added().map(|disk| (disk.name().to_owned(), disk.read_only())).collect()
+    }
+
     /// Makes durable what the guest wrote to its disks: to all, whatever becomes of one. The name of one that failed, and why.
-    pub fn flush_disks(&self) -> Result<(), (&str, DiskError)> {
-        self.0.disks.iter().map(|disk| disk.flush().map_err(|e| (disk.name(), e))).fold(Ok(()), Result::and)
+    pub fn flush_disks(&self) -> Result<(), (String, DiskError)> {
+        let flush = |disk: Arc<BlockDevice>| disk.flush().map_err(|e| (disk.name().to_owned(), e));
+        self.all_disks().map(flush).fold(Ok(()), Result::and)
+    }
+
+    fn added(&self) -> impl Iterator<Item = Arc<BlockDevice>> {
+        self.0.bay.iter().flat_map(|bay| bay.disks())
+    }
+
+    fn all_disks(&self) -> impl Iterator<Item = Arc<BlockDevice>> {
+        self.0.disks.iter().cloned().chain(self.added())
     }
 
     /// How the machine tells its end.
@@ -150,7 +185,7 @@ impl Running {
             vcpu_exits: parts.exits.iter().map(|exits| exits.load(Ordering::Relaxed)).collect(),
             stray_accesses: parts.bus.stray(),
             console_bytes_lost: parts.serial.lost(),
-            disks: parts.disks.iter().map(|disk| (disk.name().to_owned(), disk.counters())).collect(),
+            disks: self.all_disks().map(|disk| (disk.name().to_owned(), disk.counters())).collect(),
             devices: parts.devices.counters(),
         }
     }
@@ -158,7 +193,7 @@ impl Running {
     /// Looks at the size of the disk called `name` again, and tells the guest where it changed. Gives the bytes that the guest
     /// sees; `None` if there is no such disk.
     pub fn look_again(&self, name: &str) -> Option<u64> {
-        self.0.disks.iter().find(|disk| disk.name() == name).map(|disk| disk.look_again())
+        self.all_disks().find(|disk| disk.name() == name).map(|disk| disk.look_again())
     }
 
     /// Makes the disk called `name` `bytes` long, and tells the guest. Gives the bytes that the guest sees; `None` if there is no

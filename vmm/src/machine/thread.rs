@@ -28,6 +28,8 @@ pub enum ThreadKind {
     Vsock,
     /// Carries the console's input: poll, read, writes to event descriptors.
     Console,
+    /// Readies disks that come later and clears away those that went: makes and ends their threads, and what they need of KVM.
+    Slots,
 }
 
 /// Called first in each new thread: this is where its sandbox closes. On an error the machine fails and the thread does nothing.

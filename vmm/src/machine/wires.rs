@@ -44,6 +44,8 @@ pub trait Wires: Send + Sync {
     fn message_line(&self) -> Result<(u32, EventFd), WireError>;
     /// From now on, signals of `line` raise `message`.
     fn route(&self, line: u32, event: &EventFd, message: Message) -> Result<(), WireError>;
+    /// Ends what [`message_line`](Self::message_line) began: the line's number may be another event's from now on.
+    fn release_line(&self, line: u32, event: &EventFd) -> Result<(), WireError>;
     /// From now on, a write of any width to `address` signals `event` instead of leaving the guest.
     fn connect_doorbell(&self, address: u64, event: &EventFd) -> Result<(), WireError>;
     /// Ends what [`connect_doorbell`](Self::connect_doorbell) began.
@@ -59,13 +61,15 @@ pub struct KvmWires {
 
 struct Routes {
     next: u32,
+    /// Below `next`, and nobody's.
+    free: Vec<u32>,
     messages: BTreeMap<u32, Message>,
 }
 
 impl KvmWires {
     /// Wires of `vm`, which has its interrupt controller.
     pub fn new(vm: Arc<VmFd>) -> Self {
-        Self { vm, routes: Mutex::new(Routes { next: IO_APIC_PINS, messages: BTreeMap::new() }) }
+        Self { vm, routes: Mutex::new(Routes { next: IO_APIC_PINS, free: vec![], messages: BTreeMap::new() }) }
     }
 
     /// An event whose signal is an edge on pin `gsi` of the I/O APIC.
@@ -79,9 +83,10 @@ impl KvmWires {
 impl Wires for KvmWires {
     fn message_line(&self) -> Result<(u32, EventFd), WireError> {
         let mut routes = lock(&self.routes);
-        let line = routes.next;
-        routes.next += 1;
-        Ok((line, new_event()?))
+        let event = new_event()?;
+        let line = routes.free.pop().unwrap_or(routes.next);
+        routes.next = routes.next.max(line + 1);
+        Ok((line, event))
     }
 
     fn route(&self, line: u32, event: &EventFd, message: Message) -> Result<(), WireError> {
@@ -98,6 +103,16 @@ impl Wires for KvmWires {
             routes.messages.remove(&line);
             WireError::Kvm { what: "an interrupt route", source }
         })
+    }
+
+    fn release_line(&self, line: u32, event: &EventFd) -> Result<(), WireError> {
+        let mut routes = lock(&self.routes);
+        if routes.messages.remove(&line).is_some() {
+            let cut = self.vm.unregister_irqfd(event, line).and_then(|()| self.install(&routes.messages));
+            cut.map_err(|source| WireError::Kvm { what: "the end of an interrupt route", source })?;
+        }
+        routes.free.push(line);
+        Ok(())
     }
 
     fn connect_doorbell(&self, address: u64, event: &EventFd) -> Result<(), WireError> {
@@ -158,6 +173,8 @@ pub mod mock {
         pub lines: Mutex<u32>,
         /// Message of each line.
         pub routes: Mutex<BTreeMap<u32, Message>>,
+        /// Lines given back.
+        pub released: Mutex<Vec<u32>>,
         /// Addresses of doorbells.
         pub doorbells: Mutex<Vec<u64>>,
     }
@@ -171,6 +188,12 @@ pub mod mock {
 
         fn route(&self, line: u32, _event: &EventFd, message: Message) -> Result<(), WireError> {
             lock(&self.routes).insert(line, message);
+            Ok(())
+        }
+
+        fn release_line(&self, line: u32, _event: &EventFd) -> Result<(), WireError> {
+            lock(&self.routes).remove(&line);
+            lock(&self.released).push(line);
             Ok(())
         }
 

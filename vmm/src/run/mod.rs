@@ -97,6 +97,7 @@ fn hook() -> ThreadHook {
             ThreadKind::Vsock => Filter::Vsock,
             ThreadKind::VirtioConsole => Filter::VirtioConsole,
             ThreadKind::Console => Filter::Console,
+            ThreadKind::Slots => Filter::Slots,
         };
         close_thread(filter).map_err(std::io::Error::other)
     })

@@ -7,6 +7,7 @@ use crate::attach::{Ends, add_devices, describe};
 use crate::console::Console;
 use crate::exit::{Exit, Failure};
 use crate::helm::Helm;
+use crate::images::Taken;
 use crate::lease::LeaseGate;
 use crate::machine::{Boot, DiskSlot, Image, Machine, RawDisk, Shape, Traits, open_kvm};
 use crate::opener::{Access, open_path};
@@ -18,12 +19,9 @@ use crate::signals::Signals;
 use crate::steps::Steps;
 use crate::watch::Watch;
 use policy::config::{PlainConfig, PlainDisk};
-use rustix::fs::{FlockOperation, flock};
-use rustix::io::Errno;
 use std::fs::File;
 use std::path::Path;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
 
 /// Runs the VM that the plain configuration `file` describes, to its end.
 pub fn run(file: &Path, settings: &Settings) -> Result<Exit, Failure> {
@@ -48,7 +46,8 @@ pub fn run(file: &Path, settings: &Settings) -> Result<Exit, Failure> {
 
     let shape =
         Shape { vcpus: config.cpus.boot_vcpus, memory: config.memory.size, hotplug: config.memory.hotplug_size };
-    let early = Machine::open(kvm).map_err(|e| machine_failure(&e))?.with(Traits::of(config.cpus, config.memory));
+    let traits = Traits { hotplug: true, ..Traits::of(config.cpus, config.memory) };
+    let early = Machine::open(kvm).map_err(|e| machine_failure(&e))?.with(traits);
     let mut machine = early.prepare(shape).map_err(|e| machine_failure(&e))?;
     let facts = files.into_machine(&mut machine, &config)?;
     add_devices(config.devices(), ends, &mut machine)?;
@@ -72,39 +71,6 @@ pub fn run(file: &Path, settings: &Settings) -> Result<Exit, Failure> {
     drop(taken);
     let (result, _, _) = outcome(end, flushed);
     result
-}
-
-/// How long an image may still be held by a process that was killed: the kernel ends what its io_uring has under way a moment later, and
-/// until then it may still write.
-const LINGERS: Duration = Duration::from_secs(2);
-
-/// A disk's image, taken until this is dropped: for writing by one disk of one VM, for reading by several. To be dropped when nothing is
-/// under way: the kernel alone, which looks for that, takes its time.
-struct Taken(File);
-
-impl Taken {
-    fn take(file: &File, read_only: bool) -> Result<Self, String> {
-        let cannot = |error: std::io::Error| format!("can't be locked: {error}");
-        let shared = FlockOperation::NonBlockingLockShared;
-        let how = if read_only { shared } else { FlockOperation::NonBlockingLockExclusive };
-        let begun = Instant::now();
-        loop {
-            match flock(file, how) {
-                Ok(()) => return file.try_clone().map(Self).map_err(cannot),
-                Err(Errno::WOULDBLOCK) if begun.elapsed() < LINGERS => std::thread::sleep(Duration::from_millis(1)),
-                Err(Errno::WOULDBLOCK) => return Err("is in use by another disk or another VM".into()),
-                Err(Errno::INTR) => {}
-                Err(error) => return Err(cannot(error.into())),
-            }
-        }
-    }
-}
-
-impl Drop for Taken {
-    fn drop(&mut self) {
-        // What fails is done when the process ends.
-        let _ = flock(&self.0, FlockOperation::Unlock);
-    }
 }
 
 /// The files that a configuration names, open.

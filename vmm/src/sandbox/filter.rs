@@ -27,6 +27,8 @@ pub enum Filter {
     VirtioConsole,
     /// The serial line.
     Console,
+    /// Disks that come and go.
+    Slots,
     /// The control socket.
     Api,
     /// The child that turns names into descriptors.
@@ -39,7 +41,7 @@ type Program = &'static [(u16, u8, u8, u32)];
 
 impl Filter {
     /// Every kind.
-    pub const ALL: [Self; 13] = [
+    pub const ALL: [Self; 14] = [
         Self::Main,
         Self::Provider,
         Self::Vcpu,
@@ -50,6 +52,7 @@ impl Filter {
         Self::Vsock,
         Self::VirtioConsole,
         Self::Console,
+        Self::Slots,
         Self::Api,
         Self::Opener,
         Self::Ctl,
@@ -67,6 +70,7 @@ impl Filter {
             Self::Vsock => &include!(concat!(env!("OUT_DIR"), "/vsock.rs")),
             Self::VirtioConsole => &include!(concat!(env!("OUT_DIR"), "/virtio-console.rs")),
             Self::Console => &include!(concat!(env!("OUT_DIR"), "/console.rs")),
+            Self::Slots => &include!(concat!(env!("OUT_DIR"), "/slots.rs")),
             Self::Api => &include!(concat!(env!("OUT_DIR"), "/api.rs")),
             Self::Opener => &include!(concat!(env!("OUT_DIR"), "/opener.rs")),
             Self::Ctl => &include!(concat!(env!("OUT_DIR"), "/ctl.rs")),

@@ -102,7 +102,7 @@ static BUFFERS: Buffers = Buffers {
 };
 
 impl Disk {
-    /// Starts disk `number`, counted in the order of the slots. Each at most once.
+    /// Starts disk `number`, counted in the order of the slots. Each at most once, or again after [`stop`](Self::stop).
     pub fn start(ecam: u64, number: usize, rings: Rings) -> Result<Self, DiskError> {
         let device = Device::find(ecam, 0x1af4, 0x1042).take(DISKS).nth(number).ok_or(DiskError::NoDisk(number))?;
         let (source, all) = (Source::Disk(number as u8), &RINGS[number]);
@@ -117,6 +117,17 @@ impl Disk {
         let mut disk = Self { queues: &all[..transport.queues], transport, source, length: 0 };
         disk.measure();
         Ok(disk)
+    }
+
+    /// How many there are.
+    pub fn count(ecam: u64) -> usize {
+        Device::find(ecam, 0x1af4, 0x1042).count()
+    }
+
+    /// Resets disk `number`: from then on it touches no memory.
+    pub fn stop(ecam: u64, number: usize) -> Result<(), DiskError> {
+        let device = Device::find(ecam, 0x1af4, 0x1042).nth(number).ok_or(DiskError::NoDisk(number))?;
+        Ok(Transport::stop(device)?)
     }
 
     /// Looks how large it is now.

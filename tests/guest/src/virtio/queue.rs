@@ -72,8 +72,11 @@ impl Queue {
         }
     }
 
-    /// To be used by the rules of `features`.
+    /// To be used by the rules of `features`, from its beginning; no device uses it yet.
     pub fn begin(&self, features: u64) {
+        let ours = [&self.available_flags, &self.available_index, &self.used_event, &self.seen, &self.told];
+        let theirs = [&self.used_flags, &self.used_index, &self.available_event];
+        ours.into_iter().chain(theirs).for_each(|field| field.store(0, Ordering::Relaxed));
         self.features.store(features, Ordering::Relaxed);
     }
 

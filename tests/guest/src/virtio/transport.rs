@@ -74,10 +74,7 @@ impl Transport {
         // A device without configuration need not have the structure (4.1.4.6).
         let configuration = structure(device, DEVICE).map_or(common, |found| found.0);
 
-        common.write8(STATUS, 0);
-        while common.read8(STATUS) != 0 {
-            core::hint::spin_loop();
-        }
+        reset(common);
         common.write8(STATUS, ACKNOWLEDGE | DRIVER);
 
         let features = offered(common) & (wanted | VERSION_1);
@@ -105,6 +102,12 @@ impl Transport {
         Ok(Self { configuration, features, queues: queues.len(), notify: doorbells })
     }
 
+    /// Resets the device.
+    pub fn stop(device: Device) -> Result<(), TransportError> {
+        reset(structure(device, COMMON).ok_or(TransportError::NoStructure("common configuration"))?.0);
+        Ok(())
+    }
+
     /// Tells the device that `queue` has news.
     pub fn notify(&self, queue: u16) {
         self.notify[usize::from(queue)].write16(0, queue);
@@ -118,6 +121,13 @@ impl fmt::Display for TransportError {
             Self::Features(features) => write!(f, "the device refuses features {features:#x}"),
             Self::Queue(size) => write!(f, "the device's queue has only {size} entries"),
         }
+    }
+}
+
+fn reset(common: Registers) {
+    common.write8(STATUS, 0);
+    while common.read8(STATUS) != 0 {
+        core::hint::spin_loop();
     }
 }
 

@@ -100,6 +100,11 @@ impl BlockDevice {
         &self.name
     }
 
+    /// Whether the guest may not write.
+    pub fn read_only(&self) -> bool {
+        self.desk.read_only
+    }
+
     /// What it did.
     pub fn counters(&self) -> BlockCounters {
         let held = self.desk.limiter.held();
@@ -130,7 +135,7 @@ impl BlockDevice {
         if self.desk.read_only { Ok(()) } else { self.desk.disk.flush() }
     }
 
-    /// Starts its threads.
+    /// Starts its threads: all, or none.
     pub fn hire(&self, crew: &Crew) -> std::io::Result<Vec<Arc<dyn Background>>> {
         let rings = std::mem::take(&mut *lock(&self.rings));
         let seats = self.seats.iter().zip(rings).enumerate();
@@ -142,7 +147,17 @@ impl BlockDevice {
                 None => worker::work(seat, &desk, &gate),
             })
         };
-        seats.map(hire).collect()
+        let mut hired: Vec<Arc<dyn Background>> = vec![];
+        for seat in seats {
+            match hire(seat) {
+                Ok(thread) => hired.push(thread),
+                Err(error) => {
+                    hired.iter().for_each(|thread| thread.stop());
+                    return Err(error);
+                }
+            }
+        }
+        Ok(hired)
     }
 }
 

@@ -1,14 +1,16 @@
 //! Accesses to ports and to memory that is no RAM as a function of bytes, for fuzzing: a machine with the devices that are not
-//! virtio's (serial line, power switch, clock chip, panic device), and a guest that does what the bytes say.
+//! virtio's (serial line, power switch, clock chip, panic device, slots of which one is to be emptied), and a guest that does what the bytes say.
 
 use super::Bus;
 use crate::machine::control::Control;
 use crate::machine::event::Events;
+use crate::machine::hotplug::Slots;
 use crate::machine::layout::{
-    ECAM, PCI_BAR_STRIDE, PCI_WINDOW, POWER_PORT, POWER_PORTS, RTC_PORT, RTC_PORTS, SERIAL_PORT, SERIAL_PORTS,
+    ECAM, HOT_SLOT_FIRST, HOTPLUG_PORT, HOTPLUG_PORTS, PCI_BAR_STRIDE, PCI_WINDOW, POWER_PORT, POWER_PORTS, RTC_PORT,
+    RTC_PORTS, SERIAL_PORT, SERIAL_PORTS,
 };
 use crate::machine::panic::PanicDevice;
-use crate::machine::pci::{PciBus, PciFunction};
+use crate::machine::pci::{HostBridge, PciBus, PciFunction};
 use crate::machine::power::Power;
 use crate::machine::serial::SerialPort;
 use crate::machine::wires::new_event;
@@ -63,7 +65,8 @@ enum Target {
 /// Mostly where something answers.
 fn target(kind: u8, at: u16) -> Target {
     match kind >> 1 & 7 {
-        0 | 1 => Target::Port(SERIAL_PORT + at % SERIAL_PORTS),
+        0 => Target::Port(SERIAL_PORT + at % SERIAL_PORTS),
+        1 => Target::Port(HOTPLUG_PORT + at % HOTPLUG_PORTS),
         2 => Target::Port(POWER_PORT + at % POWER_PORTS),
         3 => Target::Port(RTC_PORT + at % RTC_PORTS),
         4 => Target::Port(at),
@@ -81,7 +84,10 @@ fn machine() -> Option<(Bus, Arc<Events>, Arc<PanicDevice>)> {
     pci.add(panic.clone()).ok()?;
     let serial = Arc::new(SerialPort::new(new_event().ok()?, Box::new(std::io::sink())).ok()?);
     let power = Arc::new(Power::new(control, new_event().ok()?));
-    Some((Bus::new(serial, power, pci), events, panic))
+    let slots = Arc::new(Slots::new(power.clone(), pci.hot().clone(), Box::new(|_, _| ())));
+    slots.fill(HOT_SLOT_FIRST, Arc::new(HostBridge::default()));
+    slots.ask(HOT_SLOT_FIRST);
+    Some((Bus::new(serial, power, pci, Some(slots)), events, panic))
 }
 
 #[cfg(test)]
@@ -94,7 +100,7 @@ mod tests {
     }
 
     /// The serial line set up and used, the panic device turned on and told, the button's register read, power off, reset, the
-    /// clock's year read.
+    /// clock's year read, a slot emptied.
     #[test]
     fn accesses_and_their_mutations_are_survived() {
         let seed: Vec<u8> = [
@@ -114,6 +120,10 @@ mod tests {
             access(7, 0, 0, 9),
             access(6, 0, 1, 0),
             access(8, 2, 0x80, 0),
+            access(2, 0, 0, 0),
+            access(2, 0, 1, 0),
+            access(3, 0, 2, 1),
+            access(3, 2, 2, u64::MAX),
             access(14, 3, 0xd000, 0),
         ]
         .concat();

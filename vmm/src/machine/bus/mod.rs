@@ -2,8 +2,10 @@
 
 pub(super) mod fuzz;
 
+use super::hotplug::Slots;
 use super::layout::{
-    PCI_CONFIG_PORT, PCI_CONFIG_PORTS, POWER_PORT, POWER_PORTS, RTC_PORT, RTC_PORTS, SERIAL_PORT, SERIAL_PORTS,
+    HOTPLUG_PORT, HOTPLUG_PORTS, PCI_CONFIG_PORT, PCI_CONFIG_PORTS, POWER_PORT, POWER_PORTS, RTC_PORT, RTC_PORTS,
+    SERIAL_PORT, SERIAL_PORTS,
 };
 use super::pci::PciBus;
 use super::power::Power;
@@ -18,28 +20,32 @@ pub(super) struct Bus {
     power: Arc<Power>,
     rtc: Rtc,
     pci: PciBus,
+    slots: Option<Arc<Slots>>,
     stray: AtomicU64,
 }
 
 impl Bus {
-    /// The buses of a machine.
-    pub(super) fn new(serial: Arc<SerialPort>, power: Arc<Power>, pci: PciBus) -> Self {
-        Self { serial, power, rtc: Rtc::default(), pci, stray: AtomicU64::new(0) }
+    /// The buses of a machine; with `slots` PCI devices may come and go.
+    pub(super) fn new(serial: Arc<SerialPort>, power: Arc<Power>, pci: PciBus, slots: Option<Arc<Slots>>) -> Self {
+        Self { serial, power, rtc: Rtc::default(), pci, slots, stray: AtomicU64::new(0) }
     }
 
     /// A read of `data.len()` (1, 2 or 4) bytes from a port.
     pub(super) fn port_in(&self, port: u16, data: &mut [u8]) {
-        match port {
-            SERIAL_PORT.. if port - SERIAL_PORT < SERIAL_PORTS => {
+        match (port, &self.slots) {
+            (SERIAL_PORT.., _) if port - SERIAL_PORT < SERIAL_PORTS => {
                 bytes(port - SERIAL_PORT, data, |at, byte| *byte = self.serial.read(at));
             }
-            POWER_PORT.. if port - POWER_PORT < POWER_PORTS => {
+            (POWER_PORT.., _) if port - POWER_PORT < POWER_PORTS => {
                 bytes(port - POWER_PORT, data, |at, byte| *byte = self.power.read(at));
             }
-            RTC_PORT.. if port - RTC_PORT < RTC_PORTS => {
+            (RTC_PORT.., _) if port - RTC_PORT < RTC_PORTS => {
                 bytes(port - RTC_PORT, data, |at, byte| *byte = self.rtc.read(at));
             }
-            PCI_CONFIG_PORT.. if port - PCI_CONFIG_PORT < PCI_CONFIG_PORTS => self.pci.port_read(port, data),
+            (HOTPLUG_PORT.., Some(slots)) if port - HOTPLUG_PORT < HOTPLUG_PORTS => {
+                bytes(port - HOTPLUG_PORT, data, |at, byte| *byte = slots.read(at));
+            }
+            (PCI_CONFIG_PORT.., _) if port - PCI_CONFIG_PORT < PCI_CONFIG_PORTS => self.pci.port_read(port, data),
             _ => {
                 self.note_stray();
                 data.fill(0xff);
@@ -50,17 +56,20 @@ impl Bus {
     /// A write of `data.len()` (1, 2 or 4) bytes to a port.
     pub(super) fn port_out(&self, port: u16, data: &[u8]) {
         let bytes = |first: u16| (first..).zip(data.iter().copied());
-        match port {
-            SERIAL_PORT.. if port - SERIAL_PORT < SERIAL_PORTS => {
+        match (port, &self.slots) {
+            (SERIAL_PORT.., _) if port - SERIAL_PORT < SERIAL_PORTS => {
                 bytes(port - SERIAL_PORT).for_each(|(at, byte)| self.serial.write(at, byte));
             }
-            POWER_PORT.. if port - POWER_PORT < POWER_PORTS => {
+            (POWER_PORT.., _) if port - POWER_PORT < POWER_PORTS => {
                 bytes(port - POWER_PORT).for_each(|(at, byte)| self.power.write(at, byte));
             }
-            RTC_PORT.. if port - RTC_PORT < RTC_PORTS => {
+            (RTC_PORT.., _) if port - RTC_PORT < RTC_PORTS => {
                 bytes(port - RTC_PORT).for_each(|(at, byte)| self.rtc.write(at, byte));
             }
-            PCI_CONFIG_PORT.. if port - PCI_CONFIG_PORT < PCI_CONFIG_PORTS => self.pci.port_write(port, data),
+            (HOTPLUG_PORT.., Some(slots)) if port - HOTPLUG_PORT < HOTPLUG_PORTS => {
+                bytes(port - HOTPLUG_PORT).for_each(|(at, byte)| slots.write(at, byte));
+            }
+            (PCI_CONFIG_PORT.., _) if port - PCI_CONFIG_PORT < PCI_CONFIG_PORTS => self.pci.port_write(port, data),
             _ => self.note_stray(),
         }
     }

@@ -7,10 +7,12 @@ mod config;
 mod exhaustive;
 #[doc(hidden)]
 pub mod fuzz;
+mod hot;
 mod msix;
 
 pub use bridge::HostBridge;
 pub use config::{ConfigSpace, Identity, command};
+pub use hot::HotSlots;
 pub use msix::{MSIX_PBA_SIZE, MsixTable, VECTORS_MAX};
 
 use super::layout::{ECAM, ECAM_SIZE, PCI_CONFIG_PORT, PCI_SLOTS};
@@ -31,11 +33,15 @@ pub trait PciFunction: Send + Sync {
     fn bar_read(&self, offset: u64, data: &mut [u8]);
     /// Writes the BAR from `offset`.
     fn bar_write(&self, offset: u64, data: &[u8]);
+    /// It leaves the bus for good: it decodes nothing, and holds no doorbell and no interrupt line, whatever is written to it by those
+    /// who found it before. It never waits.
+    fn withdraw(&self) {}
 }
 
 /// All slots, and the address register of configuration mechanism 1.
 pub struct PciBus {
     slots: Vec<Arc<dyn PciFunction>>,
+    hot: Arc<HotSlots>,
     address: AtomicU32,
 }
 
@@ -55,6 +61,11 @@ impl PciBus {
         self.next_slot()?;
         self.slots.push(function);
         Ok(())
+    }
+
+    /// The slots that may be filled later; those that [`next_slot`](Self::next_slot) has gone past are not among them.
+    pub fn hot(&self) -> &Arc<HotSlots> {
+        &self.hot
     }
 
     /// A read of guest memory at `address`; false if nothing here decodes it.
@@ -104,13 +115,13 @@ impl PciBus {
         }
     }
 
-    fn decode(&self, address: u64, length: usize) -> Option<(&dyn PciFunction, u64)> {
-        let end = address.checked_add(length as u64)?;
-        self.slots.iter().find_map(|function| {
-            let window = function.window();
-            let hit = window.contains(&address) && end <= window.end;
-            hit.then(|| (function.as_ref(), address - window.start))
-        })
+    fn decode(&self, address: u64, length: usize) -> Option<(Arc<dyn PciFunction>, u64)> {
+        let length = length as u64;
+        let fixed = self.slots.iter().find_map(|function| {
+            let offset = offset_in(&function.window(), address, length)?;
+            Some((function.clone(), offset))
+        });
+        fixed.or_else(|| self.hot.decode(address, length))
     }
 
     /// Where in bus 0's ECAM the data register now stands; nothing for other buses, or while disabled.
@@ -137,17 +148,26 @@ impl PciBus {
         }
     }
 
-    fn function(&self, at: u32) -> Option<&dyn PciFunction> {
-        let (slot, function) = (at >> 15, at >> 12 & 7);
-        self.slots.get(slot as usize).filter(|_| function == 0).map(AsRef::as_ref)
+    fn function(&self, at: u32) -> Option<Arc<dyn PciFunction>> {
+        let (slot, function) = (u8::try_from(at >> 15).ok()?, at >> 12 & 7);
+        if function != 0 {
+            return None;
+        }
+        self.slots.get(usize::from(slot)).cloned().or_else(|| self.hot.get(slot))
     }
 }
 
 /// A bus with its host bridge in slot 0.
 impl Default for PciBus {
     fn default() -> Self {
-        Self { slots: vec![Arc::new(HostBridge::default())], address: AtomicU32::new(0) }
+        Self { slots: vec![Arc::new(HostBridge::default())], hot: Arc::default(), address: AtomicU32::new(0) }
     }
+}
+
+/// Where in `window` the access lies, if it lies there as a whole.
+fn offset_in(window: &Range<u64>, address: u64, length: u64) -> Option<u64> {
+    let end = address.checked_add(length)?;
+    (window.contains(&address) && end <= window.end).then(|| address - window.start)
 }
 
 fn ecam_offset(address: u64) -> Option<u32> {

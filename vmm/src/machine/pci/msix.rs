@@ -27,6 +27,8 @@ struct State {
     control: u16,
     entries: Vec<Entry>,
     pending: u64,
+    /// Its function has left the bus.
+    withdrawn: bool,
 }
 
 /// One vector: address (low, high), data, control.
@@ -56,7 +58,7 @@ impl MsixTable {
     pub fn signal(&self, vector: u16) {
         let mut state = lock(&self.state);
         let Some((_, event)) = self.lines.get(usize::from(vector)) else { return };
-        if state.control & CONTROL_ENABLE == 0 {
+        if state.withdrawn || state.control & CONTROL_ENABLE == 0 {
             return;
         }
         if state.masked(vector) {
@@ -111,12 +113,25 @@ impl MsixTable {
 
     /// Everything as after power-on.
     pub fn reset(&self) {
-        *lock(&self.state) = State::new(self.vectors());
+        let mut state = lock(&self.state);
+        *state = State { withdrawn: state.withdrawn, ..State::new(self.vectors()) };
+    }
+
+    /// Gives the interrupt lines back: nothing raises an interrupt from now on.
+    pub fn withdraw(&self) {
+        let mut state = lock(&self.state);
+        if std::mem::replace(&mut state.withdrawn, true) {
+            return;
+        }
+        for (line, event) in &self.lines {
+            // A line that KVM does not let go of is not used again.
+            let _ = self.wires.release_line(*line, event);
+        }
     }
 
     /// Brings KVM's route up to date with what the guest wrote, and raises what was pending.
     fn settle(&self, state: &mut State, vector: u16) {
-        if state.control & CONTROL_ENABLE == 0 || state.masked(vector) {
+        if state.withdrawn || state.control & CONTROL_ENABLE == 0 || state.masked(vector) {
             return;
         }
         let (line, event) = &self.lines[usize::from(vector)];
@@ -133,7 +148,12 @@ impl MsixTable {
 
 impl State {
     fn new(vectors: u16) -> Self {
-        Self { control: 0, entries: vec![Entry([0, 0, 0, ENTRY_MASKED]); usize::from(vectors)], pending: 0 }
+        Self {
+            control: 0,
+            entries: vec![Entry([0, 0, 0, ENTRY_MASKED]); usize::from(vectors)],
+            pending: 0,
+            withdrawn: false,
+        }
     }
 
     fn masked(&self, vector: u16) -> bool {

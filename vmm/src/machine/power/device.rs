@@ -21,6 +21,9 @@ pub(in crate::machine) const EVENT_BUTTON: u8 = 1;
 /// The event register's bit for another VM generation id.
 pub(in crate::machine) const EVENT_GENERATION: u8 = 1 << 1;
 
+/// The event register's bit for PCI slots that were filled, or are to be emptied.
+pub(in crate::machine) const EVENT_SLOTS: u8 = 1 << 2;
+
 /// The power switch.
 pub(crate) struct Power {
     control: Arc<Control>,
@@ -42,6 +45,11 @@ impl Power {
     /// Tells the guest that its generation id is another one.
     pub(crate) fn tell_generation(&self) {
         self.tell(EVENT_GENERATION);
+    }
+
+    /// Tells the guest to look at the PCI slots' registers.
+    pub(crate) fn tell_slots(&self) {
+        self.tell(EVENT_SLOTS);
     }
 
     fn tell(&self, event: u8) {

@@ -3,4 +3,4 @@
 mod device;
 
 pub(super) use device::Power;
-pub(super) use device::{EVENT_BUTTON, EVENT_GENERATION, RESET_VALUE, SLEEP_TYPE_OFF};
+pub(super) use device::{EVENT_BUTTON, EVENT_GENERATION, EVENT_SLOTS, RESET_VALUE, SLEEP_TYPE_OFF};

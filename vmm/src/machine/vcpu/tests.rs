@@ -30,7 +30,7 @@ fn an_exit_that_nobody_handles_is_told_with_the_vcpus_state() {
     let control = Arc::new(Control::new(Arc::new(Events::new().expect("eventfd"))));
     let serial = SerialPort::new(new_event().expect("eventfd"), Box::new(std::io::sink())).expect("eventfd");
     let power = Arc::new(Power::new(control.clone(), new_event().expect("eventfd")));
-    let bus = Bus::new(Arc::new(serial), power, PciBus::default());
+    let bus = Bus::new(Arc::new(serial), power, PciBus::default(), None);
     let ended = run(&vcpu, &bus, &control, &LeaseGate::unlimited());
     let Err(MachineEvent::Failed(why)) = ended else { panic!("it goes on") };
     assert!(why.starts_with("vCPU 0: unhandled exit, reason 5; rip=0x1001 "), "{why}");

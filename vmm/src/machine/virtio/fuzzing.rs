@@ -66,6 +66,9 @@ impl Wires for NoWires {
     fn route(&self, _line: u32, _event: &EventFd, _message: Message) -> Result<(), WireError> {
         Ok(())
     }
+    fn release_line(&self, _line: u32, _event: &EventFd) -> Result<(), WireError> {
+        Ok(())
+    }
     fn connect_doorbell(&self, _address: u64, _event: &EventFd) -> Result<(), WireError> {
         Ok(())
     }

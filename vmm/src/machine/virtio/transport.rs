@@ -14,7 +14,7 @@ use crate::machine::pci::{ConfigSpace, Identity, MSIX_PBA_SIZE, MsixTable, PciFu
 use crate::machine::sync::lock;
 use crate::machine::wires::{WireError, Wires};
 use std::ops::Range;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 
 const BAR_SIZE: u32 = 0x8000;
@@ -57,6 +57,8 @@ pub struct VirtioPci {
     state: Mutex<State>,
     /// The guest address that BAR 0 decodes, or `NOWHERE`.
     base: AtomicU64,
+    /// Whether it has left the bus; changed under `config`'s lock.
+    withdrawn: AtomicBool,
     /// Offsets of the capabilities that the guest may write.
     msix_capability: u8,
     window_capability: u8,
@@ -116,6 +118,7 @@ impl VirtioPci {
             config: Mutex::new(config),
             state,
             base: AtomicU64::new(NOWHERE),
+            withdrawn: AtomicBool::new(false),
             msix_capability,
             window_capability,
         })
@@ -128,7 +131,7 @@ impl VirtioPci {
 
     /// Follows the command register and the BAR: decodes where the guest says, and moves the doorbells along.
     fn settle_window(&self, config: &ConfigSpace) {
-        let decode = config.command() & command::MEMORY != 0;
+        let decode = config.command() & command::MEMORY != 0 && !self.withdrawn.load(Ordering::SeqCst);
         let now = if decode { u64::from(config.bar()) } else { NOWHERE };
         let before = self.base.swap(now, Ordering::SeqCst);
         if before == now {
@@ -300,6 +303,14 @@ impl PciFunction for VirtioPci {
             MSIX_TABLE..MSIX_PENDING => self.msix.table_write(offset - MSIX_TABLE, data),
             _ => {}
         }
+    }
+
+    fn withdraw(&self) {
+        let config = lock(&self.config);
+        self.withdrawn.store(true, Ordering::SeqCst);
+        self.settle_window(&config);
+        drop(config);
+        self.msix.withdraw();
     }
 }
 
