@@ -3,7 +3,8 @@
 //! | module | what it does |
 //! | --- | --- |
 //! | `shared` | what all requests share: the locks, and memory that misses a page |
-//! | `open` | finds the superblock that the anchor allows, makes a new volume |
+//! | `open` | opens a volume, makes a new one |
+//! | `superblocks` | finds the superblock that the anchor allows |
 //! | `recovery` | replays the log |
 //! | `batch`, `read`, `write` | reads and writes blocks, those of several requests together |
 //! | `discard` | TRIM and write-zeroes |
@@ -39,6 +40,7 @@ mod rekey;
 mod resize;
 mod shared;
 mod snapshots;
+mod superblocks;
 mod write;
 
 use crate::backing::Backing;

@@ -1,27 +1,27 @@
-//! Making a volume, and finding the state of one that its anchor allows.
+//! Making a volume, and opening one in the state that its anchor allows.
 
 use super::anchoring::Anchoring;
 use super::durable::{Occasion, unlogged_bound};
 use super::log::Log;
 use super::recovery::{self, Recovered};
 use super::shared::Shared;
+use super::superblocks::{Found, State, Superblocks, find_state, find_superblocks};
 use super::{Condition, Core, Volume};
 use crate::backing::Backing;
-use crate::crypto::wipe_registers;
 use crate::format::anchor::AnchorFields;
 use crate::format::geometry::{Geometry, store_size};
-use crate::format::page::{Child, Header, Tree};
+use crate::format::page::{Child, Tree};
 use crate::format::slot::{MAX_PAGES, Slot, SlotPage};
 use crate::format::snapshot::{MAX_PAGES as SNAPSHOT_PAGES, Snapshot, SnapshotPage};
-use crate::format::superblock::{Rotation, Superblock, claimed_total, claimed_version, has_magic};
-use crate::format::{BLOCK, Block, FormatError, VERSION, zero_block};
-use crate::keys::{KeyRing, VolumeKey, same};
+use crate::format::superblock::{Rotation, Superblock};
+use crate::format::{BLOCK, Block, FormatError, zero_block};
+use crate::keys::{KeyRing, VolumeKey};
 use crate::space::Space;
 use crate::tree::{Forest, Root};
 use crate::{Anchors, Events, Kek, Store, VolumeError};
 use policy::disk::VolumeGrant;
 use policy::{KeyId, VolumeAnchor, VolumeId};
-use secretmem::{Secret, wiping_stack};
+use secretmem::Secret;
 use serde::Serialize;
 use std::io::ErrorKind;
 use std::sync::Arc;
@@ -86,24 +86,6 @@ pub struct PlainInfo {
     pub superblocks: usize,
     /// The anchor of the newest superblock: what a provider that was restored from an older backup may be told.
     pub anchor: VolumeAnchor,
-}
-
-/// A superblock as found.
-struct Found {
-    /// The block in which it lies.
-    at: u64,
-    place: usize,
-    superblock: Superblock,
-    block: Box<Block>,
-}
-
-/// What stands where superblocks may be.
-struct Superblocks {
-    found: Vec<Found>,
-    /// Blocks that can't be read.
-    unreadable: Vec<u64>,
-    /// The error of one whose twin was not found either: it may be the newest of all.
-    missed: Option<VolumeError>,
 }
 
 impl Volume {
@@ -449,200 +431,6 @@ pub(super) fn lengthen(store: &dyn Store, needed: u64) -> Result<(), VolumeError
         (ErrorKind::StorageFull, Ok(found)) if found < needed => VolumeError::TooShort { found, needed },
         _ => VolumeError::store("be made longer")(error),
     })
-}
-
-/// Every block that may hold a superblock: those at the front, and those at the end, wherever the former say that it is.
-pub(super) fn superblock_places(store: &dyn Store) -> Result<(Vec<u64>, Vec<u64>), VolumeError> {
-    let blocks = store.len().map_err(VolumeError::store("say its length"))? / BLOCK as u64;
-    let mut places = Vec::new();
-    let Superblocks { found, .. } = find_superblocks(store)?;
-    for end in
-        found.iter().map(|f| f.superblock.geometry.total).chain([blocks]).filter(|end| (4..=blocks).contains(end))
-    {
-        places.extend([end - 2, end - 1]);
-    }
-    Ok((vec![0, 1], places))
-}
-
-/// Blocks that hold older key slots, as far as superblocks say without a key.
-pub(super) fn older_slot_blocks(store: &dyn Store) -> Result<Vec<u64>, VolumeError> {
-    let mut blocks = Vec::new();
-    for found in find_superblocks(store)?.found {
-        let pool = found.superblock.geometry.pool();
-        let mut next = found.superblock.older;
-        for _ in 0..MAX_PAGES {
-            if next.is_empty() || !pool.contains(&next.physical) {
-                break;
-            }
-            let mut page = zero_block();
-            // Nothing vouches for where this leads: what can't be read is no reason to leave the rest.
-            if store.read_at(&mut page[..], next.physical * BLOCK as u64).is_err() {
-                break;
-            }
-            // A block that is something else by now is not for this to overwrite.
-            let is_slots = Header::parse(&page).is_ok_and(|header| header.tree == Tree::Slots);
-            let Some(parsed) = SlotPage::parse(&page).ok().filter(|_| is_slots) else { break };
-            blocks.push(next.physical);
-            next = parsed.next;
-        }
-    }
-    Ok(blocks)
-}
-
-/// Every superblock that can be parsed, at both ends.
-fn find_superblocks(store: &dyn Store) -> Result<Superblocks, VolumeError> {
-    let blocks = store.len().map_err(VolumeError::store("say its length"))? / BLOCK as u64;
-    // Where a copy may be, and of which slot.
-    let mut places = vec![(0, 0), (1, 1)];
-    let mut ends = vec![blocks];
-    let (mut found, mut unreadable) = (Vec::<Found>::new(), Vec::new());
-    let mut problem = VolumeError::NotAVolume;
-    let mut next = 0;
-    while next < places.len() {
-        let (at, slot) = places[next];
-        next += 1;
-        if at >= blocks {
-            continue;
-        }
-        let mut block = zero_block();
-        if let Err(error) = store.read_at(&mut block[..], at * BLOCK as u64) {
-            unreadable.push((at, slot, error));
-        } else if has_magic(&block) {
-            ends.push(claimed_total(&block));
-            match Superblock::parse(&block) {
-                // Only it says where its end is: a store may be longer, and what is guessed from that belongs to the other slot.
-                Ok(superblock) => {
-                    match [0, 1].into_iter().find(|s| superblock.geometry.superblocks(*s).contains(&at)) {
-                        Some(place) => found.push(Found { at, place, superblock, block }),
-                        None => {
-                            problem = VolumeError::Damaged(format!("a superblock in block {at}, where none belongs"))
-                        }
-                    }
-                }
-                Err(e) => {
-                    problem = match claimed_version(&block) {
-                        version if version > VERSION => VolumeError::Unsupported(format!("format version {version}")),
-                        _ => VolumeError::Damaged(format!("superblock in block {at}: {e}")),
-                    }
-                }
-            }
-        }
-        if next == 2 {
-            // Both at the front are known: the others lie at the end, wherever that may be.
-            ends.sort_unstable();
-            ends.dedup();
-            places.extend(ends.iter().filter(|e| (4..=blocks).contains(*e)).flat_map(|e| [(e - 2, 0), (e - 1, 1)]));
-        }
-    }
-    let missed = unreadable.iter().position(|(_, slot, _)| found.iter().all(|found| found.place != *slot));
-    let missed = missed.map(|missed| VolumeError::store("read")(unreadable.swap_remove(missed).2));
-    if found.is_empty() {
-        return Err(missed.unwrap_or(problem));
-    }
-    Ok(Superblocks { found, unreadable: unreadable.into_iter().map(|(at, ..)| at).collect(), missed })
-}
-
-/// The superblock that counts, among those that were found.
-struct State {
-    chosen: Found,
-    /// The highest epoch of all.
-    epoch: u64,
-    /// Block and epoch of each that verifies.
-    good: Vec<(u64, u64)>,
-    unreadable: Vec<u64>,
-}
-
-/// The newest state that the anchor allows, as far as superblocks say.
-fn find_state(store: &dyn Store, anchor: &AnchorFields, grant: &VolumeGrant, kek: &Kek) -> Result<State, VolumeError> {
-    let Superblocks { found, unreadable, missed } = find_superblocks(store)?;
-    missed.map_or(Ok(()), Err)?;
-    let (verified, damaged) = verify_superblocks(found, anchor, grant, kek)?;
-    let good = verified.iter().map(|found| (found.at, found.superblock.epoch)).collect();
-    let (chosen, epoch) = choose(verified, damaged, anchor, grant)?;
-    Ok(State { chosen, epoch, good, unreadable })
-}
-
-/// Those that are of this volume and verify under its keys, and how many are this volume's but don't verify.
-fn verify_superblocks(
-    found: Vec<Found>,
-    anchor: &AnchorFields,
-    grant: &VolumeGrant,
-    kek: &Kek,
-) -> Result<(Vec<Found>, usize), VolumeError> {
-    let mut problem = VolumeError::NotAVolume;
-    let mut damaged = 0;
-    let mut verified = Vec::new();
-    for candidate in found {
-        let superblock = &candidate.superblock;
-        if superblock.uuid != grant.volume {
-            problem = VolumeError::OtherVolume { found: superblock.uuid, expected: grant.volume };
-            continue;
-        }
-        match kek.open(&superblock.slot, &grant.customer) {
-            // The anchor says which key-encryption key opens what it names.
-            Err(VolumeError::WrongKey) if anchor.kek != kek.id() => {
-                if !matches!(problem, VolumeError::Damaged(_)) {
-                    problem = VolumeError::WrongKey;
-                }
-                damaged += 1;
-            }
-            Err(VolumeError::WrongKey) => {
-                let named = superblock.slot.kek;
-                problem =
-                    VolumeError::Damaged(format!("its key slot names key {named}, and its anchor {}", anchor.kek));
-                damaged += 1;
-            }
-            Err(error @ VolumeError::Damaged(_)) => {
-                problem = error;
-                damaged += 1;
-            }
-            Err(other) => return Err(other),
-            Ok(key) if superblock_verifies(&key, &candidate) => verified.push(candidate),
-            Ok(_) => {
-                problem = VolumeError::Damaged("its superblock does not verify".to_owned());
-                damaged += 1;
-            }
-        }
-    }
-    if verified.is_empty() { Err(problem) } else { Ok((verified, damaged)) }
-}
-
-/// Leaves nothing of the key on the stack or in vector registers.
-fn superblock_verifies(key: &VolumeKey, candidate: &Found) -> bool {
-    let verifies = wiping_stack(|| same(&key.superblock_mac(&candidate.block), &candidate.superblock.mac));
-    wipe_registers();
-    verifies
-}
-
-/// The newest superblock that the anchor allows, and the highest epoch of all.
-fn choose(
-    verified: Vec<Found>,
-    damaged: usize,
-    anchor: &AnchorFields,
-    grant: &VolumeGrant,
-) -> Result<(Found, u64), VolumeError> {
-    let writers = verified.iter().map(|f| f.superblock.writer).chain([anchor.writer]);
-    let highest = writers.max().unwrap_or(anchor.writer);
-    if grant.open_number <= highest {
-        return Err(VolumeError::StaleOpenNumber { issued: grant.open_number.get(), highest: highest.get() });
-    }
-    let epoch = verified.iter().map(|f| f.superblock.epoch).max().unwrap_or(0);
-    let newest = verified.iter().map(|f| (f.superblock.writer.get(), f.superblock.epoch)).max();
-    let allowed = |f: &Found| {
-        let s = &f.superblock;
-        s.writer == anchor.writer && (s.epoch > anchor.epoch || s.is_named_by(anchor))
-    };
-    let chosen = verified.into_iter().filter(allowed).max_by_key(|f| f.superblock.epoch);
-    let missing = || {
-        let (writer, found) = newest.unwrap_or_default();
-        VolumeError::RolledBack(format!(
-            "its newest superblock is epoch {found} of writer {writer}, the anchor names epoch {} of writer {}{}",
-            anchor.epoch,
-            anchor.writer,
-            if damaged > 0 { "; some of its superblocks are damaged" } else { "" },
-        ))
-    };
-    chosen.map(|found| (found, epoch)).ok_or_else(missing)
 }
 
 /// Whether this is the very state that the last holder closed with and the provider keeps. All of it was durable before its

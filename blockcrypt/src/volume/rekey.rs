@@ -12,8 +12,8 @@
 
 use super::batch::CHUNK;
 use super::durable::Occasion;
-use super::open::{older_slot_blocks, superblock_places};
 use super::shared::Shared;
+use super::superblocks::{older_slot_blocks, superblock_places};
 use super::{Core, leaf};
 use crate::backing::Backing;
 use crate::format::page::{ENTRIES, Entry, Tree};
