@@ -12,7 +12,7 @@ pub trait Anchors: Send + Sync {
     fn keep(&self, anchor: &VolumeAnchor) -> Result<(), AnchorRefused>;
 }
 
-/// Hears what the audit log should know. Called with locks held: an implementation must not call the volume.
+/// Hears what the audit log should know. Called with locks held: an implementation must not call the volume, nor wait for anybody else.
 pub trait Events: Send + Sync {
     /// Something in the store is not what was written there: the guest's block and the store's block (4096 bytes each), as far
     /// as known. Where a page of the map is bad, the guest's block is the first that it describes, and `reason` names the last.

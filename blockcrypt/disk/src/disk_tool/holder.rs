@@ -8,11 +8,13 @@ use policy::disk::{
 use policy::{KeyId, VolumeAnchor, VolumeId};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use secretmem::{Secret, SecretError};
+use std::collections::VecDeque;
 use std::io::{self, ErrorKind, Read, Write};
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread;
 use std::time::Duration;
 
 /// How often it is looked whether the holder is still there, and how long after it has left work may still end by itself.
@@ -25,6 +27,8 @@ const HANDOVER: Duration = Duration::from_secs(60);
 const ANSWER: Duration = Duration::from_secs(300);
 /// Findings that are told one by one; of further ones only the number. A store that is wrong everywhere has millions.
 const FINDINGS: u64 = 64;
+/// Events that wait while the holder is busy; of further ones only the number is told.
+const WAITING: usize = 256;
 /// The longest text of an event, in bytes: what the key provider takes.
 const TEXT: usize = 500;
 
@@ -136,19 +140,35 @@ fn broken(what: &'static str) -> impl FnOnce(io::Error) -> HolderError {
 pub(crate) struct Holder {
     /// To see whether it is still there while the conversation is in use.
     line: UnixStream,
+    side: Arc<Side>,
+}
+
+/// Our side of the conversation.
+struct Side {
     talk: Mutex<Talk>,
+    waiting: Mutex<Waiting>,
 }
 
 struct Talk {
     stream: UnixStream,
-    /// Notes are told, but not shown: the command itself says how it ends.
-    hushed: bool,
     /// Why no more can be said.
     over: Option<String>,
-    /// Findings so far.
-    findings: u64,
     /// Why an event is not in the audit log.
     unheard: Option<String>,
+}
+
+/// What happened to the volume and is not told yet. Whoever notices it holds locks of the volume, and must not wait for an answer.
+#[derive(Default)]
+struct Waiting {
+    texts: VecDeque<String>,
+    /// A thread is about to tell them.
+    told: bool,
+    /// How many found no room.
+    lost: u64,
+    /// Findings so far.
+    findings: u64,
+    /// Notes are told, but not shown: the command itself says how it ends.
+    hushed: bool,
 }
 
 /// What came of a message.
@@ -165,7 +185,8 @@ pub(crate) enum Answer {
 impl Holder {
     fn new(stream: UnixStream) -> Result<Self, HolderError> {
         let line = stream.try_clone().map_err(HolderError::Io)?;
-        Ok(Self { line, talk: Mutex::new(Talk { stream, hushed: false, over: None, findings: 0, unheard: None }) })
+        let talk = Mutex::new(Talk { stream, over: None, unheard: None });
+        Ok(Self { line, side: Arc::new(Side { talk, waiting: Mutex::default() }) })
     }
 
     /// Whether the holder is still there: without it, the right to use the volume ends.
@@ -182,13 +203,13 @@ impl Holder {
     /// may be another's then, and what he writes would be written over.
     pub(crate) fn while_there<R>(&self, work: impl FnOnce() -> R, cut_off: impl FnOnce(&HolderError) + Send) -> R {
         let over = AtomicBool::new(false);
-        std::thread::scope(|scope| {
+        thread::scope(|scope| {
             let watch = scope.spawn(|| {
                 while !over.load(Ordering::Acquire) {
-                    std::thread::park_timeout(LOOK);
+                    thread::park_timeout(LOOK);
                     let Err(gone) = self.still_there() else { continue };
                     // Work that ends by itself says how.
-                    std::thread::park_timeout(GRACE);
+                    thread::park_timeout(GRACE);
                     if !over.load(Ordering::Acquire) {
                         cut_off(&gone);
                     }
@@ -204,14 +225,14 @@ impl Holder {
 
     /// Asks for `anchor` to be kept.
     pub(crate) fn anchor(&self, anchor: &VolumeAnchor) -> Answer {
-        self.talk().ask(&ToolMessage::Anchor(anchor.clone()))
+        self.side.talk().ask(&ToolMessage::Anchor(anchor.clone()))
     }
 
     /// Asks whether an operation may be done. Its [`outcome`](Self::outcome) is to follow.
     pub(crate) fn ask(&self, request: VolumeRequest) -> Result<Leave, HolderError> {
         let operation = request.operation;
         let unknown = |why: String| HolderError::NoPermit(operation, why);
-        let mut talk = self.talk();
+        let mut talk = self.side.talk();
         match talk.exchange_once(&ToolMessage::Operation(request)).map_err(unknown)? {
             HolderAnswer::Refused(why) => Err(HolderError::Forbidden(operation, report::one_line(&why, TEXT))),
             HolderAnswer::Permitted(permit) => {
@@ -224,32 +245,85 @@ impl Holder {
 
     /// Tells how the operation that was permitted ended.
     pub(crate) fn outcome(&self, done: bool, detail: &str) {
-        self.talk().inform(&ToolMessage::Outcome { done, detail: report::one_line(detail, TEXT) });
+        self.side.talk().inform(&ToolMessage::Outcome { done, detail: report::one_line(detail, TEXT) });
     }
 
     /// Tells a volume's size. Where that fails, the next command that changes the volume tells it.
     pub(crate) fn size(&self, volume: VolumeId, bytes: u64) {
-        if let Answer::Refused(why) | Answer::Unknown(why) = self.talk().ask(&ToolMessage::Size { volume, bytes }) {
+        if let Answer::Refused(why) | Answer::Unknown(why) = self.side.talk().ask(&ToolMessage::Size { volume, bytes })
+        {
             report::line(&format!("note: the key provider was not told the volume's size: {why}"));
         }
     }
 
     /// Tells what was not told one by one; an error if anything did not reach the audit log.
     pub(crate) fn finish(&self) -> Result<(), HolderError> {
-        let mut talk = self.talk();
-        if let Some(more) = talk.findings.checked_sub(FINDINGS).filter(|more| *more > 0) {
+        let mut talk = self.side.talk();
+        let (findings, lost) = {
+            let waiting = self.side.waiting();
+            (waiting.findings, waiting.lost)
+        };
+        if let Some(more) = findings.checked_sub(FINDINGS).filter(|more| *more > 0) {
             talk.tell(&format!("integrity: {more} more findings like these"));
+        }
+        if lost > 0 {
+            talk.tell(&format!("{lost} more events came while the key holder was busy"));
         }
         talk.unheard.take().map_or(Ok(()), |why| Err(HolderError::Unheard(why)))
     }
 
     /// From now on notes go to the audit log alone.
     pub(crate) fn hush(&self) {
-        self.talk().hushed = true;
+        self.side.waiting().hushed = true;
     }
 
+    /// Has `text` told, soon and before anything that is said later.
+    fn tell(&self, mut waiting: MutexGuard<Waiting>, text: String) {
+        if waiting.texts.len() >= WAITING {
+            waiting.lost += 1;
+            return;
+        }
+        waiting.texts.push_back(text);
+        if waiting.told {
+            return;
+        }
+        let side = self.side.clone();
+        // Without a thread, whoever says something next tells it.
+        waiting.told = thread::Builder::new().name("events".to_owned()).spawn(move || side.tell()).is_ok();
+    }
+}
+
+impl Drop for Holder {
+    fn drop(&mut self) {
+        drop(self.side.talk());
+    }
+}
+
+impl Side {
+    /// The conversation, once everything that waits has been told.
     fn talk(&self) -> MutexGuard<'_, Talk> {
-        self.talk.lock().unwrap_or_else(PoisonError::into_inner)
+        let mut talk = self.talk.lock().unwrap_or_else(PoisonError::into_inner);
+        loop {
+            let next = self.waiting().texts.pop_front();
+            let Some(text) = next else { return talk };
+            talk.tell(&text);
+        }
+    }
+
+    fn waiting(&self) -> MutexGuard<'_, Waiting> {
+        self.waiting.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Tells what waits, until nothing does.
+    fn tell(&self) {
+        loop {
+            drop(self.talk());
+            let mut waiting = self.waiting();
+            waiting.told = !waiting.texts.is_empty();
+            if !waiting.told {
+                return;
+            }
+        }
     }
 }
 
@@ -262,7 +336,7 @@ impl AsFd for Holder {
 
 impl Anchors for Holder {
     fn keep(&self, anchor: &VolumeAnchor) -> Result<(), AnchorRefused> {
-        let mut talk = self.talk();
+        let mut talk = self.side.talk();
         match talk.ask(&ToolMessage::Anchor(anchor.clone())) {
             Answer::Kept => Ok(()),
             Answer::Unknown(why) if talk.over.is_none() => Err(AnchorRefused::Away(why)),
@@ -274,19 +348,19 @@ impl Anchors for Holder {
 
 impl Events for Holder {
     fn integrity(&self, lba: Option<u64>, physical: Option<u64>, reason: &str) {
-        let mut talk = self.talk();
-        talk.findings += 1;
-        if talk.findings <= FINDINGS {
-            talk.tell(&finding(lba, physical, reason));
+        let mut waiting = self.side.waiting();
+        waiting.findings += 1;
+        if waiting.findings <= FINDINGS {
+            self.tell(waiting, finding(lba, physical, reason));
         }
     }
 
     fn note(&self, text: &str) {
-        let mut talk = self.talk();
-        if !talk.hushed {
+        let waiting = self.side.waiting();
+        if !waiting.hushed {
             report::line(&format!("note: {text}"));
         }
-        talk.tell(text);
+        self.tell(waiting, text.to_owned());
     }
 }
 
@@ -529,6 +603,34 @@ mod tests {
         let text = String::from_utf8_lossy(&heard);
         assert_eq!(text.matches("integrity: block").count(), FINDINGS as usize);
         assert!(text.contains("integrity: 936 more findings"), "{text}");
+    }
+
+    /// The volume's locks are held where an event is noticed: a holder that does not answer must hold up nobody.
+    #[test]
+    fn an_event_does_not_wait_for_the_holder_and_comes_before_what_is_said_later() {
+        let (ours, mut theirs) = UnixStream::pair().expect("a pair");
+        let holder = Holder::new(ours).expect("a holder");
+        holder.hush();
+        let many = WAITING + 100;
+        (0..many).for_each(|i| holder.note(&format!("note {i}")));
+        let answers = thread::spawn(move || {
+            let mut heard = Vec::new();
+            while let Ok(text) = read_message(&mut theirs) {
+                heard.push(String::from_utf8_lossy(&text).into_owned());
+                theirs.write_all(&framed(br#""kept""#)).expect("answered");
+            }
+            heard
+        });
+        assert_eq!(holder.anchor(&anchor()), Answer::Kept);
+        holder.finish().expect("all heard");
+        drop(holder);
+        let heard = answers.join().expect("answers");
+        let anchored = heard.iter().position(|text| text.contains("anchor")).expect("an anchor");
+        assert!(heard[..anchored].iter().enumerate().all(|(i, text)| text.contains(&format!("note {i}"))), "{heard:?}");
+        // One of them may be with the thread that tells them while the others wait.
+        let lost = many - anchored;
+        assert!(anchored == WAITING || anchored == WAITING + 1, "{anchored}");
+        assert!(heard[anchored + 1].contains(&format!("{lost} more events")), "{heard:?}");
     }
 
     #[test]
