@@ -107,14 +107,22 @@ impl Server {
         ended("qemu-io", spawn(&mut command)?)
     }
 
-    /// Seconds that its threads have spent on processors, in all.
+    /// Seconds that its threads have spent on processors, in all, those that have ended too.
+    #[allow(unsafe_code)]
     pub(super) fn processor_time(&self) -> Result<f64, BenchError> {
-        // Nanoseconds for each thread; those that ended are counted in the process's own clock alone.
-        let path = format!("/proc/{}/stat", self.child.id());
-        let text = std::fs::read_to_string(&path).map_err(|error| BenchError::Io(path.clone().into(), error))?;
-        let fields = text.rsplit(") ").next().unwrap_or_default().split(' ');
-        let ticks: Vec<f64> = fields.skip(11).take(2).filter_map(|field| field.parse().ok()).collect();
-        Ok(ticks.iter().sum::<f64>() / rustix::param::clock_ticks_per_second() as f64)
+        let failed = |error| BenchError::Io("the server's clock".into(), error);
+        let mut clock = 0;
+        // SAFETY: this call writes to `clock` and nothing else.
+        let error = unsafe { libc::clock_getcpuclockid(self.child.id() as libc::pid_t, &raw mut clock) };
+        if error != 0 {
+            return Err(failed(io::Error::from_raw_os_error(error)));
+        }
+        let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };
+        // SAFETY: this call writes to `time` and nothing else.
+        if unsafe { libc::clock_gettime(clock, &raw mut time) } != 0 {
+            return Err(failed(io::Error::last_os_error()));
+        }
+        Ok(time.tv_sec as f64 + time.tv_nsec as f64 / 1e9)
     }
 }
 
