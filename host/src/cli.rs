@@ -270,10 +270,13 @@ fn join_with_logs(place: &TpmPlace, logs: &LogPlaces) -> Result<ControlClient, C
         let other = wanted.iter().zip(&read).find(|(wanted, read)| wanted.is_some() && wanted != read);
         let Some((wanted, _)) = other else { return Ok(client) };
         drop(client);
-        if std::time::Instant::now() > end {
-            return Err(CliError::OtherLog(wanted.clone().unwrap_or_default()));
+        // Not asked again while it lives: whoever connects keeps it from ending.
+        while dir.control_socket().exists() {
+            if std::time::Instant::now() > end {
+                return Err(CliError::OtherLog(wanted.clone().unwrap_or_default()));
+            }
+            std::thread::sleep(std::time::Duration::from_millis(100));
         }
-        std::thread::sleep(std::time::Duration::from_millis(100));
     }
 }
 

@@ -3,9 +3,11 @@
 
 use crate::process::{Background, Ended, program, run};
 use crate::swtpm::Swtpm;
+use rustix::fs::{FlockOperation, flock};
+use rustix::process::{Pid, Signal, kill_process};
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// How long one program may take; far beyond what it takes on a quiet machine.
 pub const LIMIT: Duration = Duration::from_secs(120);
@@ -53,6 +55,18 @@ pub fn lease(seconds: u32, quiesce: u32) -> String {
 /// Whether this kernel offers memfd_secret: before Linux 6.5 it has to be asked to.
 pub fn has_memfd_secret() -> bool {
     matches!(secretmem::protection(), Ok(secretmem::Protection::MemfdSecret))
+}
+
+/// Asks a VM that runs to end, and once more when it has heard that: two signals that come together count once.
+///
+/// # Panics
+/// Where it does not end.
+#[track_caller]
+pub fn stop(mut vm: Background) -> Ended {
+    vm.signal(15);
+    vm.until("power-button", LIMIT);
+    vm.signal(15);
+    vm.end(LIMIT)
 }
 
 /// The laboratory. Dropping it ends everything.
@@ -112,6 +126,28 @@ impl Lab {
     /// The TPM service's folder, as text.
     pub fn runtime_dir(&self) -> String {
         self.run.path().display().to_string()
+    }
+
+    /// Takes the host's power away: with it go the TPM's, the TPM service, and the folder in memory.
+    ///
+    /// # Panics
+    /// Where the service does not die.
+    #[track_caller]
+    pub fn power_off(&mut self) {
+        self.tpm.power_off();
+        let path = self.run.path().join("lock");
+        let lock = std::fs::File::open(&path).expect("a host that booted");
+        let begun = Instant::now();
+        // A service that lived on would take the next boot's for its own: its handles in the TPM, its socket and its state.
+        while flock(&lock, FlockOperation::NonBlockingLockExclusive).is_err() {
+            assert!(begun.elapsed() < LIMIT, "the TPM service does not die");
+            let holder = std::fs::read_to_string(&path).expect("read");
+            if let Some(pid) = holder.parse().ok().and_then(Pid::from_raw) {
+                let _ = kill_process(pid, Signal::KILL);
+            }
+            std::thread::sleep(Duration::from_millis(10));
+        }
+        std::fs::remove_dir_all(self.run.path()).expect("removed");
     }
 
     /// Plays the firmware and measures the host's layers: what a boot does.
@@ -364,8 +400,11 @@ impl Lab {
             if kind.is_dir() {
                 all.extend(Self::files(&path));
             } else if kind.is_file() {
-                let bytes = std::fs::read(&path).expect("a file");
-                all.push((path, bytes));
+                match std::fs::read(&path) {
+                    Ok(bytes) => all.push((path, bytes)),
+                    // The TPM service, about to end, puts a new file in an old one's place.
+                    Err(error) => assert_eq!(error.kind(), std::io::ErrorKind::NotFound, "{}", path.display()),
+                }
             }
         }
         all

@@ -1,6 +1,7 @@
 //! Running the project's own programs in tests: found beside the test, bounded in time, never left behind.
 
-use std::io::Read;
+use std::fs::File;
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
@@ -76,13 +77,13 @@ pub fn run(command: &mut Command, limit: Duration) -> Ended {
     Background::start(command).end(limit)
 }
 
-/// A program that runs beside the test, killed when dropped.
+/// A program that runs beside the test, killed when dropped. It prints into files without a name, so that whoever looks sees all that it
+/// printed until then.
 #[derive(Debug)]
 pub struct Background {
     child: Child,
-    out: std::sync::Arc<std::sync::Mutex<Vec<u8>>>,
-    err: std::sync::Arc<std::sync::Mutex<Vec<u8>>>,
-    readers: Vec<std::thread::JoinHandle<()>>,
+    out: File,
+    err: File,
 }
 
 impl Background {
@@ -92,13 +93,12 @@ impl Background {
     /// Where it can't be started.
     #[track_caller]
     pub fn start(command: &mut Command) -> Self {
-        command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
-        let mut child = command.spawn().unwrap_or_else(|e| panic!("{command:?}: {e}"));
-        let (out, err) = (Default::default(), Default::default());
-        let stdout = child.stdout.take().expect("piped");
-        let stderr = child.stderr.take().expect("piped");
-        let readers = vec![collect(stdout, &out), collect(stderr, &err)];
-        Self { child, out, err, readers }
+        let file = || tempfile::tempfile().expect("a temporary file");
+        let (out, err) = (file(), file());
+        let theirs = |file: &File| file.try_clone().expect("another descriptor");
+        command.stdin(Stdio::null()).stdout(theirs(&out)).stderr(theirs(&err));
+        let child = command.spawn().unwrap_or_else(|e| panic!("{command:?}: {e}"));
+        Self { child, out, err }
     }
 
     /// Its process id.
@@ -152,9 +152,6 @@ impl Background {
             let _ = self.child.kill();
             panic!("it still ran after {limit:?}:\n{}\n{}", self.out(), self.err());
         };
-        for reader in self.readers.drain(..) {
-            let _ = reader.join();
-        }
         Ended { code: status.code(), out: self.out(), err: self.err() }
     }
 
@@ -177,21 +174,11 @@ impl Drop for Background {
     }
 }
 
-fn text(bytes: &std::sync::Mutex<Vec<u8>>) -> String {
-    String::from_utf8_lossy(&bytes.lock().unwrap_or_else(|e| e.into_inner())).into_owned()
-}
-
-fn collect(
-    mut from: impl Read + Send + 'static,
-    to: &std::sync::Arc<std::sync::Mutex<Vec<u8>>>,
-) -> std::thread::JoinHandle<()> {
-    let to = to.clone();
-    std::thread::spawn(move || {
-        let mut chunk = [0; 4096];
-        while let Ok(n @ 1..) = from.read(&mut chunk) {
-            to.lock().unwrap_or_else(|e| e.into_inner()).extend_from_slice(&chunk[..n]);
-        }
-    })
+/// All that a file holds; where its writer is does not change.
+fn text(file: &File) -> String {
+    let mut bytes = vec![0; file.metadata().expect("a file").len() as usize];
+    let length = file.read_at(&mut bytes, 0).expect("readable");
+    String::from_utf8_lossy(&bytes[..length]).into_owned()
 }
 
 /// Copies a folder's files, one level deep.

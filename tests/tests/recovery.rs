@@ -1,6 +1,6 @@
 //! Killed in the middle: the VM, the provider, the TPM.
 
-use fealty_tests::lab::{LIMIT, Lab, Plan, lease};
+use fealty_tests::lab::{LIMIT, Lab, Plan, lease, stop};
 use fealty_tests::process::Background;
 use std::time::{Duration, Instant};
 
@@ -63,13 +63,11 @@ fn a_tpm_that_goes_away_stops_renewals_not_the_disk() {
     let mut vm = Background::start(&mut lab.vm(&[]));
     vm.until("tick", LIMIT);
     lab.tpm.power_off();
-    std::thread::sleep(std::time::Duration::from_secs(7));
+    vm.until("keys-wiped", LIMIT);
     let stopped = vm.out().matches("tick").count();
     std::thread::sleep(std::time::Duration::from_secs(3));
     assert_eq!(vm.out().matches("tick").count(), stopped, "it ran on without a lease");
-    vm.signal(15);
-    vm.signal(15);
-    let ended = vm.end(LIMIT);
+    let ended = stop(vm);
     assert!(!ended.err.contains("panicked"), "{}", ended.err);
     let why = ended.err.lines().find(|l| l.contains("lease not renewed")).expect("why it stood still");
     assert!(why.contains("the TPM can't be reached"), "{why}");
@@ -101,9 +99,7 @@ fn a_tpm_service_that_ended_is_started_again_and_the_lease_goes_on() {
     assert!(!vm.err().contains("too many attestations"), "{}", vm.err());
     let instances: Vec<_> = lab.audit().iter().filter_map(|e| e["instance"].as_u64()).collect();
     assert!(instances.iter().all(|number| *number == instances[0]), "{instances:?}");
-    vm.signal(15);
-    vm.signal(15);
-    vm.end(LIMIT);
+    stop(vm);
     // With the VM, the process that registers it ends, and the service that nobody needs.
     let begun = Instant::now();
     while std::fs::exists(lab.run.path().join("control.sock")).expect("known") {

@@ -1,6 +1,6 @@
 //! What must not start, and that it does not: each time no vCPU runs, one clear line, a non-zero exit.
 
-use fealty_tests::lab::{LIMIT, Lab, Plan, lease};
+use fealty_tests::lab::{LIMIT, Lab, Plan, lease, stop};
 use fealty_tests::process::{Background, run};
 use policy::{Base64Url, Digest};
 use serde_json::{Value, json};
@@ -12,8 +12,8 @@ fn lab(words: &str) -> Lab {
 #[test]
 fn attack_17_a_host_with_a_changed_layer_gets_no_keys() {
     let mut lab = lab("hello,poweroff");
-    lab.tpm.reset();
-    std::fs::remove_dir_all(lab.run.path()).expect("the boot's folder is gone with the boot");
+    lab.power_off();
+    lab.tpm.power_on();
     std::fs::write(lab.path("intruder"), b"not what the customer knows").expect("written");
     lab.play_firmware();
     lab.measure(&[&format!("intruder={}@1", lab.text("intruder"))]).good();
@@ -26,8 +26,8 @@ fn attack_07_a_tpm_that_is_in_no_inventory_gets_no_keys() {
     let mut lab = lab("hello,poweroff");
     let other = lab.path("tpm2");
     std::fs::create_dir(&other).expect("a folder");
+    lab.power_off();
     lab.tpm = fealty_tests::swtpm::Swtpm::start(&other);
-    std::fs::remove_dir_all(lab.run.path()).expect("another machine");
     lab.boot_host();
     lab.run_vm(&[]).no_guest(&["tpm", "inventory"]);
 }
@@ -68,9 +68,7 @@ fn a_second_start_is_refused_while_the_first_runs() {
     let mut first = Background::start(&mut lab.vm(&[]));
     first.until("fealty-guest", LIMIT);
     lab.run_vm(&[]).no_guest(&["still run", "instance"]);
-    first.signal(15);
-    first.signal(15);
-    first.end(LIMIT);
+    stop(first);
 }
 
 #[test]
@@ -237,8 +235,8 @@ fn a_volume_that_was_rolled_back_truncated_or_emptied_does_not_open() {
 fn attack_01_a_tpm_that_restarted_starts_the_vm_again_only_after_measuring() {
     let mut lab = lab("hello,poweroff");
     lab.run_vm(&[]).good();
-    lab.tpm.reset();
-    std::fs::remove_dir_all(lab.run.path()).expect("the boot's folder is gone with the boot");
+    lab.power_off();
+    lab.tpm.power_on();
     lab.run_vm(&[]).no_guest(&["tpm"]);
     lab.play_firmware();
     lab.run_vm(&[]).no_guest(&["fealty-host measure"]);
