@@ -109,6 +109,8 @@ pub(crate) struct Core {
     snapshots_changed: bool,
     snapshot_pages: Vec<u64>,
     snapshots_taken: u64,
+    /// Why there may be more snapshots; only where nothing is written.
+    unlisted: Option<VolumeError>,
     /// Generations given out under this open number.
     pub(crate) generations: u64,
     /// Blocks sealed under the current key.
