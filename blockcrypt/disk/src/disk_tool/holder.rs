@@ -230,7 +230,7 @@ impl Holder {
     /// Tells a volume's size. Where that fails, the next command that changes the volume tells it.
     pub(crate) fn size(&self, volume: VolumeId, bytes: u64) {
         if let Answer::Refused(why) | Answer::Unknown(why) = self.talk().ask(&ToolMessage::Size { volume, bytes }) {
-            report::line(&format!("note: the key provider was not told the volume's size: {why}"));
+            report::note(&format!("the key provider was not told the volume's size: {why}"));
         }
     }
 
@@ -284,7 +284,7 @@ impl Events for Holder {
     fn note(&self, text: &str) {
         let mut talk = self.talk();
         if !talk.hushed {
-            report::line(&format!("note: {text}"));
+            report::note(text);
         }
         talk.tell(text);
     }
