@@ -237,12 +237,18 @@ impl Space {
         Ok(())
     }
 
-    /// The volume has another size from now on, in a store that is not shorter.
+    /// The volume has another size from now on. Bitmap pages from the fence on are counted anew; what was spare behind the pool's end is
+    /// not there any more.
     pub(crate) fn resize(&mut self, geometry: &Geometry) {
+        let fence = self.pool.end.min(geometry.pool().end);
         self.pool = geometry.pool();
         self.zone = geometry.zone();
         let pages = usize::try_from(geometry.bitmaps()).unwrap_or(usize::MAX);
+        self.clear.truncate((fence / BITS as u64) as usize);
         self.clear.resize(pages, UNKNOWN);
+        for block in self.spare.extract_if(.., |block| !self.pool.contains(block)) {
+            self.reserved.remove(block);
+        }
         self.held.lengthen(pages);
         self.reserved.lengthen(pages);
         self.punching.lengthen(pages);

@@ -160,6 +160,11 @@ impl Forest {
         if tree == Tree::Map { self.map } else { self.free }
     }
 
+    /// Both roots: the map's, and that of free space.
+    pub(crate) fn roots(&self) -> [Root; 2] {
+        [self.map, self.free]
+    }
+
     fn root_mut(&mut self, tree: Tree) -> &mut Root {
         if tree == Tree::Map { &mut self.map } else { &mut self.free }
     }
@@ -184,7 +189,8 @@ impl Forest {
         if !self.pages.contains_key(&id) {
             let root = self.root(id.tree);
             let pointer = if id.level + 1 == root.levels {
-                root.child
+                // A reader may come with a block of a size that growth has just given up: there is nothing.
+                if id.index == 0 { root.child } else { Child::EMPTY }
             } else {
                 self.peek(id.parent())?.map_or(Child::EMPTY, |above| child(&above.bytes, id.place()))
             };
@@ -344,6 +350,14 @@ impl Forest {
             }
         }
         Ok(())
+    }
+
+    /// The trees have these roots again, from when all pages were clean: what changed since is forgotten.
+    pub(crate) fn go_back(&mut self, [map, free]: [Root; 2]) {
+        self.pages.retain(|_, page| page.can_go());
+        self.dirty.clear();
+        self.pinned.clear();
+        (self.map, self.free) = (map, free);
     }
 
     /// What a checkpoint is to write of a page. From now on changes to it are the next one's.

@@ -288,7 +288,7 @@ pub struct VolumeView {
     pub held_by: Option<String>,
     /// Whether an administrator has to confirm the anchor first.
     pub unconfirmed: bool,
-    /// Its size in bytes, as the customer's tool last said.
+    /// Its size in bytes, as whoever held it last said: the customer's tool, or an instance under which it grew.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub size: Option<u64>,
     /// Whether its keys are retired: nobody can read it any more.
@@ -308,7 +308,7 @@ pub struct SessionView {
     pub key: SealedKey,
     /// Seconds until the session ends by itself, unless it is renewed.
     pub seconds: u32,
-    /// The volume's size in bytes, as the customer's tool last said.
+    /// The volume's size in bytes, as whoever held it last said.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub size: Option<u64>,
 }

@@ -15,7 +15,7 @@ use axum::http::StatusCode;
 use policy::anchor::AnchorStep;
 use policy::audit::{Actor, AuditKind};
 use policy::operation::Operation;
-use policy::report::{Report, ReportEvent};
+use policy::report::{Report, ReportEvent, Resized};
 use policy::{Digest, InstanceNumber, VmId, VolumeAnchor};
 use sqlx::SqliteConnection;
 use std::sync::Arc;
@@ -63,7 +63,7 @@ pub async fn report(
     instance.report_sequence = report.sequence;
     instance.report_digest = digest;
     let outcome = match &report.event {
-        ReportEvent::Outcome { attestation, operation, done, detail } => {
+        ReportEvent::Outcome { attestation, operation, done, detail, .. } => {
             if *done && *operation == Operation::CoreDump {
                 vms::set_stream_tag(&mut tx, &instance, attestation, detail).await?;
             }
@@ -72,6 +72,11 @@ pub async fn report(
         _ => None,
     };
     append(&mut tx, now_us, draft_of(&instance, &report, digest, outcome)).await?;
+    if let ReportEvent::Outcome { operation: Operation::ResizeDisk, resized: Some(resized), .. } = &report.event
+        && outcome == Some(true)
+    {
+        grown(&mut tx, &instance, resized, now_us).await?;
+    }
     if matches!(report.event, ReportEvent::Ended { .. }) {
         instance.ended = true;
         volumes::free_all(&mut tx, &instance.customer, &vm).await?;
@@ -172,6 +177,36 @@ pub async fn move_anchor(
     Ok(rewrapped.is_some())
 }
 
+/// Keeps the size of a volume that was made larger under the instance that holds it. Of a volume that it does not hold, or where more is
+/// known already, what it says stands in the report's event alone.
+async fn grown(c: &mut SqliteConnection, instance: &Instance, resized: &Resized, now_us: u64) -> Result<(), Refusal> {
+    let volume = volumes::by_id(c, &instance.customer, &resized.volume).await?;
+    let holder = volumes::holder(c, &resized.volume).await?;
+    let held = holder.is_some_and(|h| h.kind == HolderKind::Instance(instance.vm.clone(), instance.number));
+    let bytes = resized.size.bytes();
+    match volume.filter(|volume| held && volume.size.is_none_or(|known| known < bytes)) {
+        Some(volume) => keep_size(c, &volume, bytes, of_instance(instance, AuditKind::VolumeResized), now_us).await,
+        None => Ok(()),
+    }
+}
+
+/// Keeps the size of a volume, in bytes; logged with `draft` where it is another one than so far.
+pub async fn keep_size(
+    c: &mut SqliteConnection,
+    volume: &Volume,
+    bytes: u64,
+    draft: Draft,
+    now_us: u64,
+) -> Result<(), Refusal> {
+    if volume.size == Some(bytes) {
+        return Ok(());
+    }
+    volumes::set_size(c, &volume.id, bytes).await?;
+    let before = volume.size.map_or("unknown".to_owned(), |bytes| bytes.to_string());
+    append(c, now_us, draft.volume(volume.id).detail("before", before).detail("size", bytes)).await?;
+    Ok(())
+}
+
 fn check_step(old: &Option<VolumeAnchor>, new: &VolumeAnchor, holder: &Holder) -> Result<(), Refusal> {
     let backward = |why: &str| Refusal::new(ProblemType::AnchorBackward, why.to_owned());
     if new.writer() != holder.open_number {
@@ -264,13 +299,19 @@ fn draft_of(instance: &Instance, report: &Report, digest: Digest, permitted: Opt
     match &report.event {
         ReportEvent::Runs => draft.detail("what", "runs"),
         ReportEvent::Operation { operation } => draft.detail("what", "operation").detail("operation", operation),
-        ReportEvent::Outcome { attestation, operation, done, detail } => draft
-            .attestation(*attestation)
-            .detail("what", "outcome")
-            .detail("operation", operation)
-            .detail("done", done)
-            .detail("permitted", permitted.unwrap_or(false))
-            .detail("detail", detail),
+        ReportEvent::Outcome { attestation, operation, done, detail, resized } => {
+            let draft = draft
+                .attestation(*attestation)
+                .detail("what", "outcome")
+                .detail("operation", operation)
+                .detail("done", done)
+                .detail("permitted", permitted.unwrap_or(false))
+                .detail("detail", detail);
+            match resized {
+                Some(Resized { volume, size }) => draft.volume(*volume).detail("size", size.bytes()),
+                None => draft,
+            }
+        }
         ReportEvent::Quiesced => draft.detail("what", "quiesced"),
         ReportEvent::KeysWiped => draft.detail("what", "keys-wiped"),
         ReportEvent::KeysBack => draft.detail("what", "keys-back"),

@@ -27,6 +27,42 @@ pub enum CipherSuite {
     Aes256XtsHmacSha256,
 }
 
+/// A volume's size in bytes: a multiple of 512, from 512 to 2^50.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug, Serialize, Deserialize)]
+#[serde(try_from = "u64", into = "u64")]
+pub struct VolumeSize(u64);
+
+/// A number that is no volume's size.
+#[derive(Debug, thiserror::Error, PartialEq, Eq)]
+#[error("a volume has a multiple of 512 bytes, from 512 to 2^50, not {0}")]
+pub struct SizeError(u64);
+
+impl VolumeSize {
+    /// The smallest: one sector.
+    pub const MIN: u64 = 512;
+    /// The largest.
+    pub const MAX: u64 = 1 << 50;
+
+    /// In bytes.
+    pub fn bytes(self) -> u64 {
+        self.0
+    }
+}
+
+impl TryFrom<u64> for VolumeSize {
+    type Error = SizeError;
+    fn try_from(bytes: u64) -> Result<Self, SizeError> {
+        let possible = (Self::MIN..=Self::MAX).contains(&bytes) && bytes.is_multiple_of(512);
+        if possible { Ok(Self(bytes)) } else { Err(SizeError(bytes)) }
+    }
+}
+
+impl From<VolumeSize> for u64 {
+    fn from(size: VolumeSize) -> u64 {
+        size.0
+    }
+}
+
 /// What a holder of a volume needs beside the key-encryption key.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]

@@ -1,5 +1,6 @@
 //! What a VM process reports to its provider: numbered per instance and chained, so that a gap shows.
 
+use crate::disk::VolumeSize;
 use crate::encoding::Digest;
 use crate::id::{AttestationId, CustomerId, InstanceNumber, VmId, VolumeId};
 use crate::operation::Operation;
@@ -40,6 +41,9 @@ pub enum ReportEvent {
         done: bool,
         /// How it went, at most 512 bytes; for a core dump the sealed stream's final tag in hex.
         detail: String,
+        /// For a volume that was to be made larger: what it is now.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        resized: Option<Resized>,
     },
     /// The lease neared its end without a renewal: the VM is paused.
     Quiesced,
@@ -65,6 +69,16 @@ pub enum ReportEvent {
         /// More, at most 512 bytes.
         detail: String,
     },
+}
+
+/// The size of a volume after a resize, whether that was done or not.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Resized {
+    /// Which.
+    pub volume: VolumeId,
+    /// Its size.
+    pub size: VolumeSize,
 }
 
 /// Why an instance ended.

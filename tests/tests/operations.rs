@@ -114,6 +114,12 @@ fn a_volume_grows_under_its_guest_where_the_customer_permits_it() {
     lab.set_policy(&lease(600, 10), &format!("{POWER_ON_ONLY}\n{rule}"));
     assert!(resize(&lab, &["root", "--size", larger]).good().out.contains("root has 8388608 bytes"));
     vm.until("verify 1500 ok", LIMIT);
+    // The provider hears of it while the VM runs.
+    let begun = Instant::now();
+    while !lab.keys(&["volume", "list", "acme", "--json"]).good().out.contains("\"size\":8388608") {
+        assert!(begun.elapsed() < LIMIT, "the provider does not know the size");
+        std::thread::sleep(Duration::from_millis(100));
+    }
     ctl(&lab, &["shutdown"]).good();
     let ended = vm.end(LIMIT).good();
     assert!(ended.out.contains("disk 0 bytes=8388608"), "{}", ended.out);

@@ -11,10 +11,12 @@ use crate::lease::boottime_ms;
 use crate::machine::{DiskError, DiskSettings, DiskSlot, PlugError, RawDisk};
 use crate::post::{Message, Post};
 use crate::provider::{Link, OutboxFull};
+use crate::volumes::Volumes;
 use attest::protocol::KeyName;
 use policy::config::FileName;
+use policy::disk::VolumeSize;
 use policy::operation::{OperationClass, OperationRequest};
-use policy::report::ReportEvent;
+use policy::report::{ReportEvent, Resized};
 use policy::{InstanceNumber, Operation};
 use serde_json::{Map, Value, json};
 use std::fs::File;
@@ -46,6 +48,8 @@ pub struct Protected {
     pub instance: InstanceNumber,
     /// End of the lease, boot-time milliseconds; the watching thread keeps it.
     pub lease_end_ms: AtomicU64,
+    /// Its volumes.
+    pub volumes: Arc<Volumes>,
 }
 
 /// Operations on one VM.
@@ -260,7 +264,12 @@ impl Operations {
                 format!("disk {id} has {size} bytes: {}", crate::exit::chain(error))
             }
         };
-        self.report(ReportEvent::Outcome { attestation, operation, done: grown.is_ok(), detail });
+        let volume = protected.volumes.iter().find(|opened| opened.name == id).map(|opened| &opened.volume);
+        let resized = volume.and_then(|volume| {
+            let size = VolumeSize::try_from(volume.size()).ok()?;
+            Some(Resized { volume: volume.id(), size })
+        });
+        self.report(ReportEvent::Outcome { attestation, operation, done: grown.is_ok(), detail, resized });
         Ok(grown?)
     }
 
@@ -360,7 +369,7 @@ impl Operations {
             Err(error) => crate::exit::chain(error),
         };
         let operation = Operation::CoreDump;
-        self.report(ReportEvent::Outcome { attestation, operation, done: outcome.is_ok(), detail });
+        self.report(ReportEvent::Outcome { attestation, operation, done: outcome.is_ok(), detail, resized: None });
         let written = outcome?;
         Ok(Dumped { attestation: attestation.to_string(), bytes: written.bytes, tag: written.tag })
     }

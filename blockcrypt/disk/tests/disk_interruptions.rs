@@ -193,3 +193,31 @@ fn an_interrupted_rekey_leaves_a_whole_volume_and_goes_on() {
     assert_eq!((&rekeyed["begun_before"], &rekeyed["older_keys"]), (&true.into(), &0.into()), "{rekeyed}");
     assert!(keeper.good(&["export", &volume, "-"]) == content);
 }
+
+/// The key provider has made its part by then: nothing is not what was changed.
+#[test]
+fn an_interrupted_clone_says_what_is_left_of_it() {
+    if is_ignored(Signal::INT) {
+        eprintln!("NOT TESTED: SIGINT is ignored here, as under nohup, and stays so");
+        return;
+    }
+    let folder = Folder::new();
+    let content = image(BLOCKS * 8, &(0..BLOCKS * 8).collect::<Vec<_>>());
+    let (from, volume, copy) = (folder.write("from.img", &content), folder.name("a.vol"), folder.name("b.vol"));
+    let mut keeper = Keeper::new();
+    keeper.good(&["import", &from, &volume]);
+    let mut running = keeper.start(&["clone", &volume, &copy, "--name", "copy", "--json"], Manner::Good, "");
+    let begun = Instant::now();
+    while !std::fs::metadata(folder.path(".b.vol.partial")).is_ok_and(|partial| partial.len() > 0) {
+        assert!(begun.elapsed() < Duration::from_secs(60) && !running.is_over(), "the clone does not begin");
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    running.signal(Signal::INT);
+    let ended = running.end();
+    let last: serde_json::Value = serde_json::from_str(ended.error.lines().last().expect("a line")).expect("JSON");
+    assert_eq!((ended.code, &last["event"], &last["exit"]), (130, &"error".into(), &130.into()), "{ended:?}");
+    let said = last["message"].as_str().expect("text");
+    assert!(said.contains("there is no clone, and the volume is as it was") && said.contains("next run"), "{said}");
+    assert_eq!(names(&folder), ["a.vol", "from.img"]);
+    assert!(keeper.good(&["export", &volume, "-"]) == content);
+}

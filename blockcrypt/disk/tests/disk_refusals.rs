@@ -315,3 +315,33 @@ fn no_part_of_the_key_is_in_what_is_printed() {
     let hex = "63616e617279";
     assert!(!String::from_utf8_lossy(&told).contains(hex));
 }
+
+/// Standard error is for scripts too, from the first line to the last.
+#[test]
+fn with_json_each_line_is_an_object() {
+    let folder = Folder::new();
+    let volume = folder.name("a.vol");
+    let mut keeper = Keeper::new();
+    keeper.good(&["create", &volume, "--size", "1M"]);
+    // A copy of the superblock that is gone is a note; the check fails.
+    let mut bytes = std::fs::read(&volume).expect("there");
+    bytes[..8192].fill(0);
+    std::fs::write(&volume, bytes).expect("written");
+    for (words, code) in [
+        (&["check", &volume][..], 3),
+        (&["export", &volume, &volume], 1),
+        (&["check", &folder.name("none")], 1),
+        (&["create", &volume, "--size", "nonsense"], 2),
+        (&["nonsense"], 2),
+    ] {
+        let ended = keeper.run(&[words, &["--json"]].concat());
+        assert_eq!(ended.code, code, "{words:?}: {}", ended.error);
+        let parse = |line: &str| serde_json::from_str(line).unwrap_or_else(|e| panic!("{words:?}: {e}: {line}"));
+        let lines: Vec<serde_json::Value> = ended.error.lines().map(parse).collect();
+        let last = lines.last().expect("it says why");
+        assert_eq!((&last["event"], &last["exit"]), (&"error".into(), &code.into()), "{words:?}");
+        assert!(last["message"].as_str().is_some_and(|text| !text.is_empty()), "{words:?}");
+        let others = lines[..lines.len() - 1].iter().all(|line| line["event"] == "note" && line["message"].is_string());
+        assert!(others, "{words:?}: {lines:?}");
+    }
+}

@@ -3,12 +3,11 @@
 use super::page::{BITS, CHILDREN, ENTRIES};
 use super::{BLOCK, FormatError};
 use crate::VolumeError;
+use policy::disk::VolumeSize;
 use std::ops::Range;
 
-/// The smallest volume: one sector.
-const MIN_SIZE: u64 = 512;
-/// The largest volume: 2^50 bytes.
-pub(crate) const MAX_SIZE: u64 = 1 << 50;
+const MIN_SIZE: u64 = VolumeSize::MIN;
+pub(crate) const MAX_SIZE: u64 = VolumeSize::MAX;
 /// The longest store that a volume uses, in blocks.
 const MAX_TOTAL: u64 = 2 * (MAX_SIZE / BLOCK as u64);
 /// The shortest log. Two checkpoints' records and the chunk in hand must fit (see `volume::log`).

@@ -5,7 +5,7 @@ use super::shared::Shared;
 use crate::VolumeError;
 use crate::backing::Backing;
 use crate::format::anchor::AnchorFields;
-use crate::format::page::{CHILDREN, Child, ENTRIES, Header, Tree, child, entry};
+use crate::format::page::{CHILDREN, Child, ENTRIES, Entry, Header, Tree, child, entry};
 use crate::format::snapshot::Snapshot;
 use crate::format::superblock::Superblock;
 use crate::format::zero_block;
@@ -40,15 +40,15 @@ pub enum CheckStep {
 /// How a check ended.
 #[derive(Clone, Default, Debug, Serialize)]
 pub struct CheckReport {
-    /// Blocks that hold data, all read.
+    /// Blocks that hold data, all looked at.
     pub data_blocks: u64,
-    /// Pages of the trees, all read.
+    /// Pages of the trees, all verified.
     pub pages: u64,
-    /// Blocks of data that do not verify.
+    /// Blocks of data that can't be read or do not verify.
     pub bad_blocks: u64,
-    /// Pages that do not verify, and contradictions between map and free space.
+    /// Pages that can't be read or do not verify, and contradictions between map and free space.
     pub problems: u64,
-    /// Blocks that free space calls used and nothing uses: harmless.
+    /// Blocks that free space calls used and nothing uses: harmless. None are told where part of the map could not be looked at.
     pub leaked_blocks: u64,
 }
 
@@ -70,7 +70,19 @@ struct Check<'a> {
     former: HashSet<u64>,
     /// One bit for each block of the store that something points to.
     used: Vec<u64>,
+    /// Part of what points to them could not be looked at.
+    blind: bool,
 }
+
+/// Why a block of data is bad.
+struct Reasons {
+    wrong: &'static str,
+    unreadable: &'static str,
+}
+
+const OF_THE_VOLUME: Reasons = Reasons { wrong: "its tag does not verify", unreadable: "the store can't read it" };
+const OF_A_SNAPSHOT: Reasons =
+    Reasons { wrong: "its tag does not verify, in a snapshot", unreadable: "the store can't read it, in a snapshot" };
 
 /// The check holds the volume's lock: no request is served meanwhile.
 pub(super) fn check(shared: &Shared, heard: &mut dyn FnMut(CheckStep)) -> Result<CheckReport, VolumeError> {
@@ -89,6 +101,7 @@ pub(super) fn check(shared: &Shared, heard: &mut dyn FnMut(CheckStep)) -> Result
         fresh,
         former: HashSet::new(),
         used: vec![0; words],
+        blind: false,
     };
     if check.core.is_snapshot {
         // What else there is belongs to the volume.
@@ -102,6 +115,11 @@ pub(super) fn check(shared: &Shared, heard: &mut dyn FnMut(CheckStep)) -> Result
     }
     for page in [check.core.slot_pages.clone(), check.core.snapshot_pages.clone()].concat() {
         check.claim(page, "a page of a list");
+    }
+    if let Some(error) = &check.core.unlisted {
+        let why = std::error::Error::source(error).map_or_else(|| error.to_string(), ToString::to_string);
+        check.blind = true;
+        check.told_problem(format!("the list of snapshots can't be read: {why}; what they hold was not looked at"));
     }
     check.walk_snapshots()?;
     check.compare_free_space()?;
@@ -152,15 +170,38 @@ impl Check<'_> {
         self.used[word] |= bit;
     }
 
+    /// Goes on without a page, and says what was not looked at for that. An error that is not the page's is the end.
+    fn pass_over(&mut self, page: &str, id: PageId, error: VolumeError) -> Result<(), VolumeError> {
+        let why = match error {
+            VolumeError::Store(_, why) => format!("can't be read: {why}"),
+            VolumeError::Damaged(why) => format!("is damaged: {why}"),
+            other => return Err(other),
+        };
+        let unseen = if id.tree == Tree::Map {
+            self.blind = true;
+            let blocks = id.blocks();
+            let last = blocks.end.min(self.from.geometry().blocks()).saturating_sub(1);
+            format!("blocks {} to {last} were not looked at", blocks.start.min(last))
+        } else {
+            "which blocks of the store it calls free was not looked at".to_owned()
+        };
+        self.told_problem(format!("{page} {why}; {unseen}"));
+        Ok(())
+    }
+
     /// A page and what hangs from it. A page that fails is a problem, not the end.
     fn walk(&mut self, id: PageId) -> Result<(), VolumeError> {
         let (home, bytes) = match self.core.run(self.from, |c| c.forest.page(id).map(|p| (p.home, p.bytes.clone()))) {
             Ok(page) => page,
-            Err(VolumeError::Damaged(why)) => {
-                self.told_problem(why);
+            Err(error) => {
+                let at = self.core.run(self.from, |c| c.forest.pointer(id))?.physical;
+                let tree = if id.tree == Tree::Map { "map" } else { "free-space map" };
+                self.pass_over(&format!("the page of the {tree} in block {at} of the store"), id, error)?;
+                if id.tree == Tree::Map {
+                    self.progress(id.blocks().end);
+                }
                 return Ok(());
             }
-            Err(other) => return Err(other),
         };
         self.report.pages += u64::from(home.is_some());
         if let Some(home) = home {
@@ -198,13 +239,15 @@ impl Check<'_> {
                 continue;
             };
             self.claim(physical, "data");
-            if !self.from.in_pool(physical) || !self.reads(lba, &entry)? {
-                self.bad(lba, Some(physical), "its tag does not verify");
-            }
+            self.look_at(lba, physical, &entry, &OF_THE_VOLUME)?;
         }
-        let all = self.from.geometry().blocks();
-        (self.heard)(CheckStep::Progress { done: all.min(first + ENTRIES as u64), all });
+        self.progress(first + ENTRIES as u64);
         Ok(())
+    }
+
+    fn progress(&mut self, done: u64) {
+        let all = self.from.geometry().blocks();
+        (self.heard)(CheckStep::Progress { done: all.min(done), all });
     }
 
     /// What snapshots hold beside the volume.
@@ -225,18 +268,18 @@ impl Check<'_> {
         }
         if !former {
             self.claim(pointer.physical, "a page of a snapshot");
-            self.report.pages += 1;
         }
         let expected = |h: &Header| h.tree == id.tree && h.level == id.level && h.index == id.index;
         let bytes = match self.from.read_page(&pointer, expected) {
             Ok(bytes) => bytes,
-            Err(error @ VolumeError::Damaged(_)) => {
+            Err(error) => {
                 let error = self.from.bad_page(Some(id), &pointer, error);
-                self.told_problem(format!("snapshot {}: {error}", snapshot.id));
-                return Ok(());
+                let page =
+                    format!("snapshot {}: the page of its map in block {} of the store", snapshot.id, pointer.physical);
+                return self.pass_over(&page, id, error);
             }
-            Err(other) => return Err(other),
         };
+        self.report.pages += u64::from(!former);
         if id.level > 0 {
             for i in 0..CHILDREN {
                 let below = PageId { level: id.level - 1, index: id.index * CHILDREN as u64 + i as u64, ..id };
@@ -251,9 +294,7 @@ impl Check<'_> {
             };
             self.report.data_blocks += 1;
             self.claim(physical, "data of a snapshot");
-            if !self.from.in_pool(physical) || !self.reads(lba, &entry)? {
-                self.bad(lba, Some(physical), "its tag does not verify, in a snapshot");
-            }
+            self.look_at(lba, physical, &entry, &OF_A_SNAPSHOT)?;
         }
         Ok(())
     }
@@ -262,13 +303,32 @@ impl Check<'_> {
         self.from.in_pool(block) && self.used[(block / 64) as usize] & (1 << (block % 64)) != 0
     }
 
-    fn reads(&mut self, lba: u64, entry: &crate::format::page::Entry) -> Result<bool, VolumeError> {
-        Ok(self.from.holds(lba, entry)? || self.from.holds(lba, entry)?)
+    /// A block of data; one that fails is looked at twice.
+    fn look_at(&mut self, lba: u64, physical: u64, entry: &Entry, reasons: &Reasons) -> Result<(), VolumeError> {
+        let from = self.from;
+        let look = || if from.in_pool(physical) { from.holds(lba, entry) } else { Ok(false) };
+        let found = match look() {
+            Ok(true) => return Ok(()),
+            Ok(false) | Err(VolumeError::Store(..)) => look(),
+            Err(other) => return Err(other),
+        };
+        match found {
+            Ok(true) => {}
+            Ok(false) => self.bad(lba, Some(physical), reasons.wrong),
+            Err(VolumeError::Store(..)) => self.told_bad(lba, Some(physical), reasons.unreadable),
+            Err(other) => return Err(other),
+        }
+        Ok(())
     }
 
     fn bad(&mut self, lba: u64, physical: Option<u64>, reason: &'static str) {
-        self.report.bad_blocks += 1;
         self.from.events.integrity(Some(lba), physical, reason);
+        self.told_bad(lba, physical, reason);
+    }
+
+    /// As [`bad`](Self::bad), of what is no matter for the audit log: a disk that can't read is no tamperer.
+    fn told_bad(&mut self, lba: u64, physical: Option<u64>, reason: &'static str) {
+        self.report.bad_blocks += 1;
         (self.heard)(CheckStep::Bad { lba, physical, reason });
     }
 
@@ -276,7 +336,14 @@ impl Check<'_> {
     fn compare_superblocks(&mut self) -> Result<(), VolumeError> {
         for at in self.from.geometry().superblocks(self.core.place) {
             let mut block = zero_block();
-            self.from.read_blocks(at, &mut block[..])?;
+            match self.from.read_blocks(at, &mut block[..]) {
+                Ok(()) => {}
+                Err(VolumeError::Store(_, why)) => {
+                    self.told_problem(format!("the copy of the superblock in block {at} can't be read: {why}"));
+                    continue;
+                }
+                Err(other) => return Err(other),
+            }
             let mac = self
                 .from
                 .with_keys(|ring, _| Ok(ring.find(self.core.superblock.key()).map(|key| key.superblock_mac(&block))))?;
@@ -296,7 +363,7 @@ impl Check<'_> {
             let page = match self.core.run(self.from, |c| c.forest.page(id).map(|p| p.bytes.clone())) {
                 Ok(page) => page,
                 // Named by the walk already.
-                Err(VolumeError::Damaged(_)) => continue,
+                Err(VolumeError::Damaged(_) | VolumeError::Store(..)) => continue,
                 Err(other) => return Err(other),
             };
             let pool = self.from.geometry().pool();
@@ -305,7 +372,7 @@ impl Check<'_> {
                 let called_used = crate::format::page::bit(&page, (block % bits) as usize);
                 match (used, called_used) {
                     (true, false) => self.problem(format!("block {block} is in use, but called free")),
-                    (false, true) => self.report.leaked_blocks += 1,
+                    (false, true) => self.report.leaked_blocks += u64::from(!self.blind),
                     _ => {}
                 }
             }

@@ -109,6 +109,8 @@ pub(crate) struct Core {
     snapshots_changed: bool,
     snapshot_pages: Vec<u64>,
     snapshots_taken: u64,
+    /// Why there may be more snapshots; only where nothing is written.
+    unlisted: Option<VolumeError>,
     /// Generations given out under this open number.
     pub(crate) generations: u64,
     /// Blocks sealed under the current key.
@@ -282,7 +284,8 @@ impl Volume {
 
     /// The volume has `size` bytes from now on, at least as many as now; what is new reads as zeroes. Requests that change something
     /// wait meanwhile. Durable, and anchored as the mode asks. Snapshots keep their size. A store that is longer than the volume needs is
-    /// used to its end: its room is for snapshots.
+    /// used to its end: its room is for snapshots. After an error [`size`](Self::size) is what it was, and the volume goes on with that,
+    /// unless it grew and only its anchor is still to be kept.
     pub fn grow(&self, size: u64) -> Result<(), VolumeError> {
         self.shared.grow(size)
     }

@@ -23,7 +23,7 @@ use policy::disk::VolumeGrant;
 use policy::{KeyId, VolumeAnchor, VolumeId};
 use secretmem::Secret;
 use serde::Serialize;
-use std::io::ErrorKind;
+use std::io::{self, ErrorKind};
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -183,7 +183,7 @@ impl Volume {
         }
         let ring = KeyRing::open(std::slice::from_ref(&chosen.superblock.slot), kek, &grant.customer)?;
         let backing = Backing::new(store, chosen.superblock.geometry, grant.volume, ring, events.clone());
-        let lists = read_lists(&chosen.superblock, kek, grant, &backing)?;
+        let lists = read_lists(&chosen.superblock, kek, grant, &backing, !options.writes())?;
         let replayed = recovery::replay(&chosen.superblock, &anchor, &backing)?;
         let mut core = start(chosen, epoch, grant, &replayed, lists, &backing, options);
         let anchoring = Anchoring::new(anchors, events.clone(), grant.anchor_mode, grant.anchor.clone());
@@ -295,6 +295,7 @@ impl Core {
             snapshots_changed: false,
             snapshot_pages: lists.snapshot_pages,
             snapshots_taken: superblock.taken,
+            unlisted: lists.unlisted,
             generations: 0,
             written: superblock.slot.written,
             warned: false,
@@ -311,7 +312,9 @@ impl Core {
     /// The map, and the size, are a snapshot's.
     fn show_snapshot(&mut self, id: u64, from: &Backing) -> Result<(), VolumeError> {
         let found = self.snapshots.iter().find(|snapshot| snapshot.id == id && snapshot.dying.is_none());
-        let snapshot = found.ok_or(VolumeError::NoSnapshot(id))?;
+        let Some(snapshot) = found else {
+            return Err(self.unlisted.take().unwrap_or(VolumeError::NoSnapshot(id)));
+        };
         let map = Root { child: snapshot.root, levels: snapshot.levels };
         let geometry = Geometry { size: snapshot.size, map_levels: snapshot.levels, ..from.geometry() };
         let free = self.forest.root(Tree::Free);
@@ -354,10 +357,19 @@ pub(super) struct Lists {
     slot_pages: Vec<u64>,
     snapshots: Vec<Snapshot>,
     snapshot_pages: Vec<u64>,
+    /// Why there may be more snapshots.
+    unlisted: Option<VolumeError>,
 }
 
-/// Reads both lists; the older keys join the ring before anything needs them.
-fn read_lists(superblock: &Superblock, kek: &Kek, grant: &VolumeGrant, from: &Backing) -> Result<Lists, VolumeError> {
+/// Reads both lists; the older keys join the ring before anything needs them. Who only `looks` gets to see the volume although a page of
+/// its snapshots can't be read.
+fn read_lists(
+    superblock: &Superblock,
+    kek: &Kek,
+    grant: &VolumeGrant,
+    from: &Backing,
+    looks: bool,
+) -> Result<Lists, VolumeError> {
     let mut lists = Lists::default();
     lists.slot_pages = read_chain(Tree::Slots, superblock.older, MAX_PAGES, from, |page| {
         let page = SlotPage::parse(page)?;
@@ -368,11 +380,20 @@ fn read_lists(superblock: &Superblock, kek: &Kek, grant: &VolumeGrant, from: &Ba
         let key = kek.open(slot, &grant.customer)?;
         from.change_keys(|ring| ring.add(key))?;
     }
-    lists.snapshot_pages = read_chain(Tree::Snapshots, superblock.snapshots, SNAPSHOT_PAGES, from, |page| {
+    let pages = read_chain(Tree::Snapshots, superblock.snapshots, SNAPSHOT_PAGES, from, |page| {
         let page = SnapshotPage::parse(page)?;
         lists.snapshots.extend(page.snapshots);
         Ok(page.next)
-    })?;
+    });
+    match pages {
+        Ok(pages) => lists.snapshot_pages = pages,
+        Err(error @ (VolumeError::Store(..) | VolumeError::Damaged(_))) if looks => {
+            from.events
+                .note("the list of the volume's snapshots can't be read; the volume itself is shown all the same");
+            lists.unlisted = Some(error);
+        }
+        Err(other) => return Err(other),
+    }
     Ok(lists)
 }
 
@@ -392,7 +413,12 @@ fn read_chain(
             return Err(VolumeError::Damaged("one of its lists does not end".to_owned()));
         }
         let page = from.read_page(&next, |h| h.tree == tree && h.level == 0 && h.index == index as u64);
-        let page = page.map_err(|error| from.bad_page(None, &next, error))?;
+        let page = page.map_err(|error| match error {
+            VolumeError::Store(doing, why) => {
+                VolumeError::Store(doing, io::Error::new(why.kind(), format!("block {}: {why}", next.physical)))
+            }
+            other => from.bad_page(None, &next, other),
+        })?;
         blocks.push(next.physical);
         next = parse(&page).map_err(|e| VolumeError::Damaged(e.to_string()))?;
     }

@@ -75,7 +75,11 @@ fn next_block(
         return Ok(None);
     }
     let mut bytes = zero_block();
-    from.read_blocks(from.geometry().log_start() + (superblock.cut.offset + done) % ring, &mut bytes[..])?;
+    let at = from.geometry().log_start() + (superblock.cut.offset + done) % ring;
+    from.read_blocks(at, &mut bytes[..]).map_err(|error| match error {
+        VolumeError::Store(_, why) => VolumeError::Store("read its log", why),
+        other => other,
+    })?;
     let Ok(block) = LogBlock::parse(&bytes) else { return Ok(None) };
     let sequence = superblock.cut.sequence + done;
     if block.writer != superblock.writer.get() || block.sequence != sequence || block.key != superblock.key() {

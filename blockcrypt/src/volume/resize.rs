@@ -1,8 +1,9 @@
 //! A volume that grows while it is used, or shrinks while nobody does.
 //!
 //! **Growth.** The pool gets longer, trees get levels above their roots, and the superblock's second copies move to the new end. All of that
-//! becomes true with one superblock: before it, the store is only longer than it need be; after it, the blocks that the old
-//! copies took are free. A second checkpoint brings the other slot along.
+//! becomes true with one superblock: before it, the store is only longer than it need be, and what memory knew of the larger volume is
+//! taken back where something fails; after it, the blocks that the old copies took are free. A second checkpoint brings the other slot
+//! along.
 //!
 //! Room beyond the size grows in the same way, with a size that stays.
 //!
@@ -19,7 +20,7 @@ use crate::format::geometry::Geometry;
 use crate::format::page::{BITS, ENTRIES, Entry, Tree};
 use crate::format::{BLOCK, zero_block};
 use crate::space::bitmap;
-use crate::tree::Halt;
+use crate::tree::{Halt, Root};
 
 impl Shared {
     pub(super) fn grow(&self, size: u64) -> Result<(), VolumeError> {
@@ -57,16 +58,17 @@ impl Shared {
         reserved.map_err(VolumeError::store("set room aside for pages"))?;
         // They may have been wiped while the store made room.
         from.has_keys()?;
+        let roots = self.core()?.forest.roots();
         let grown = self.with_core(|core| core.lengthen(&new)).and_then(|()| {
             from.set_geometry(new);
             self.with_core(|core| core.move_fence(&old, &new))?;
             self.write_checkpoint(&group, Occasion::Running)
         });
-        // Where it fails on its way, memory is the larger volume's already; the next opener finds out what the store is.
-        grown.map_err(|error| match self.core() {
-            Ok(mut core) => core.fail(error, &*from.events),
-            Err(other) => other,
-        })?;
+        if let Err(error) = grown {
+            from.set_geometry(old);
+            self.core()?.take_back(&old, roots);
+            return Err(error);
+        }
         // Of the larger volume too: so that no superblock of the smaller one is needed.
         if let Err(error) = self.write_checkpoint(&group, Occasion::Running) {
             from.events.note(&format!(
@@ -174,6 +176,12 @@ impl Core {
         self.space.resize(new);
         self.forest.deepen(Tree::Map, new.map_levels)?;
         self.forest.deepen(Tree::Free, new.free_levels)
+    }
+
+    /// Takes back what growth did to memory, which was all durable before it: the volume has the geometry `old` and these roots again.
+    fn take_back(&mut self, old: &Geometry, roots: [Root; 2]) {
+        self.forest.go_back(roots);
+        self.space.resize(old);
     }
 
     /// Map and space are those of a smaller volume. All pages of the map must be clean.

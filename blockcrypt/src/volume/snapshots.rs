@@ -23,6 +23,7 @@ use crate::space::bitmap;
 use crate::tree::Root;
 use crate::tree::{Halt, PageId};
 use serde::Serialize;
+use std::io;
 use std::sync::MutexGuard;
 use std::time::{Duration, SystemTime};
 
@@ -93,7 +94,14 @@ impl Shared {
             mapped: s.mapped * BLOCK as u64,
             deleting: s.dying.is_some(),
         };
-        Ok(self.core()?.snapshots.iter().map(info).collect())
+        let core = self.core()?;
+        match &core.unlisted {
+            Some(VolumeError::Store(doing, why)) => {
+                Err(VolumeError::Store(doing, io::Error::new(why.kind(), why.to_string())))
+            }
+            Some(error) => Err(VolumeError::Damaged(error.to_string())),
+            None => Ok(core.snapshots.iter().map(info).collect()),
+        }
     }
 
     pub(super) fn delete_snapshot(&self, id: u64, heard: &mut dyn FnMut(u64, u64)) -> Result<(), VolumeError> {

@@ -6,6 +6,7 @@ mod common;
 mod device;
 mod faults;
 mod fuzz;
+mod growth;
 mod hostile;
 mod kill;
 mod known;

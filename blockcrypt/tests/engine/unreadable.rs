@@ -1,8 +1,9 @@
 //! Stores that can't read some of their blocks, and ones whose length is given.
 
 use crate::common::{MIB, Provider, check_good, lock};
-use fealty_blockcrypt::{MemoryStore, Store, VolumeError, make_room};
+use fealty_blockcrypt::{CheckStep, MemoryStore, Store, Volume, VolumeError, make_room};
 use policy::AnchorMode;
+use std::collections::BTreeSet;
 use std::io;
 use std::sync::{Arc, Mutex};
 
@@ -10,12 +11,14 @@ use std::sync::{Arc, Mutex};
 struct Worn {
     inner: MemoryStore,
     unreadable: Mutex<Vec<u64>>,
+    /// Blocks that were read.
+    read: Mutex<BTreeSet<u64>>,
     longest: u64,
 }
 
 impl Worn {
     fn new(longest: u64) -> Arc<Self> {
-        Arc::new(Self { inner: MemoryStore::default(), unreadable: Mutex::default(), longest })
+        Arc::new(Self { inner: MemoryStore::default(), unreadable: Mutex::default(), read: Mutex::default(), longest })
     }
 }
 
@@ -25,6 +28,7 @@ impl Store for Worn {
     }
     fn read_at(&self, buffer: &mut [u8], offset: u64) -> io::Result<()> {
         let blocks = offset / 4096..(offset + buffer.len() as u64).div_ceil(4096);
+        lock(&self.read).extend(blocks.clone());
         if lock(&self.unreadable).iter().any(|block| blocks.contains(block)) {
             return Err(rustix::io::Errno::IO.into());
         }
@@ -103,4 +107,129 @@ fn a_store_that_is_too_short_is_told_how_long_it_must_be() {
     volume.grow(2 * MIB).expect("there is as much");
     check_good(&volume);
     volume.close().expect("closed");
+}
+
+/// A check names what can't be read, be it a page or data, says what hangs from it, and looks at all the rest.
+#[test]
+fn a_check_goes_on_past_what_can_not_be_read() {
+    let (provider, store) = (Provider::new(AnchorMode::Close), Worn::new(u64::MAX));
+    let size = 32 * MIB;
+    let volume = provider.create(store.clone(), size).expect("a volume");
+    for at in (0..size).step_by(MIB as usize) {
+        volume.write(at, &[7; 4096]).expect("written");
+    }
+    volume.take_snapshot("then").expect("taken");
+    for at in (0..size).step_by(MIB as usize) {
+        volume.write(at, &[8; 4096]).expect("written");
+    }
+    volume.close().expect("closed");
+    drop(volume);
+    let opened = || provider.open_read_only(store.clone()).expect("opens");
+    let whole = opened();
+    let check = |volume: &Volume| {
+        let (mut said, mut last) = (Vec::new(), 0);
+        let report = volume.check(&mut |step| match step {
+            CheckStep::Progress { done, .. } => {
+                assert!(done >= last && done <= size / 4096);
+                last = done;
+            }
+            CheckStep::Bad { lba, reason, .. } => said.push(format!("block {lba}: {reason}")),
+            CheckStep::Problem(text) => said.push(text),
+        });
+        // The last block that holds something lies in the last MiB.
+        assert!(last > (size - MIB) / 4096);
+        (report.expect("a whole check"), said.join("\n"))
+    };
+    lock(&store.read).clear();
+    let good = check(&whole).0;
+    let read = lock(&store.read).clone();
+    assert!(good.good(), "{good:?}");
+    drop(whole);
+    let copies = {
+        let end = store.len().expect("known") / 4096;
+        [0, 1, end - 2, end - 1]
+    };
+    let (mut seen, mut under, mut leaves) = (Vec::new(), 0, 0);
+    for block in read {
+        lock(&store.unreadable).clear();
+        let volume = opened();
+        provider.heard();
+        *lock(&store.unreadable) = vec![block];
+        let (report, said) = check(&volume);
+        assert!(!provider.heard().iter().any(|event| event.starts_with("integrity")), "{block}: {said}");
+        if report.good() {
+            continue;
+        }
+        assert!(said.contains("Input/output error") || said.contains("the store can't read it"), "{block}: {said}");
+        // One thing at a time, but that a snapshot may have it too.
+        assert!(report.problems + report.bad_blocks <= 2 && report.leaked_blocks == 0, "{block}: {said}");
+        let pages = good.pages - report.pages;
+        if said.contains("page of") {
+            assert!(
+                said.contains(&format!("in block {block} of the store can't be read")) && pages > 0,
+                "{block}: {said}"
+            );
+            under += u64::from(pages > 1 && good.data_blocks > report.data_blocks);
+            leaves += u64::from(said.contains("blocks 0 to 71 were not looked at"));
+        }
+        for kind in ["map in", "free-space map", "its map", "it, in a snapshot", "superblock"] {
+            if said.contains(kind) && !seen.contains(&kind) {
+                seen.push(kind);
+            }
+        }
+        let is_copy = said.contains("copy of the superblock");
+        assert_eq!(is_copy, is_copy && copies.contains(&block));
+    }
+    assert_eq!(seen.len(), 5, "{seen:?}");
+    // A root and the nodes below it, of the volume and of its snapshot; the first leaf of both.
+    assert!(under >= 2 && leaves == 2, "{under} {leaves}");
+}
+
+/// What is read to open it: without a page of the snapshots the rest is seen, and nothing is written; without the log nothing is known.
+#[test]
+fn a_volume_is_looked_at_without_its_list_of_snapshots() {
+    let (provider, store) = (Provider::new(AnchorMode::Close), Worn::new(u64::MAX));
+    let volume = provider.create(store.clone(), 2 * MIB).expect("a volume");
+    volume.write(4096, &[7; 4096]).expect("written");
+    volume.take_snapshot("then").expect("taken");
+    volume.write(4096, &[8; 4096]).expect("written");
+    volume.close().expect("closed");
+    drop(volume);
+    lock(&store.read).clear();
+    drop(provider.open_read_only(store.clone()).expect("opens"));
+    let read = lock(&store.read).clone();
+    let (mut lists, mut logs) = (0, 0);
+    for block in read {
+        *lock(&store.unreadable) = vec![block];
+        let volume = match provider.open_read_only(store.clone()) {
+            Ok(volume) => volume,
+            Err(error) => {
+                assert!(error.to_string().ends_with("failed to read its log"), "{block}: {error}");
+                logs += 1;
+                continue;
+            }
+        };
+        let mut found = [0; 4096];
+        volume.read(4096, &mut found).expect("read");
+        assert!(found == [8; 4096]);
+        let Err(error) = volume.snapshots() else { continue };
+        lists += 1;
+        assert!(matches!(error, VolumeError::Store(..)), "{error}");
+        let mut said = String::new();
+        let report = volume.check(&mut |step| {
+            if let CheckStep::Problem(text) = step {
+                said += &text;
+            }
+        });
+        let report = report.expect("a whole check");
+        assert_eq!(
+            (report.problems, report.bad_blocks, report.data_blocks, report.leaked_blocks),
+            (1, 0, 1, 0),
+            "{said}"
+        );
+        assert!(said.contains(&format!("the list of snapshots can't be read: block {block}: Input/output")), "{said}");
+        drop(volume);
+        assert!(matches!(provider.open(store.clone()), Err(VolumeError::Store(..))), "a writer would lose it");
+    }
+    assert_eq!((lists, logs), (1, 1));
 }

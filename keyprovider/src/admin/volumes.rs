@@ -6,7 +6,7 @@ use crate::api::{
     VolumeView,
 };
 use crate::attestation::{LEASE_MARGIN_US, confirmed};
-use crate::instance::{keep_anchor, move_anchor};
+use crate::instance::{keep_anchor, keep_size, move_anchor};
 use crate::keystore::KeyLabel;
 use crate::provider::Provider;
 use crate::server::body::{At, Json as Body};
@@ -321,14 +321,8 @@ pub async fn size(
     let now_us = provider.clock.now_us();
     let mut tx = provider.db.write().await?;
     let (volume, _) = session(&mut tx, &caller, &path).await?;
-    if volume.size != Some(size.bytes) {
-        volumes::set_size(&mut tx, &volume.id, size.bytes).await?;
-        let draft = Draft::new(&volume.customer, caller.actor(), AuditKind::VolumeResized)
-            .volume(volume.id)
-            .detail("before", volume.size.map_or("unknown".to_owned(), |bytes| bytes.to_string()))
-            .detail("size", size.bytes);
-        append(&mut tx, now_us, draft).await?;
-    }
+    let draft = Draft::new(&volume.customer, caller.actor(), AuditKind::VolumeResized);
+    keep_size(&mut tx, &volume, size.bytes, draft, now_us).await?;
     tx.commit().await?;
     done()
 }

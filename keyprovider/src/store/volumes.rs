@@ -26,7 +26,7 @@ pub struct Volume {
     pub anchor: Option<VolumeAnchor>,
     /// Whether an administrator has to confirm the anchor first.
     pub unconfirmed: bool,
-    /// Its size in bytes, as the customer's tool last said.
+    /// Its size in bytes, as whoever held it last said: the customer's tool, or an instance under which it grew.
     pub size: Option<u64>,
     /// Whether its keys are retired: there is no key-encryption key any more.
     pub retired: bool,

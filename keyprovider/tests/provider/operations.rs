@@ -4,8 +4,10 @@ use crate::support::vm::{SoftVm, check_receipt};
 use crate::support::{GO, Lab};
 use attest::protocol::{KeyName, ProblemType};
 use attest::stream::{Direction, Sealer, StreamInfo};
+use fealty_keyprovider::api;
 use policy::operation::{Operation, OperationRequest};
-use policy::report::{EndReason, ReportEvent};
+use policy::report::{EndReason, ReportEvent, Resized};
+use policy::{AttestationId, VolumeId};
 use std::io::Write;
 
 const DUMPS: &str = r#"permit (principal, action == Action::"vm.coredump", resource)
@@ -133,6 +135,55 @@ fn a_permitted_resize_brings_no_key_that_was_not_there_and_owes_an_outcome() {
     assert_eq!(lab.events("report-gap")[0]["details"]["missing"], "the outcome of vm.resize-disk");
 }
 
+/// The provider learns it from who holds the volume and was permitted, once for each permission, and believes no less than it knows.
+#[test]
+fn the_outcome_of_a_resize_says_how_large_the_volume_is() {
+    let by_name = r#"permit (principal, action == Action::"vm.resize-disk", resource);"#;
+    let lab = Lab::with(600, &format!("{GO}\n{by_name}"));
+    let mut vm = SoftVm::new(&lab);
+    let number = vm.start(&lab.host).release.instance;
+    let known = || {
+        let views: Vec<api::VolumeView> = lab.admin().get("/v1/customers/acme/volumes").expect("listed");
+        views.into_iter().find(|view| view.volume == lab.volume).expect("listed").size
+    };
+    let outcome = |attestation, volume, bytes: u64| ReportEvent::Outcome {
+        attestation,
+        operation: Operation::ResizeDisk,
+        done: true,
+        detail: String::new(),
+        resized: Some(Resized { volume, size: bytes.try_into().expect("a size") }),
+    };
+    vm.operation = OperationRequest::plain(Operation::ResizeDisk);
+    let permit = |vm: &mut SoftVm| vm.attest(&lab.host).expect("permitted").release.attestation;
+    let first = permit(&mut vm);
+    vm.report(number, outcome(AttestationId([9; 16]), lab.volume, 4 << 20)).expect("taken");
+    assert_eq!(known(), None, "nobody permitted that");
+    vm.report(number, outcome(first, lab.volume, 8 << 20)).expect("taken");
+    assert_eq!(known(), Some(8 << 20));
+    vm.report(number, outcome(first, lab.volume, 16 << 20)).expect("taken");
+    assert_eq!(known(), Some(8 << 20), "a permission is for one resize");
+    for (volume, bytes) in [(lab.volume, 4 << 20), (VolumeId([1; 16]), 16 << 20)] {
+        let next = permit(&mut vm);
+        vm.report(number, outcome(next, volume, bytes)).expect("taken");
+        assert_eq!(known(), Some(8 << 20));
+    }
+    let last = permit(&mut vm);
+    let nonsense = serde_json::to_string(&vm.next_report(outcome(last, lab.volume, 1 << 30))).expect("JSON");
+    for size in ["0", "513", "1125899906843136", "-512"] {
+        let bad = nonsense.replace(&(1_u64 << 30).to_string(), size);
+        assert_eq!(
+            vm.send_report(number, bad.as_bytes()).expect_err("no size").problem(),
+            Some(ProblemType::BadRequest)
+        );
+    }
+    let resized = lab.events("volume-resized");
+    assert_eq!(resized.len(), 1, "{resized:#?}");
+    assert_eq!(
+        (&resized[0]["details"]["before"], &resized[0]["details"]["size"]),
+        (&"unknown".into(), &"8388608".into())
+    );
+}
+
 #[test]
 fn a_permitted_dump_is_opened_by_the_customer_alone() {
     let lab = Lab::with(600, &format!("{GO}\n{DUMPS}"));
@@ -162,8 +213,13 @@ fn a_permitted_dump_is_opened_by_the_customer_alone() {
     lab.write("dump.sealed", &sealed);
     lab.refused(&["dump", "open", "acme", "--in", "dump.sealed", "--out", "core"]);
     let attestation = keys.release.attestation;
-    let outcome =
-        |detail: String| ReportEvent::Outcome { attestation, operation: Operation::CoreDump, done: true, detail };
+    let outcome = |detail: String| ReportEvent::Outcome {
+        attestation,
+        operation: Operation::CoreDump,
+        done: true,
+        detail,
+        resized: None,
+    };
     vm.report(instance, outcome(hex::encode(tag))).expect("taken");
     lab.keys(&["dump", "open", "acme", "--in", "dump.sealed", "--out", "core"]);
     assert_eq!(std::fs::read(lab.path("core")).expect("the dump"), b"core ".repeat(40_000));
@@ -200,7 +256,8 @@ fn attack_47_only_the_instance_that_dumped_says_which_dump_it_was() {
     let mut other = SoftVm::new(&lab);
     let second = other.start(&lab.host).release.instance;
     let (attestation, detail) = (keys.release.attestation, hex::encode(tag));
-    let outcome = ReportEvent::Outcome { attestation, operation: Operation::CoreDump, done: true, detail };
+    let outcome =
+        ReportEvent::Outcome { attestation, operation: Operation::CoreDump, done: true, detail, resized: None };
     other.report(second, outcome).expect("taken, and told as permitted by nobody");
     lab.refused(&["dump", "open", "acme", "--in", "dump.sealed", "--out", "core"]);
 }

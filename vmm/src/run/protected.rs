@@ -215,6 +215,7 @@ fn live(
         link: link.clone(),
         instance: opened.release.instance,
         lease_end_ms: AtomicU64::new(lease.end_ms()),
+        volumes: volumes.clone(),
     });
     let guard = Guard::new(helm.clone(), volumes.clone(), protected.clone(), &opened, post.clone());
     drop(opening);

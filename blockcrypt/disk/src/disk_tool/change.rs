@@ -53,7 +53,12 @@ pub(super) struct Change<'a> {
     pub(super) command: &'static str,
     pub(super) path: &'a Path,
     pub(super) operation: Option<VolumeRequest>,
+    /// What is to be said of it when it is interrupted.
+    pub(super) cut_off: &'static str,
 }
+
+/// Of a change that is done in steps, or in one that may be done twice.
+pub(super) const GOES_ON: &str = "the volume is whole: run this again, and it goes on";
 
 pub(super) fn resize(context: &Context, words: &Resize) -> Result<(), ToolError> {
     if let Some(socket) = &words.served {
@@ -63,7 +68,7 @@ pub(super) fn resize(context: &Context, words: &Resize) -> Result<(), ToolError>
         let (size, room) = control::resize(socket, volume, words.size.map_or(0, Size::bytes))?;
         return tell_size(context.report, volume, size, room);
     }
-    let change = Change { context, command: "resize", path: &words.volume, operation: None };
+    let change = Change { context, command: "resize", path: &words.volume, operation: None, cut_off: GOES_ON };
     let resized = change.make(|volume, _| {
         let size = words.size.map_or(volume.size(), Size::bytes);
         if size >= volume.size() {
@@ -90,7 +95,7 @@ fn tell_size(report: Reporter, volume: VolumeId, size: u64, room: u64) -> Result
 /// Seals everything under a new key, whose id the provider issues.
 pub(super) fn rekey(context: &Context, words: &Rekey) -> Result<(), ToolError> {
     let operation = Some(VolumeRequest::plain(VolumeOperation::Rekey));
-    let change = Change { context, command: "rekey", path: &words.volume, operation };
+    let change = Change { context, command: "rekey", path: &words.volume, operation, cut_off: GOES_ON };
     let (_, (info, goes_on)) = change.make(|volume, keys| {
         rotation::rotate(volume, context.report, &AtomicBool::new(false))?;
         Ok((volume.info(), keys.goes_on))
@@ -117,7 +122,7 @@ pub(super) fn rekeyed(report: Reporter, info: &VolumeInfo, goes_on: bool) -> Res
 /// Wraps the volume's masters under another key-encryption key.
 pub(super) fn rewrap(context: &Context, words: &Rewrap) -> Result<(), ToolError> {
     let operation = Some(VolumeRequest::plain(VolumeOperation::Rewrap));
-    let change = Change { context, command: "rewrap", path: &words.volume, operation };
+    let change = Change { context, command: "rewrap", path: &words.volume, operation, cut_off: GOES_ON };
     let (volume, kek_id) = change.make(|volume, keys| {
         let next = keys.next.ok_or(VolumeError::Grant("it names no next key-encryption key"))?;
         volume.rewrap(keys.kek, next).map(|()| next.id())
@@ -181,7 +186,7 @@ impl Change<'_> {
         let failed = |e| ToolError::Volume(self.path.to_owned(), e);
         let again = file.try_clone().map_err(|e| ToolError::Open(self.path.to_owned(), e))?;
         let store = FileStore::exclusive(file).map_err(failed)?;
-        self.context.interrupts.changing("the volume is whole: run this again, and it goes on");
+        self.context.interrupts.changing(self.cut_off);
         let change = |grant: &VolumeGrant, next: Option<Kek>, goes_on: bool| {
             let volume = Volume::open(store, grant, &kek, OpenOptions::default(), holder.clone(), holder.clone());
             let mut volume = volume.map_err(failed)?;
@@ -218,7 +223,7 @@ impl Change<'_> {
 
 /// What is cut off is whole.
 fn cut_off(gone: &HolderError) {
-    report::line(&gone.to_string());
+    report::end(1, &gone.to_string());
     std::process::exit(1);
 }
 

@@ -522,18 +522,21 @@ pub(crate) fn parse() -> Result<Cli, ExitCode> {
             ExitCode::SUCCESS
         }
         ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand => {
-            report::line(
+            end(
                 "a command is missing: create, import, clone, export, info, check, snapshot, resize, rekey, rewrap, erase, bench or \
                  serve (see \
                  fealty-disk --help)",
-            );
-            ExitCode::from(2)
+            )
         }
-        _ => {
-            report::line(&format!("{} (see fealty-disk --help)", first_sentence(&error)));
-            ExitCode::from(2)
-        }
+        _ => end(&format!("{} (see fealty-disk --help)", first_sentence(&error))),
     })
+}
+
+/// Says what is wrong with the command line, as its `--json` asks, wherever that stands.
+fn end(why: &str) -> ExitCode {
+    report::speak(std::env::args_os().any(|word| word == "--json"));
+    report::end(2, why);
+    ExitCode::from(2)
 }
 
 /// clap's answer is several lines: what is wrong, perhaps a list of what is missing, then usage.

@@ -252,7 +252,7 @@ impl Holder {
     pub(crate) fn size(&self, volume: VolumeId, bytes: u64) {
         if let Answer::Refused(why) | Answer::Unknown(why) = self.side.talk().ask(&ToolMessage::Size { volume, bytes })
         {
-            report::line(&format!("note: the key provider was not told the volume's size: {why}"));
+            report::note(&format!("the key provider was not told the volume's size: {why}"));
         }
     }
 
@@ -358,7 +358,7 @@ impl Events for Holder {
     fn note(&self, text: &str) {
         let waiting = self.side.waiting();
         if !waiting.hushed {
-            report::line(&format!("note: {text}"));
+            report::note(text);
         }
         self.tell(waiting, text.to_owned());
     }

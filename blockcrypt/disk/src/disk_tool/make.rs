@@ -149,6 +149,10 @@ fn make_from_image(
     context.report.result(&made, &text)
 }
 
+const UNCLONED: &str = "there is no clone, and the volume is as it was; the key provider has the clone's name, and takes it from the next run";
+const UNCLONED_RECOVERED: &str =
+    "there is no clone, and the volume is whole; the key provider has the clone's name, and takes it from the next run";
+
 /// The same data as another volume.
 pub(super) fn clone(context: &Context, words: &Clone) -> Result<(), ToolError> {
     let file = open_file(&words.volume)?;
@@ -170,6 +174,10 @@ pub(super) fn clone(context: &Context, words: &Clone) -> Result<(), ToolError> {
         let Leave::Clone(grant, kek) = leave else {
             return Err(HolderError::NoPermit(VolumeOperation::Clone, "it brought no volume to clone to".into()).into());
         };
+        context.interrupts.changing_besides(match closed || words.snapshot.is_some() {
+            true => UNCLONED,
+            false => UNCLONED_RECOVERED,
+        });
         // One that was not closed in order is recovered first, as whoever opens it does.
         let source = match closed || words.snapshot.is_some() {
             true => open_snapshot(&words.volume, file, &handover, words.snapshot)?,

@@ -72,6 +72,7 @@ pub(crate) fn main() -> ExitCode {
         Ok(cli) => cli,
         Err(code) => return code,
     };
+    report::speak(cli.json);
     match perform(cli) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {

@@ -5,6 +5,10 @@ use super::progress;
 use serde::Serialize;
 use std::error::Error;
 use std::io::{self, Write};
+use std::sync::atomic::{AtomicBool, Ordering};
+
+/// The longest text of a line, in bytes.
+const LINE: usize = 2000;
 
 /// Writes results: for people, or as JSON, one object a line.
 #[derive(Clone, Copy)]
@@ -38,15 +42,54 @@ impl Reporter {
     }
 }
 
+/// Whether standard error is for scripts too.
+static JSON: AtomicBool = AtomicBool::new(false);
+
+/// What standard error says beside progress: for people a line, for scripts an object on a line, as `fealty --json` has it.
+#[derive(Serialize)]
+#[serde(rename_all = "kebab-case", tag = "event")]
+enum Line<'a> {
+    /// Something to know.
+    Note { message: &'a str },
+    /// Why the tool ends, and its exit code.
+    Error { exit: u8, message: &'a str },
+}
+
+/// From now on lines on standard error are objects, if `json` says so.
+pub(crate) fn speak(json: bool) {
+    JSON.store(json, Ordering::Relaxed);
+}
+
 /// The line that says why the tool failed.
 pub(crate) fn failure(error: &ToolError) {
-    line(&chain(error));
+    end(error.code(), &chain(error));
+}
+
+/// The line that says why the tool ends, with exit code `exit`.
+pub(crate) fn end(exit: u8, text: &str) {
+    let message = &one_line(text, LINE);
+    tell(&Line::Error { exit, message }, message);
 }
 
 /// A line on standard error. Whatever it quotes can't add a second one, nor move a terminal's cursor.
 pub(crate) fn line(text: &str) {
+    let message = &one_line(text, LINE);
+    tell(&Line::Note { message }, message);
+}
+
+/// Something that nobody has to act upon at once.
+pub(crate) fn note(text: &str) {
+    let message = &one_line(text, LINE);
+    tell(&Line::Note { message }, &format!("note: {message}"));
+}
+
+fn tell(line: &Line<'_>, text: &str) {
     progress::clear();
-    let _ = writeln!(io::stderr().lock(), "fealty-disk: {}", one_line(text, 2000));
+    let mut out = io::stderr().lock();
+    let _ = match JSON.load(Ordering::Relaxed) {
+        true => writeln!(out, "{}", serde_json::to_string(line).unwrap_or_default()),
+        false => writeln!(out, "fealty-disk: {text}"),
+    };
 }
 
 /// An error and its causes.

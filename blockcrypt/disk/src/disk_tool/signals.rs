@@ -17,8 +17,8 @@ enum Stage {
     /// Nothing was changed.
     #[default]
     Nothing,
-    /// A temporary file is being written.
-    Draft(PathBuf),
+    /// A temporary file is being written; what is to be said of the rest, once that is gone.
+    Draft(PathBuf, &'static str),
     /// A device is being written.
     Device(PathBuf),
     /// A volume is being changed in its place; what is to be said of one that is cut off.
@@ -31,6 +31,7 @@ enum Stage {
     Done,
 }
 
+const UNCHANGED: &str = "nothing was changed";
 const WATCHED: [c_int; 3] = [libc::SIGINT, libc::SIGTERM, libc::SIGHUP];
 
 impl Interrupts {
@@ -53,8 +54,16 @@ impl Interrupts {
     pub(crate) fn drafting<R, E>(&self, temporary: &Path, make: impl FnOnce() -> Result<R, E>) -> Result<R, E> {
         let mut stage = self.stage();
         let made = make()?;
-        *stage = Stage::Draft(temporary.to_owned());
+        *stage = Stage::Draft(temporary.to_owned(), UNCHANGED);
         Ok(made)
+    }
+
+    /// Something else than the file that is made is changed from now on; `rest` says how it is without that file.
+    pub(crate) fn changing_besides(&self, rest: &'static str) {
+        match &mut *self.stage() {
+            Stage::Draft(_, said) => *said = rest,
+            stage => *stage = Stage::Changing(rest),
+        }
     }
 
     pub(crate) fn overwriting(&self, device: &Path) {
@@ -93,39 +102,37 @@ impl Interrupts {
     fn interrupted(&self, signal: c_int) {
         // Held until the process has ended, so that no other thread goes on to the next stage.
         let mut stage = self.stage();
-        match &mut *stage {
-            Stage::Nothing => report::line("interrupted; nothing was changed"),
-            Stage::Draft(temporary) => {
-                let _ = std::fs::remove_file(temporary);
-                report::line("interrupted; nothing was changed");
-            }
-            Stage::Device(device) => {
-                report::line(&format!("interrupted; {} was overwritten in part", device.display()));
-            }
-            Stage::Changing(cut_off) => report::line(&format!("interrupted; {cut_off}")),
+        let end = match &mut *stage {
+            Stage::Nothing => UNCHANGED.to_owned(),
+            Stage::Draft(temporary, rest) => match std::fs::remove_file(&*temporary) {
+                Ok(()) => (*rest).to_owned(),
+                Err(error) => format!("{} is left, remove it: {error}; {rest}", temporary.display()),
+            },
+            Stage::Device(device) => format!("{} may be overwritten in part", device.display()),
+            Stage::Changing(cut_off) => (*cut_off).to_owned(),
             Stage::Committing(asked @ false) => {
                 *asked = true;
-                report::line(
+                return report::line(
                     "interrupted while the work is being committed: it ends at once; a second time leaves it open",
                 );
-                return;
             }
             Stage::Committing(true) => {
-                report::line("interrupted; the file is in its place, but whether its anchor is kept is not known");
+                "the file is in its place, but whether its anchor is kept is not known".to_owned()
             }
             Stage::Serving(asked @ Some(_)) => {
                 *asked = None;
-                report::line(
+                return report::line(
                     "ending: requests in flight are finished, then the volume is closed; a second time ends at once",
                 );
-                return;
             }
             Stage::Serving(None) => {
-                report::line("interrupted; the volume was not closed in order, which loses nothing that was flushed");
+                "the volume was not closed in order, which loses nothing that was flushed".to_owned()
             }
             Stage::Done => return,
-        }
-        std::process::exit(128 + signal);
+        };
+        let code = 128 + signal;
+        report::end(code as u8, &format!("interrupted; {end}"));
+        std::process::exit(code);
     }
 }
 

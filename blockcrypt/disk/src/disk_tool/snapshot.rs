@@ -1,6 +1,6 @@
 //! `snapshot`: taken, listed, gone back to, deleted.
 
-use super::change::Change;
+use super::change::{Change, GOES_ON};
 use super::cli::{Snapshot, SnapshotCommand};
 use super::error::ToolError;
 use super::progress::Progress;
@@ -25,13 +25,14 @@ struct All<'a> {
     snapshots: &'a [SnapshotInfo],
 }
 
+const PERHAPS_TAKEN: &str = "the volume is whole: fealty-disk snapshot list shows whether the snapshot was taken";
+
 pub(super) fn snapshot(context: &Context, words: &Snapshot) -> Result<(), ToolError> {
-    let change = |command, path, operation| Change { context, command, path, operation };
+    let change = |command, path, operation| Change { context, command, path, operation, cut_off: GOES_ON };
     match &words.command {
         SnapshotCommand::Take(words) => {
-            let taken =
-                change("snapshot take", &words.volume, None).make(|volume, _| volume.take_snapshot(&words.name));
-            let (volume, snapshot) = taken?;
+            let change = Change { cut_off: PERHAPS_TAKEN, ..change("snapshot take", &words.volume, None) };
+            let (volume, snapshot) = change.make(|volume, _| volume.take_snapshot(&words.name))?;
             let text = format!("took snapshot {snapshot} of volume {volume}");
             context.report.result(&One { volume, snapshot }, &text)
         }

@@ -18,6 +18,9 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread::JoinHandle;
 
+/// The key-encryption key of a clone.
+const CLONE_KEK: [u8; 32] = [0x4c; 32];
+
 /// One volume's keeper: its key, its numbers, its newest anchor.
 #[derive(Clone)]
 pub(crate) struct Keeper {
@@ -234,6 +237,7 @@ fn hold(
     }
     while let Some(text) = receive(stream) {
         let refusal = HolderAnswer::Refused("another holder has it".to_owned());
+        let mut clones = false;
         let answer = match serde_json::from_slice(&text).expect("a message") {
             ToolMessage::Anchor(anchor) => {
                 anchors.push(anchor);
@@ -258,14 +262,21 @@ fn hold(
                 events.push(text);
                 if matches!(manner, Manner::Deaf) { refusal } else { HolderAnswer::Kept }
             }
-            ToolMessage::Operation(request) => permit(&request, handover, manner, ended).unwrap_or(refusal),
+            ToolMessage::Operation(request) => {
+                let permitted = permit(&request, handover, manner, ended);
+                clones = matches!(permitted, Some(HolderAnswer::Permitted(Permit::Clone(_))));
+                permitted.unwrap_or(refusal)
+            }
             ToolMessage::Outcome { done, .. } => {
                 ended += u64::from(done);
                 HolderAnswer::Kept
             }
             ToolMessage::Size { .. } => HolderAnswer::Kept,
         };
-        let answer = framed(&serde_json::to_vec(&answer).expect("JSON"));
+        let mut answer = framed(&serde_json::to_vec(&answer).expect("JSON"));
+        if clones {
+            answer.extend(CLONE_KEK);
+        }
         if stream.write_all(&answer).is_err() {
             break;
         }
@@ -282,7 +293,19 @@ fn permit(request: &VolumeRequest, handover: &[u8], manner: &Manner, ended: u64)
         _ if matches!(manner, Manner::Forbids) => return None,
         VolumeOperation::Revert | VolumeOperation::Erase => Permit::Plain,
         VolumeOperation::Rekey => Permit::Key(KeyId(session.grant.key_id.0 + ended)),
-        VolumeOperation::Rewrap | VolumeOperation::Clone => return None,
+        VolumeOperation::Clone => {
+            let open_number = OpenNumber::try_from(1).expect("a number");
+            let (volume, anchor) = (VolumeId([0xc1; 16]), None);
+            Permit::Clone(VolumeGrant {
+                volume,
+                kek_id: KeyId(90),
+                key_id: KeyId(91),
+                open_number,
+                anchor,
+                ..session.grant
+            })
+        }
+        VolumeOperation::Rewrap => return None,
     };
     Some(HolderAnswer::Permitted(permit))
 }

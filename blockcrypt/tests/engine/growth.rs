@@ -1,0 +1,208 @@
+//! Growth that fails on its way, at each call of the store: the volume goes on at its old size, and grows the next time.
+
+use crate::common::{MIB, Provider, SimStore, check_good, filled, lock};
+use fealty_blockcrypt::{FileStore, Store, Volume, VolumeError};
+use policy::AnchorMode;
+use std::io;
+use std::sync::{Arc, Mutex};
+
+/// What happens at a call of the store.
+#[derive(Clone, Copy, PartialEq, Debug)]
+enum Mishap {
+    /// It fails, and the next one works again.
+    Broken,
+    /// So, for want of room.
+    Full,
+    /// The lease is over.
+    Wipe,
+}
+
+/// A call of the store.
+#[derive(Clone, Copy, Debug)]
+enum Call {
+    Read,
+    Write(u64),
+    Sync,
+    Room,
+}
+
+/// A store in which one call meets a mishap.
+struct Trap {
+    inner: FileStore,
+    set: Mutex<Option<(u64, Mishap)>>,
+    sprung: Mutex<Option<Call>>,
+    volume: Mutex<Option<Arc<Volume>>>,
+}
+
+impl Trap {
+    fn over(inner: FileStore) -> Arc<Self> {
+        Arc::new(Self { inner, set: Mutex::default(), sprung: Mutex::default(), volume: Mutex::default() })
+    }
+
+    fn step(&self, call: Call) -> io::Result<()> {
+        let mishap = match &mut *lock(&self.set) {
+            set @ Some((1, _)) => set.take().map(|(_, mishap)| mishap),
+            Some((left, _)) => {
+                *left -= 1;
+                None
+            }
+            None => None,
+        };
+        let Some(mishap) = mishap else { return Ok(()) };
+        *lock(&self.sprung) = Some(call);
+        match mishap {
+            Mishap::Broken => Err(io::Error::other("no device")),
+            Mishap::Full => Err(io::ErrorKind::StorageFull.into()),
+            Mishap::Wipe => {
+                lock(&self.volume).as_ref().expect("it is set").wipe_keys();
+                Ok(())
+            }
+        }
+    }
+}
+
+impl Store for Trap {
+    fn len(&self) -> io::Result<u64> {
+        self.inner.len()
+    }
+    fn read_at(&self, buffer: &mut [u8], offset: u64) -> io::Result<()> {
+        self.step(Call::Read).and_then(|()| self.inner.read_at(buffer, offset))
+    }
+    fn write_at(&self, bytes: &[u8], offset: u64) -> io::Result<()> {
+        self.step(Call::Write(offset)).and_then(|()| self.inner.write_at(bytes, offset))
+    }
+    fn sync_data(&self) -> io::Result<()> {
+        self.step(Call::Sync).and_then(|()| self.inner.sync_data())
+    }
+    fn drop_cached(&self) -> io::Result<()> {
+        self.inner.drop_cached()
+    }
+    fn set_len(&self, bytes: u64) -> io::Result<()> {
+        self.step(Call::Room).and_then(|()| self.inner.set_len(bytes))
+    }
+    fn reserve(&self, offset: u64, bytes: u64) -> io::Result<()> {
+        self.step(Call::Room).and_then(|()| self.inner.reserve(offset, bytes))
+    }
+    fn punch(&self, offset: u64, bytes: u64) -> io::Result<()> {
+        self.step(Call::Room).and_then(|()| self.inner.punch(offset, bytes))
+    }
+}
+
+/// The volume holds this in each of its blocks that was ever written.
+fn holds(volume: &Volume, at: u64, value: u8) {
+    let mut found = [0; 4096];
+    volume.read(at, &mut found).expect("read");
+    assert!(found == [value; 4096], "at {at}");
+}
+
+/// Whoever rewrites all of it under a new key is passed by: nothing waits, and what was rewritten stays so.
+#[test]
+fn a_volume_grows_while_it_is_rekeyed() {
+    let (provider, store) = (Provider::new(AnchorMode::Close), SimStore::new());
+    filled(&provider, &store, 2 * MIB).close().expect("closed");
+    *lock(&provider.key_id) = 2;
+    let volume = provider.open(store.clone()).expect("opens");
+    let mut size = 2 * MIB;
+    let rotated = volume.rotate(&mut |_, _| {
+        // Each time there is more to look at: not for ever.
+        if size < 8 * MIB {
+            size += MIB;
+            volume.grow(size).expect("grown");
+            volume.write(size - 4096, &[8; 4096]).expect("written");
+        }
+        true
+    });
+    assert!(rotated.expect("rotated") && size == 8 * MIB);
+    assert_eq!((volume.size(), volume.info().older_keys), (size, 0));
+    check_good(&volume);
+    volume.close().expect("closed");
+    drop(volume);
+    let volume = provider.open(store).expect("opens");
+    for at in (0..2 * MIB).step_by(4096) {
+        holds(&volume, at, 7);
+    }
+    for end in (3 * MIB..=size).step_by(MIB as usize) {
+        holds(&volume, end - 4096, 8);
+    }
+    check_good(&volume);
+}
+
+/// Grows from one size to another, with a mishap at the `n`th call. Whether it came to that, and whether the volume took writes after.
+fn try_growth((from, to): (u64, u64), n: u64, mishap: Mishap, reopen: bool) -> (bool, bool) {
+    let context = format!("{from} to {to}, {mishap:?} at call {n}");
+    let provider = Provider::new(AnchorMode::Close);
+    let file = tempfile::NamedTempFile::new().expect("a file");
+    let store = || Trap::over(FileStore::exclusive(file.reopen().expect("opens")).expect("a store"));
+    let volume = provider.create(store(), from).expect("a volume");
+    volume.write(0, &[1; 65536]).expect("written");
+    volume.close().expect("closed");
+    drop(volume);
+
+    let trap = store();
+    let volume = Arc::new(provider.open(trap.clone()).expect("opens"));
+    volume.write(4096, &[2; 4096]).and_then(|()| volume.flush()).expect("durable");
+    *lock(&trap.volume) = Some(volume.clone());
+    *lock(&trap.set) = Some((n, mishap));
+    let grown = volume.grow(to);
+    let sprung = lock(&trap.sprung).take();
+    *lock(&trap.set) = None;
+    *lock(&trap.volume) = None;
+    volume.put_back_keys(&provider.kek()).expect("the same key");
+    let Some(call) = sprung else {
+        grown.expect("nothing failed");
+        return (false, true);
+    };
+    assert_eq!(volume.size(), if grown.is_ok() { to } else { from }, "{context}");
+    holds(&volume, 0, 1);
+    holds(&volume, 4096, 2);
+    let written = volume.write(8192, &[3; 4096]).and_then(|()| volume.flush());
+    let takes_writes = written.is_ok();
+    if let Err(error) = written {
+        // Whether a superblock is durable is not known.
+        let end = trap.len().expect("a length") - 8192;
+        let superblock = matches!(call, Call::Sync) || matches!(call, Call::Write(at) if at < 8192 || at >= end);
+        assert!(superblock && matches!(error, VolumeError::Failed(_)), "{context}: {call:?}: {error}");
+    } else {
+        check_good(&volume);
+        if !reopen {
+            volume.grow(to).unwrap_or_else(|e| panic!("{context}: {e}"));
+            volume.write(to - 4096, &[4; 4096]).expect("written");
+            check_good(&volume);
+            volume.close().expect("closed");
+        }
+    }
+    drop((trap, volume));
+
+    let volume = provider.open(store()).unwrap_or_else(|e| panic!("{context}: {e}"));
+    let sizes =
+        if grown.is_ok() || (takes_writes && !reopen) { [to; 2] } else { [from, if takes_writes { from } else { to }] };
+    assert!(sizes.contains(&volume.size()), "{context}: {}", volume.size());
+    holds(&volume, 0, 1);
+    holds(&volume, 4096, 2);
+    if takes_writes {
+        holds(&volume, 8192, 3);
+    }
+    volume.grow(to).expect("grown");
+    holds(&volume, to - 4096, if takes_writes && !reopen { 4 } else { 0 });
+    check_good(&volume);
+    volume.close().expect("closed");
+    (true, takes_writes)
+}
+
+/// To a map of more levels; and with a bitmap page that memory does not have.
+#[test]
+fn growth_that_fails_leaves_a_volume_that_works_and_grows_the_next_time() {
+    for sizes in [(2 * MIB, 40 * MIB), (150 * MIB, 300 * MIB)] {
+        for mishap in [Mishap::Broken, Mishap::Full, Mishap::Wipe] {
+            let (mut survived, mut dead) = (0, 0);
+            for n in 1.. {
+                let (sprung, takes_writes) = try_growth(sizes, n, mishap, n % 2 == 0);
+                if !sprung {
+                    break;
+                }
+                (survived, dead) = (survived + u64::from(takes_writes), dead + u64::from(!takes_writes));
+            }
+            assert!(survived > 6 && (dead == 0) == (mishap == Mishap::Wipe), "{sizes:?} {mishap:?}: {survived} {dead}");
+        }
+    }
+}
