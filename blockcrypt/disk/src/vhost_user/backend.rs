@@ -12,7 +12,9 @@ use vhost::vhost_user::message::VhostUserProtocolFeatures;
 use vhost_user_backend::{VhostUserBackend, VringMutex, VringT};
 use virtio_bindings::virtio_blk::VIRTIO_BLK_F_FLUSH;
 use virtio_queue::{QueueOwnedT, QueueT};
-use vm_memory::{GuestAddressSpace, GuestMemoryAtomic, GuestMemoryMmap};
+use vm_memory::{
+    GuestAddressSpace, GuestMemoryAtomic, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion, GuestRegionMmap,
+};
 use vmm_sys_util::epoll::EventSet;
 use vmm_sys_util::event::{EventConsumer, EventNotifier};
 
@@ -110,6 +112,13 @@ impl Backend {
     }
 }
 
+/// Devices have no length, and no end within what they map.
+fn is_there(region: &GuestRegionMmap) -> bool {
+    let Some(place) = region.file_offset() else { return true };
+    let Ok(file) = place.file().metadata() else { return false };
+    !file.is_file() || place.start().checked_add(region.len()).is_some_and(|end| end <= file.len())
+}
+
 fn is_running(vring: &VringMutex) -> bool {
     let state = vring.get_ref();
     state.is_enabled() && state.get_queue().ready()
@@ -159,9 +168,14 @@ impl VhostUserBackend for Backend {
         Err(io::ErrorKind::PermissionDenied.into())
     }
 
-    /// It is the memory that this knows already, with other content.
-    fn update_memory(&self, _: Memory) -> io::Result<()> {
-        Ok(())
+    /// It is the memory that this knows already, with other content: none where a file is too short, whose pages it would be deadly to
+    /// touch.
+    fn update_memory(&self, memory: Memory) -> io::Result<()> {
+        if memory.memory().iter().all(is_there) {
+            return Ok(());
+        }
+        memory.lock().unwrap_or_else(PoisonError::into_inner).replace(GuestMemoryMmap::new());
+        Err(io::Error::new(io::ErrorKind::InvalidInput, "the memory that the front end shares is longer than its file"))
     }
 
     fn queues_per_thread(&self) -> Vec<u64> {
