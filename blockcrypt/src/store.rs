@@ -1,10 +1,10 @@
 //! Where a volume lies: bytes at offsets, hostile as far as the engine is concerned.
 
 use crate::VolumeError;
+use crate::lock::lock;
 use crate::uring::Ring;
 use rustix::fs::{
-    Advice, AtFlags, FallocateFlags, FileType, FlockOperation, OFlags, StatxFlags, fadvise, fcntl_getfl, fcntl_setfl,
-    statx,
+    Advice, AtFlags, FallocateFlags, FileType, OFlags, StatxFlags, fadvise, fcntl_getfl, fcntl_setfl, statx,
 };
 use rustix::io::{Errno, ReadWriteFlags, preadv2};
 use std::cell::Cell;
@@ -14,7 +14,6 @@ use std::num::NonZeroU64;
 use std::os::unix::fs::FileExt;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::{Duration, Instant};
 
 /// Bytes at offsets. Nothing it returns is trusted; what [`sync_data`](Self::sync_data) acknowledged is hoped to be durable.
 pub trait Store: Send + Sync {
@@ -177,8 +176,6 @@ pub struct FileStore {
 
 /// What O_DIRECT may ask for at most: that buffers in memory, offsets and lengths are multiples of this.
 const ALIGN: usize = 4096;
-/// How long a file may still be held by a process that was killed: the kernel closes what its io_uring refers to a moment later.
-const LINGERS: Duration = Duration::from_secs(1);
 /// Bytes that a buffer which lies badly is copied through at a time.
 const BOUNCE: usize = 256 << 10;
 
@@ -188,16 +185,16 @@ thread_local! {
 }
 
 impl FileStore {
-    /// `file`, open for reading and writing, for this process alone. [`VolumeError::Busy`] if another has it, and keeps it for a
-    /// second more.
+    /// `file`, open for reading and writing, for this process alone. [`VolumeError::Busy`] if another has it, and keeps it for two
+    /// seconds more.
     pub fn exclusive(file: File) -> Result<Self, VolumeError> {
-        Self::locked(file, FlockOperation::NonBlockingLockExclusive)
+        Self::locked(file, false)
     }
 
-    /// `file`, open for reading at least, beside other readers. [`VolumeError::Busy`] if a writer has it, and keeps it for a
-    /// second more.
+    /// `file`, open for reading at least, beside other readers. [`VolumeError::Busy`] if a writer has it, and keeps it for two
+    /// seconds more.
     pub fn shared(file: File) -> Result<Self, VolumeError> {
-        Self::locked(file, FlockOperation::NonBlockingLockShared)
+        Self::locked(file, true)
     }
 
     /// Reads and writes past the page cache from now on (O_DIRECT): each waits for the device, and what is read is what the device
@@ -223,22 +220,17 @@ impl FileStore {
         self.direct && buffer.as_ptr().align_offset(ALIGN) != 0
     }
 
-    fn locked(file: File, how: FlockOperation) -> Result<Self, VolumeError> {
+    fn locked(file: File, shared: bool) -> Result<Self, VolumeError> {
         let kind = rustix::fs::fstat(&file).map_err(|e| VolumeError::Store("say what it is", e.into()))?.st_mode;
         let device = match FileType::from_raw_mode(kind) {
             FileType::RegularFile => false,
             FileType::BlockDevice => true,
             _ => return Err(VolumeError::NotAVolume),
         };
-        let begun = Instant::now();
-        loop {
-            match rustix::fs::flock(&file, how) {
-                Ok(()) => break,
-                Err(Errno::WOULDBLOCK) if begun.elapsed() < LINGERS => std::thread::sleep(Duration::from_millis(10)),
-                Err(Errno::WOULDBLOCK) => return Err(VolumeError::Busy),
-                Err(e) => return Err(VolumeError::Store("be locked", e.into())),
-            }
-        }
+        lock(&file, shared).map_err(|error| match error.kind() {
+            io::ErrorKind::WouldBlock => VolumeError::Busy,
+            _ => VolumeError::Store("be locked", error),
+        })?;
         Ok(Self { file, device, direct: false, rings: Mutex::new(Some(vec![])), unsaid: AtomicBool::new(false) })
     }
 }

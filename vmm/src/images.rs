@@ -2,14 +2,9 @@
 
 use crate::opener::{Access, check_kind};
 use rustix::fs::{FlockOperation, OFlags, fcntl_getfl, flock};
-use rustix::io::Errno;
 use std::fs::File;
+use std::io::ErrorKind;
 use std::os::fd::OwnedFd;
-use std::time::{Duration, Instant};
-
-/// How long an image may still be held by a process that was killed: the kernel ends what its io_uring has under way a moment later, and
-/// until then it may still write.
-const LINGERS: Duration = Duration::from_secs(2);
 
 /// A disk's image, taken until this is dropped: for writing by one disk of one VM, for reading by several. To be dropped when nothing is
 /// under way: the kernel alone, which looks for that, takes its time.
@@ -18,19 +13,12 @@ pub struct Taken(File);
 impl Taken {
     /// Takes `file`; where that can't be, what is to be said of it.
     pub fn take(file: &File, read_only: bool) -> Result<Self, String> {
-        let cannot = |error: std::io::Error| format!("can't be locked: {error}");
-        let shared = FlockOperation::NonBlockingLockShared;
-        let how = if read_only { shared } else { FlockOperation::NonBlockingLockExclusive };
-        let begun = Instant::now();
-        loop {
-            match flock(file, how) {
-                Ok(()) => return file.try_clone().map(Self).map_err(cannot),
-                Err(Errno::WOULDBLOCK) if begun.elapsed() < LINGERS => std::thread::sleep(Duration::from_millis(1)),
-                Err(Errno::WOULDBLOCK) => return Err("is in use by another disk or another VM".into()),
-                Err(Errno::INTR) => {}
-                Err(error) => return Err(cannot(error.into())),
+        blockcrypt::lock(file, read_only).and_then(|()| file.try_clone()).map(Self).map_err(|error| {
+            match error.kind() {
+                ErrorKind::WouldBlock => "is in use by another disk or another VM".into(),
+                _ => format!("can't be locked: {error}"),
             }
-        }
+        })
     }
 }
 

@@ -100,7 +100,11 @@ impl Wires for KvmWires {
             None => self.vm.register_irqfd(event, line),
         });
         done.map_err(|source| {
-            routes.messages.remove(&line);
+            // KVM has what it had before: a line that raised interrupts goes on with its last message.
+            match before {
+                Some(before) => routes.messages.insert(line, before),
+                None => routes.messages.remove(&line),
+            };
             WireError::Kvm { what: "an interrupt route", source }
         })
     }
@@ -206,5 +210,38 @@ pub mod mock {
             lock(&self.doorbells).retain(|a| *a != address);
             Ok(())
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use kvm_ioctls::Kvm;
+
+    #[test]
+    fn a_line_whose_new_message_kvm_refuses_keeps_its_old_one() {
+        let vm = Kvm::new().and_then(|kvm| kvm.create_vm()).expect("this test needs /dev/kvm");
+        vm.create_irq_chip().expect("an interrupt controller");
+        // From now on KVM refuses what no x2APIC could be the address of.
+        let format = kvm_bindings::kvm_enable_cap {
+            cap: kvm_bindings::KVM_CAP_X2APIC_API,
+            args: [kvm_bindings::KVM_X2APIC_API_USE_32BIT_IDS.into(), 0, 0, 0],
+            ..Default::default()
+        };
+        vm.enable_cap(&format).expect("set");
+        let wires = KvmWires::new(Arc::new(vm));
+        let good = |data| Message { address: 0xfee0_0000, data };
+        let bad = Message { address: 1 << 32 | 0xfee0_0000, data: 0x41 };
+        let (line, event) = wires.message_line().expect("a line");
+        let (other, other_event) = wires.message_line().expect("a line");
+        wires.route(other, &other_event, bad).expect_err("it never had one");
+        wires.route(line, &event, good(0x41)).expect("routed");
+        wires.route(line, &event, bad).expect_err("refused");
+        assert_eq!(lock(&wires.routes).messages, BTreeMap::from([(line, good(0x41))]));
+        // It can be given another, and back: KVM has it once.
+        wires.route(other, &other_event, good(0x42)).expect("routed");
+        wires.route(line, &event, good(0x43)).expect("routed anew");
+        wires.release_line(line, &event).expect("released");
+        wires.release_line(other, &other_event).expect("released");
     }
 }

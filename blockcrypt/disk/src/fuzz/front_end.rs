@@ -51,7 +51,9 @@ pub fn fuzz_vhost_user(data: &[u8]) -> Vec<u8> {
         let device = Device { queues: 2, serial: "fuzz".to_owned() };
         thread::spawn(move || serve(&disk, &device, &socket, &[until.as_fd()], &|_: &str| {}))
     };
-    let memory = FrontEnd::connect(&path).run(data);
+    // What it gave away and kept the other end of stays open until the server has ended.
+    let mut front_end = FrontEnd::connect(&path);
+    let memory = front_end.run(data);
     make_sense(&path);
     drop(end);
     let begun = Instant::now();
@@ -69,16 +71,17 @@ struct FrontEnd {
     memory: File,
     kick: OwnedFd,
     call: OwnedFd,
+    kept: Vec<OwnedFd>,
 }
 
 impl FrontEnd {
     fn connect(path: &PathBuf) -> Self {
         let stream = UnixStream::connect(path).expect("connects");
         let event = || eventfd(0, EventfdFlags::NONBLOCK | EventfdFlags::CLOEXEC).expect("an eventfd");
-        Self { stream, memory: memory(MEMORY as u64), kick: event(), call: event() }
+        Self { stream, memory: memory(MEMORY as u64), kick: event(), call: event(), kept: Vec::new() }
     }
 
-    fn run(mut self, mut data: &[u8]) -> Vec<u8> {
+    fn run(&mut self, mut data: &[u8]) -> Vec<u8> {
         for _ in 0..STEPS {
             let Some(([kind, low, high], rest)) = data.split_first_chunk() else { break };
             let (body, rest) = rest.split_at(usize::from(u16::from_le_bytes([*low, *high])).min(rest.len()));
@@ -129,7 +132,8 @@ impl FrontEnd {
             (payload, size) = (rest, u32::from_le_bytes(*claimed));
         }
         let header = [u32::from(*request), u32::from(flags & 0x7f), size].map(u32::to_le_bytes);
-        let own = descriptor(*which);
+        let (own, kept) = descriptor(*which);
+        self.kept.extend(kept);
         let fd = match which {
             0 => self.memory.as_fd(),
             1 => self.kick.as_fd(),
@@ -161,16 +165,29 @@ fn memory(bytes: u64) -> File {
     File::from(file)
 }
 
-/// Something that has no business in a message, or only seems to.
-fn descriptor(which: u8) -> OwnedFd {
-    match which % 8 {
+/// Something that has no business in a message, or only seems to; and its other end.
+fn descriptor(which: u8) -> (OwnedFd, Option<OwnedFd>) {
+    let alone = match which % 10 {
         3 => memory(0).into(),
         4 => memory(1 << 40).into(),
         5 => File::open("/dev/null").expect("opens").into(),
         6 => io::pipe().expect("a pipe").1.into(),
         7 => eventfd(7, EventfdFlags::CLOEXEC).expect("an eventfd"),
+        // To write to it is to wait until somebody reads it, and nobody does.
+        8 => {
+            let full = eventfd(0, EventfdFlags::CLOEXEC).expect("an eventfd");
+            rustix::io::write(&full, &(u64::MAX - 1).to_ne_bytes()).expect("room");
+            full
+        }
+        // It can be read, but who wants eight bytes waits for more.
+        9 => {
+            let (reader, mut writer) = io::pipe().expect("a pipe");
+            writer.write_all(&[0]).expect("room");
+            return (reader.into(), Some(writer.into()));
+        }
         _ => File::open("/proc/self/maps").expect("opens").into(),
-    }
+    };
+    (alone, None)
 }
 
 /// Whoever comes next is served.

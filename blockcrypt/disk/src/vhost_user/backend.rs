@@ -1,22 +1,23 @@
 //! The device, and its queues' threads.
 
+use super::Device;
 use super::config::{QUEUE_SIZE, features, protocol_features, space};
 use super::end::End;
 use super::request::{BATCH, Performer};
-use super::{Device, QUEUES};
+use super::ring::{Memory, Ring};
+use super::signal::Signal;
 use crate::Disk;
+use std::error::Error;
 use std::io;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use vhost::vhost_user::message::VhostUserProtocolFeatures;
-use vhost_user_backend::{VhostUserBackend, VringMutex, VringT};
+use vhost_user_backend::{VhostUserBackend, VringT};
 use virtio_bindings::virtio_blk::VIRTIO_BLK_F_FLUSH;
 use virtio_queue::{QueueOwnedT, QueueT};
-use vm_memory::{GuestAddressSpace, GuestMemoryAtomic, GuestMemoryMmap};
+use vm_memory::{GuestAddressSpace, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion, GuestRegionMmap};
 use vmm_sys_util::epoll::EventSet;
 use vmm_sys_util::event::{EventConsumer, EventNotifier};
-
-type Memory = GuestMemoryAtomic<GuestMemoryMmap>;
 
 /// One front end's device.
 pub(super) struct Backend {
@@ -24,6 +25,8 @@ pub(super) struct Backend {
     space: [u8; 256],
     memory: OnceLock<Memory>,
     queues: Vec<Queue>,
+    /// One for each queue. They outlive a front end: the system takes its time to give one back.
+    signals: Arc<[Signal]>,
     stopping: AtomicBool,
     /// The driver knows no FLUSH, so that what it writes must be durable by itself; as long as it did not say, neither.
     write_through: AtomicBool,
@@ -47,17 +50,17 @@ impl Backend {
     pub(super) fn new(
         disk: Arc<dyn Disk>,
         device: &Device,
+        signals: Arc<[Signal]>,
         heard: Box<dyn Fn(&str) + Send + Sync>,
     ) -> io::Result<Self> {
-        let count = device.queues.clamp(*QUEUES.start(), *QUEUES.end());
-        let queues = (0..count).map(|_| {
+        let queues = signals.iter().map(|_| {
             let work = Work { performer: Performer::new(&device.serial), dead: false };
             Ok(Queue { work: Mutex::new(work), end: End::new()? })
         });
-        let queues = queues.collect::<io::Result<_>>()?;
-        let space = space(&*disk, count);
+        let queues = queues.collect::<io::Result<Vec<_>>>()?;
+        let space = space(&*disk, queues.len() as u16);
         let (stopping, write_through) = (AtomicBool::new(false), AtomicBool::new(true));
-        Ok(Self { disk, space, memory: OnceLock::new(), queues, stopping, write_through, heard })
+        Ok(Self { disk, space, memory: OnceLock::new(), queues, signals, stopping, write_through, heard })
     }
 
     /// Where the front end's memory will be.
@@ -71,10 +74,10 @@ impl Backend {
     }
 
     /// Performs what is in a queue, until it is empty or stopped.
-    fn perform(&self, number: usize, vring: &VringMutex) {
+    fn perform(&self, number: usize, vring: &Ring) {
         let mut work = self.queues[number].lock();
         while !work.dead {
-            if let Err(error) = self.empty(&mut work.performer, vring) {
+            if let Err(error) = self.empty(&mut work.performer, vring, &self.signals[number]) {
                 work.dead = true;
                 (self.heard)(&format!("queue {number} makes no sense, and is not served any more: {error}"));
                 return;
@@ -87,7 +90,7 @@ impl Backend {
         }
     }
 
-    fn empty(&self, performer: &mut Performer, vring: &VringMutex) -> Result<(), virtio_queue::Error> {
+    fn empty(&self, performer: &mut Performer, vring: &Ring, signal: &Signal) -> Result<(), Box<dyn Error>> {
         let Some(memory) = self.memory.get() else { return Ok(()) };
         vring.disable_notification()?;
         while !self.stopping.load(Ordering::Acquire) && is_running(vring) {
@@ -102,15 +105,22 @@ impl Backend {
                 vring.add_used(head, written)?;
             }
             if vring.needs_notification()? {
-                // One that can't be told finds out when it looks.
-                let _ = vring.signal_used_queue();
+                let told = vring.tell(signal);
+                told.map_err(|error| format!("the front end can't be told of requests that are done: {error}"))?;
             }
         }
         Ok(())
     }
 }
 
-fn is_running(vring: &VringMutex) -> bool {
+/// Devices have no length, and no end within what they map.
+fn is_there(region: &GuestRegionMmap) -> bool {
+    let Some(place) = region.file_offset() else { return true };
+    let Ok(file) = place.file().metadata() else { return false };
+    !file.is_file() || place.start().checked_add(region.len()).is_some_and(|end| end <= file.len())
+}
+
+fn is_running(vring: &Ring) -> bool {
     let state = vring.get_ref();
     state.is_enabled() && state.get_queue().ready()
 }
@@ -123,7 +133,7 @@ impl Queue {
 
 impl VhostUserBackend for Backend {
     type Bitmap = ();
-    type Vring = VringMutex;
+    type Vring = Ring;
 
     fn num_queues(&self) -> usize {
         self.queues.len()
@@ -159,9 +169,14 @@ impl VhostUserBackend for Backend {
         Err(io::ErrorKind::PermissionDenied.into())
     }
 
-    /// It is the memory that this knows already, with other content.
-    fn update_memory(&self, _: Memory) -> io::Result<()> {
-        Ok(())
+    /// It is the memory that this knows already, with other content: none where a file is too short, whose pages it would be deadly to
+    /// touch.
+    fn update_memory(&self, memory: Memory) -> io::Result<()> {
+        if memory.memory().iter().all(is_there) {
+            return Ok(());
+        }
+        memory.lock().unwrap_or_else(PoisonError::into_inner).replace(GuestMemoryMmap::new());
+        Err(io::Error::new(io::ErrorKind::InvalidInput, "the memory that the front end shares is longer than its file"))
     }
 
     fn queues_per_thread(&self) -> Vec<u64> {
@@ -180,7 +195,7 @@ impl VhostUserBackend for Backend {
         Ok(())
     }
 
-    fn handle_event(&self, event: u16, _: EventSet, vrings: &[VringMutex], thread: usize) -> io::Result<()> {
+    fn handle_event(&self, event: u16, _: EventSet, vrings: &[Ring], thread: usize) -> io::Result<()> {
         // Each thread has one ring.
         if let Some(vring) = vrings.get(usize::from(event)) {
             self.perform(thread, vring);

@@ -18,16 +18,21 @@
 //! | `config` | features and configuration space |
 //! | `end` | what ends a queue's thread |
 //! | `request` | one request |
+//! | `ring` | a queue's ring and its descriptors |
+//! | `signal` | how a front end is told of what is done |
 
 mod backend;
 mod config;
 mod end;
 pub(crate) mod request;
+mod ring;
+mod signal;
 
 use crate::{Disk, Socket};
 use backend::Backend;
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::io::Errno;
+use signal::Signal;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
@@ -53,7 +58,7 @@ pub struct Device {
 /// an error and of queues that make no sense.
 ///
 /// # Errors
-/// The system's, if it can't wait for front ends or can't serve one.
+/// The system's, if it can't wait for front ends, can't tell them what is done, or can't serve one.
 pub fn serve(
     disk: &Arc<dyn Disk>,
     device: &Device,
@@ -61,8 +66,10 @@ pub fn serve(
     until: &[BorrowedFd<'_>],
     heard: &(impl Fn(&str) + Clone + Send + Sync + 'static),
 ) -> io::Result<()> {
+    let queues = device.queues.clamp(*QUEUES.start(), *QUEUES.end());
+    let signals: Arc<[Signal]> = (0..queues).map(|_| Signal::new()).collect::<io::Result<_>>()?;
     while socket.wait(until)? {
-        let backend = Arc::new(Backend::new(disk.clone(), device, Box::new(heard.clone()))?);
+        let backend = Arc::new(Backend::new(disk.clone(), device, signals.clone(), Box::new(heard.clone()))?);
         match attend(&backend, socket, until) {
             Ok(()) => {}
             Err(DaemonError::HandleRequest(error)) => heard(&format!("the front end was hung up on: {error}")),

@@ -96,15 +96,21 @@ fn clients_of_a_socket_come_and_go() {
     }
 }
 
-#[test]
-fn a_client_that_does_not_read_holds_the_guest_up_and_loses_nothing() {
+/// A client that reads nothing, and 1 MiB that the guest says: some of it is with the client, the rest waits.
+fn stuck() -> (Arc<ConsoleDevice>, Rig, UnixStream, Vec<u8>) {
     let folder = tempfile::tempdir().expect("folder");
     let path = folder.path().join("console");
     let (device, rig) = rig(listening(&path));
-    let mut client = UnixStream::connect(&path).expect("connected");
+    let client = UnixStream::connect(&path).expect("connected");
     let text: Vec<u8> = (0..0x10_0000_u32).map(|i| (i % 251) as u8).collect();
     says(&rig, &text);
     eventually("stuck", || device.counters().output_bytes > 0);
+    (device, rig, client, text)
+}
+
+#[test]
+fn a_client_that_does_not_read_holds_the_guest_up_and_loses_nothing() {
+    let (device, rig, mut client, text) = stuck();
     assert_eq!(rig.used(1), None);
     let mut got = vec![0; text.len()];
     client.read_exact(&mut got).expect("read");
@@ -115,13 +121,7 @@ fn a_client_that_does_not_read_holds_the_guest_up_and_loses_nothing() {
 
 #[test]
 fn what_was_said_before_the_end_arrives() {
-    let folder = tempfile::tempdir().expect("folder");
-    let path = folder.path().join("console");
-    let (device, rig) = rig(listening(&path));
-    let mut client = UnixStream::connect(&path).expect("connected");
-    let text: Vec<u8> = (0..0x10_0000_u32).map(|i| (i % 251) as u8).collect();
-    says(&rig, &text);
-    eventually("stuck", || device.counters().output_bytes > 0);
+    let (device, rig, mut client, text) = stuck();
     says(&rig, b"last words");
     let reader = std::thread::spawn(move || {
         std::thread::sleep(std::time::Duration::from_millis(100));
@@ -137,12 +137,7 @@ fn what_was_said_before_the_end_arrives() {
 
 #[test]
 fn a_client_that_never_reads_does_not_hold_up_the_end() {
-    let folder = tempfile::tempdir().expect("folder");
-    let path = folder.path().join("console");
-    let (device, rig) = rig(listening(&path));
-    let client = UnixStream::connect(&path).expect("connected");
-    says(&rig, &vec![b'x'; 0x10_0000]);
-    eventually("stuck", || device.counters().output_bytes > 0);
+    let (_device, rig, client, _) = stuck();
     let begun = std::time::Instant::now();
     rig.worker.stop();
     assert!(begun.elapsed() < std::time::Duration::from_secs(20), "{:?}", begun.elapsed());
