@@ -5,12 +5,13 @@ mod disk_support;
 
 use disk_support::server::{LIMIT, Server, system};
 use disk_support::{Folder, Keeper};
-use rustix::process::Signal;
+use rustix::process::{Resource, Rlimit, Signal, getrlimit, prlimit};
 use std::io::{BufRead, BufReader, Read, Write};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::mpsc::{Receiver, channel};
+use std::time::Duration;
 
 /// A guest that runs under QEMU without KVM, with two processors.
 struct Guest {
@@ -180,4 +181,30 @@ fn a_front_end_that_makes_no_sense_is_hung_up_on_and_the_next_is_served() {
     let ended = server.stop(&mut keeper);
     assert_eq!(ended.code, 0, "{}", ended.error);
     assert!(!ended.error.contains("panicked"), "{}", ended.error);
+}
+
+#[test]
+fn a_front_end_waits_while_the_system_has_no_descriptors() {
+    let (folder, mut keeper) = (Folder::new(), Keeper::new());
+    let volume = folder.name("a.vol");
+    keeper.good(&["create", &volume, "--size", "1M"]);
+    let server = Server::start(&mut keeper, &folder, &volume, "--vhost-user", &[]);
+    let (pid, limit) = (server.running.pid(), Resource::Nofile);
+    let before = getrlimit(limit);
+    // It keeps those that it has.
+    let is_free = |n: &u64| !Path::new(&format!("/proc/{}/fd/{n}", pid.as_raw_nonzero())).is_symlink();
+    let next = (0..).find(is_free).expect("not all are open");
+    prlimit(Some(pid), limit, Rlimit { current: Some(next), ..before }).expect("a lower limit");
+    let mut stream = UnixStream::connect(&server.socket).expect("connects");
+    stream.set_read_timeout(Some(Duration::from_secs(1))).expect("set");
+    let get_features = [1_u32, 1, 0].map(|word| word.to_le_bytes()).concat();
+    stream.write_all(&get_features).expect("sent");
+    let mut answer = [0; 20];
+    let error = stream.read_exact(&mut answer).expect_err("nobody can take it");
+    assert_eq!(error.kind(), std::io::ErrorKind::WouldBlock, "{error}");
+    prlimit(Some(pid), limit, before).expect("the limit as it was");
+    stream.set_read_timeout(Some(LIMIT)).expect("set");
+    stream.read_exact(&mut answer).expect("an answer");
+    let ended = server.stop(&mut keeper);
+    assert_eq!(ended.error.matches("front ends must wait: ").count(), 1, "{}", ended.error);
 }

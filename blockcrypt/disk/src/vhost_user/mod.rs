@@ -37,12 +37,16 @@ use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
 use std::thread;
+use std::time::Duration;
 use vhost::vhost_user::{Error as ProtocolError, Listener};
 use vhost_user_backend::{Error as DaemonError, VhostUserDaemon};
 use vm_memory::{GuestMemoryAtomic, GuestMemoryMmap};
 
 /// Queues that a device may have.
 pub const QUEUES: std::ops::RangeInclusive<u16> = 1..=16;
+
+/// How long no front end is let in when the system has no descriptors or threads left.
+const BREATHER: Duration = Duration::from_millis(100);
 
 /// What a device is besides its disk.
 #[derive(Clone, Debug)]
@@ -58,7 +62,7 @@ pub struct Device {
 /// an error and of queues that make no sense.
 ///
 /// # Errors
-/// The system's, if it can't wait for front ends, can't tell them what is done, or can't serve one.
+/// The system's, if it can't wait for front ends or has no descriptors for the calls of the queues.
 pub fn serve(
     disk: &Arc<dyn Disk>,
     device: &Device,
@@ -68,12 +72,20 @@ pub fn serve(
 ) -> io::Result<()> {
     let queues = device.queues.clamp(*QUEUES.start(), *QUEUES.end());
     let signals: Arc<[Signal]> = (0..queues).map(|_| Signal::new()).collect::<io::Result<_>>()?;
+    let mut short = false;
     while socket.wait(until)? {
-        let backend = Arc::new(Backend::new(disk.clone(), device, signals.clone(), Box::new(heard.clone()))?);
-        match attend(&backend, socket, until) {
-            Ok(()) => {}
+        let backend = Backend::new(disk.clone(), device, signals.clone(), Box::new(heard.clone()));
+        let backend = backend.map(Arc::new).map_err(DaemonError::StartDaemon);
+        match backend.and_then(|backend| attend(&backend, socket, until)) {
+            Ok(()) => short = false,
             Err(DaemonError::HandleRequest(error)) => heard(&format!("the front end was hung up on: {error}")),
-            Err(error) => return Err(io::Error::other(error.to_string())),
+            // No descriptors, memory or threads are left, for now. The front end waits, where it has not been accepted yet.
+            Err(error) => {
+                if !std::mem::replace(&mut short, true) {
+                    heard(&format!("front ends must wait: {error}"));
+                }
+                thread::sleep(BREATHER);
+            }
         }
     }
     Ok(())

@@ -186,8 +186,11 @@ pub(crate) struct Running {
 
 impl Running {
     pub(crate) fn signal(&self, signal: rustix::process::Signal) {
-        let pid = rustix::process::Pid::from_raw(self.child.id() as i32).expect("a process");
-        rustix::process::kill_process(pid, signal).expect("alive");
+        rustix::process::kill_process(self.pid(), signal).expect("alive");
+    }
+
+    pub(crate) fn pid(&self) -> rustix::process::Pid {
+        rustix::process::Pid::from_child(&self.child)
     }
 
     /// The holder hangs up, whatever it is doing.
