@@ -116,8 +116,7 @@ pub(super) fn check(shared: &Shared, heard: &mut dyn FnMut(CheckStep)) -> Result
     for page in [check.core.slot_pages.clone(), check.core.snapshot_pages.clone()].concat() {
         check.claim(page, "a page of a list");
     }
-    if let Some(error) = &check.core.unlisted {
-        let why = std::error::Error::source(error).map_or_else(|| error.to_string(), ToString::to_string);
+    if let Some(why) = check.core.unlisted.as_ref().map(|(_, why)| why.to_string()) {
         check.blind = true;
         check.told_problem(format!("the list of snapshots can't be read: {why}; what they hold was not looked at"));
     }

@@ -110,7 +110,7 @@ pub(crate) struct Core {
     snapshot_pages: Vec<u64>,
     snapshots_taken: u64,
     /// Why there may be more snapshots; only where nothing is written.
-    unlisted: Option<VolumeError>,
+    unlisted: Option<(&'static str, std::io::Error)>,
     /// Generations given out under this open number.
     pub(crate) generations: u64,
     /// Blocks sealed under the current key.

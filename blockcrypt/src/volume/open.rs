@@ -313,7 +313,8 @@ impl Core {
     fn show_snapshot(&mut self, id: u64, from: &Backing) -> Result<(), VolumeError> {
         let found = self.snapshots.iter().find(|snapshot| snapshot.id == id && snapshot.dying.is_none());
         let Some(snapshot) = found else {
-            return Err(self.unlisted.take().unwrap_or(VolumeError::NoSnapshot(id)));
+            let unlisted = self.unlisted.take();
+            return Err(unlisted.map_or(VolumeError::NoSnapshot(id), |(doing, why)| VolumeError::Store(doing, why)));
         };
         let map = Root { child: snapshot.root, levels: snapshot.levels };
         let geometry = Geometry { size: snapshot.size, map_levels: snapshot.levels, ..from.geometry() };
@@ -358,7 +359,7 @@ pub(super) struct Lists {
     snapshots: Vec<Snapshot>,
     snapshot_pages: Vec<u64>,
     /// Why there may be more snapshots.
-    unlisted: Option<VolumeError>,
+    unlisted: Option<(&'static str, io::Error)>,
 }
 
 /// Reads both lists; the older keys join the ring before anything needs them. Who only `looks` gets to see the volume although a page of
@@ -387,10 +388,11 @@ fn read_lists(
     });
     match pages {
         Ok(pages) => lists.snapshot_pages = pages,
-        Err(error @ (VolumeError::Store(..) | VolumeError::Damaged(_))) if looks => {
+        // One that was tampered with is no volume to look at.
+        Err(VolumeError::Store(doing, why)) if looks => {
             from.events
                 .note("the list of the volume's snapshots can't be read; the volume itself is shown all the same");
-            lists.unlisted = Some(error);
+            lists.unlisted = Some((doing, why));
         }
         Err(other) => return Err(other),
     }

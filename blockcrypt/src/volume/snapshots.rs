@@ -96,10 +96,7 @@ impl Shared {
         };
         let core = self.core()?;
         match &core.unlisted {
-            Some(VolumeError::Store(doing, why)) => {
-                Err(VolumeError::Store(doing, io::Error::new(why.kind(), why.to_string())))
-            }
-            Some(error) => Err(VolumeError::Damaged(error.to_string())),
+            Some((doing, why)) => Err(VolumeError::Store(doing, io::Error::new(why.kind(), why.to_string()))),
             None => Ok(core.snapshots.iter().map(info).collect()),
         }
     }
