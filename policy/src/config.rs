@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 mod disk;
 
 use disk::check_disks;
-pub use disk::{Disk, DiskShape, PlainDisk, RateLimiterConfig, TokenBucket};
+pub use disk::{Disk, DiskShape, PlainDisk, RateLimiterConfig, TokenBucket, one_queue, queue_size};
 
 /// What a VM file seals: the machine and the trust roots.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]

@@ -8,12 +8,13 @@ use crate::exit::{Exit, Failure};
 use crate::helm::{Helm, Hold};
 use crate::images::{self, Taken};
 use crate::lease::boottime_ms;
-use crate::machine::{DiskError, DiskSettings, DiskSlot, PlugError, RawDisk};
+use crate::machine::{DiskError, DiskSlot, PlugError, RawDisk};
 use crate::post::{Message, Post};
 use crate::provider::{Link, OutboxFull};
+use crate::run::disks::settings as disk_settings;
 use crate::volumes::Volumes;
 use attest::protocol::KeyName;
-use policy::config::FileName;
+use policy::config::DiskShape;
 use policy::disk::VolumeSize;
 use policy::operation::{OperationClass, OperationRequest};
 use policy::report::{ReportEvent, Resized};
@@ -273,15 +274,15 @@ impl Operations {
         Ok(grown?)
     }
 
-    /// Adds a disk to an unprotected VM: the image behind `descriptor`, which nobody else may use. Gives its PCI address.
-    pub fn add_disk(&self, id: &FileName, read_only: bool, descriptor: OwnedFd) -> Result<String, OperationError> {
+    /// Adds a disk to an unprotected VM: the image behind `descriptor`, which nobody else may use. Gives its PCI address. `shape` is checked.
+    pub fn add_disk(&self, shape: &DiskShape<'_>, descriptor: OwnedFd) -> Result<String, OperationError> {
         self.may_change_disks()?;
+        let id = shape.id;
         let bad = |why: String| OperationError::State(format!("disk {id}: the image {why}"));
-        let file = images::passed(descriptor, read_only).map_err(bad)?;
-        let taken = Taken::take(&file, read_only).map_err(bad)?;
+        let file = images::passed(descriptor, shape.readonly).map_err(bad)?;
+        let taken = Taken::take(&file, shape.readonly).map_err(bad)?;
         let disk = RawDisk::new(file, id.as_str()).map_err(|e| bad(format!("is no disk: {e}")))?;
-        let settings = DiskSettings { read_only, ..DiskSettings::default() };
-        let slot = DiskSlot { id: id.to_string(), disk: Arc::new(disk), settings };
+        let slot = DiskSlot { id: id.to_string(), disk: Arc::new(disk), settings: disk_settings(shape) };
         let (post, name) = (self.post.clone(), id.to_string());
         let gone = Box::new(move |flushed: Result<(), DiskError>| {
             drop(taken);

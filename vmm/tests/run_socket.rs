@@ -188,7 +188,7 @@ fn a_disk_is_added_and_removed_while_the_guest_runs() {
     };
     let disks = serde_json::json!([{ "id": "root", "path": "root.img" }]);
     let words = "write:5:7,eject:255,wait-slots,disk:1,serial,verify:3:0x33,write:9:0xab,flush,eject:255,wait-slots,let-go,eject:1,\
-                 wait-slots,disk:1,serial,verify:3:0x44,write:3:1,verify:3:1,disk:0,verify:5:7,tick";
+                 wait-slots,disk:1,serial,queues,verify:3:0x44,write:3:1,verify:3:1,disk:0,verify:5:7,tick";
     let mut vm = start_with(words, disks);
     vm.program.until("waiting for slots");
     let (first, second) = (image(&vm, "first.img", 0x33), image(&vm, "second.img", 0x44));
@@ -197,7 +197,11 @@ fn a_disk_is_added_and_removed_while_the_guest_runs() {
     assert!(vm.ctl(&["add-disk", "root", &first]).code(4).why().contains("has a disk root already"));
     let root = vm.folder.path().join("root.img").display().to_string();
     assert!(vm.ctl(&["add-disk", "other", &root]).code(4).why().contains("in use by another disk"));
-    for (body, why) in [(r#"{"id":"x"}"#, "opens no paths"), (r#"{"id":"x","path":"/x"}"#, "comes as a descriptor")] {
+    for (body, why) in [
+        (r#"{"id":"x"}"#, "opens no paths"),
+        (r#"{"id":"x","path":"/x"}"#, "comes as a descriptor"),
+        (r#"{"id":"x","queue_size":3}"#, "not a power of two"),
+    ] {
         let request = format!("PUT /api/v1/vm.add-disk HTTP/1.1\r\nContent-Length: {}\r\n\r\n{body}", body.len());
         let answer = vm.raw(request.as_bytes());
         assert!(answer.starts_with("HTTP/1.1 400") && answer.contains(why), "{answer}");
@@ -222,7 +226,16 @@ fn a_disk_is_added_and_removed_while_the_guest_runs() {
     let mut held = held.filter_map(|entry| std::fs::read_link(entry.path()).ok());
     assert!(held.all(|file| !file.ends_with("first.img")), "nobody holds the image any more");
     vm.ctl(&["pause"]).code(0);
-    vm.ctl(&["add-disk", "later", &second]).code(0);
+    for (option, value, why) in [
+        ("--queues", "17", "has num_queues 17"),
+        ("--serial", "", "serial number of disk later"),
+        ("--bytes-per-second", "0", "rate_limiter_config of disk later"),
+        ("--requests-per-second", "0", "rate_limiter_config of disk later"),
+    ] {
+        assert!(vm.ctl(&["add-disk", "later", &second, option, value]).code(4).why().contains(why), "{option}");
+    }
+    let limits = ["--bytes-per-second", "1000000", "--requests-per-second", "1000"];
+    vm.ctl(&[&["add-disk", "later", &second, "--queues", "3", "--serial", "SN 7"][..], &limits].concat()).code(0);
     assert!(vm.ctl(&["add-disk", "first", "--readonly", &first]).code(0).out.contains("0000:00:19.0"));
     vm.ctl(&["resume"]).code(0);
     vm.program.until("tick 1");
@@ -235,7 +248,8 @@ fn a_disk_is_added_and_removed_while_the_guest_runs() {
         "slots filled=0 asked=1",
         "disk 1 let go",
         "slots filled=3 asked=0",
-        "serial later",
+        "serial SN 7",
+        "queues 3",
         "write 3 ok",
         "verify 5 ok",
     ] {

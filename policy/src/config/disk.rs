@@ -168,7 +168,8 @@ impl RateLimiterConfig {
     }
 }
 
-fn one_queue() -> u16 {
+/// How many queues a disk has where nothing is said.
+pub fn one_queue() -> u16 {
     1
 }
 
@@ -176,7 +177,8 @@ fn is_one_queue(queues: &u16) -> bool {
     *queues == one_queue()
 }
 
-fn queue_size() -> u16 {
+/// How many requests a queue of a disk holds where nothing is said.
+pub fn queue_size() -> u16 {
     256
 }
 

@@ -3,7 +3,7 @@
 use super::http::{Method, Request};
 use crate::operations::{OperationError, Operations};
 use policy::Operation;
-use policy::config::FileName;
+use policy::config::{DiskShape, FileName, RateLimiterConfig, one_queue, queue_size};
 use serde::Deserialize;
 use serde_json::{Value, json};
 use std::fs::File;
@@ -77,31 +77,47 @@ fn resize_disk(body: &[u8], operations: Option<&Operations>) -> (u16, Option<Str
     }
 }
 
-/// `vm.add-disk`, in Cloud Hypervisor's shape, but for the path: the image is the descriptor beside the request.
+/// `vm.add-disk`: a disk as a configuration has it, but for the path: the image is the descriptor beside the request.
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
 struct AddDisk {
     id: FileName,
     #[serde(default)]
     readonly: bool,
+    num_queues: Option<u16>,
+    queue_size: Option<u16>,
+    serial: Option<String>,
+    rate_limiter_config: Option<RateLimiterConfig>,
 }
 
 fn add_disk(body: &[u8], descriptor: Option<OwnedFd>, operations: Option<&Operations>) -> (u16, Option<String>) {
     let Some(operations) = operations else { return refused(409, "the VM does not run yet") };
-    let Ok(AddDisk { id, readonly }) = serde_json::from_slice(body) else {
+    let Ok(disk) = serde_json::from_slice::<AddDisk>(body) else {
         return refused(
             400,
-            "the body is {\"id\": DISK} and, if you like, \"readonly\"; the image comes as a descriptor",
+            "the body is {\"id\": DISK} and, if you like, \"readonly\", \"num_queues\", \"queue_size\", \"serial\" and \
+             \"rate_limiter_config\"; the image comes as a descriptor",
         );
     };
+    let shape = DiskShape {
+        id: &disk.id,
+        readonly: disk.readonly,
+        num_queues: disk.num_queues.unwrap_or_else(one_queue),
+        queue_size: disk.queue_size.unwrap_or_else(queue_size),
+        serial: disk.serial.as_deref(),
+        rate_limiter: disk.rate_limiter_config,
+    };
+    if let Err(error) = shape.check() {
+        return refused(400, &error.to_string());
+    }
     let Some(descriptor) = descriptor else {
         return refused(
             400,
             "this process opens no paths: the image comes as a descriptor beside its request (fealty ctl)",
         );
     };
-    match operations.add_disk(&id, readonly, descriptor) {
-        Ok(address) => ok(&json!({ "id": id, "bdf": address })),
+    match operations.add_disk(&shape, descriptor) {
+        Ok(address) => ok(&json!({ "id": disk.id, "bdf": address })),
         Err(error) => failed(&error),
     }
 }

@@ -43,13 +43,13 @@ pub enum Action {
     },
     /// Add a disk to an unprotected VM: a raw image or a block device
     AddDisk {
-        /// The disk's name, which is also its serial number
+        /// The disk's name
         id: String,
         /// The image
         path: PathBuf,
-        /// The guest may not write
-        #[arg(long)]
-        readonly: bool,
+        /// What it is besides
+        #[command(flatten)]
+        shape: Shape,
     },
     /// Ask the guest of an unprotected VM to let go of a disk that was added; it is gone when `info` does not show it any more
     RemoveDevice {
@@ -69,13 +69,51 @@ pub enum Action {
     },
 }
 
+/// What a disk that is added is besides its image.
+#[derive(clap::Args, Clone, Debug)]
+pub struct Shape {
+    /// The guest may not write
+    #[arg(long)]
+    readonly: bool,
+    /// Queues, each served by a thread of its own: 1 to 16, by default one
+    #[arg(long, value_name = "COUNT")]
+    queues: Option<u16>,
+    /// What the guest reads as its serial number: 1 to 20 printable ASCII characters, by default the disk's name
+    #[arg(long, value_name = "TEXT")]
+    serial: Option<String>,
+    /// Bytes that may go through in a second
+    #[arg(long, value_name = "BYTES")]
+    bytes_per_second: Option<u64>,
+    /// Requests that may go through in a second
+    #[arg(long, value_name = "COUNT")]
+    requests_per_second: Option<u64>,
+}
+
+impl Shape {
+    /// The body of `vm.add-disk`.
+    fn of_disk(&self, id: &str) -> Value {
+        let each_second = |size: &u64| serde_json::json!({ "size": size, "refill_time": 1000 });
+        let limits = serde_json::json!({
+            "bandwidth": self.bytes_per_second.as_ref().map(each_second),
+            "ops": self.requests_per_second.as_ref().map(each_second),
+        });
+        serde_json::json!({
+            "id": id,
+            "readonly": self.readonly,
+            "num_queues": self.queues,
+            "serial": self.serial,
+            "rate_limiter_config": limits,
+        })
+    }
+}
+
 /// Does `action` on the VM behind `socket`.
 pub fn run(socket: &Path, action: &Action, json: bool) -> Result<Exit, Failure> {
     close_inherited().map_err(|e| Failure::of(Exit::Host, &e))?;
     let stream = connect(socket)?;
     let file = match action {
         Action::Coredump { out } => Some((out, create(out)?)),
-        Action::AddDisk { path, readonly, .. } => Some((path, image(path, *readonly)?)),
+        Action::AddDisk { path, shape, .. } => Some((path, image(path, shape.readonly)?)),
         _ => None,
     };
     close_thread(Filter::Ctl).map_err(|e| Failure::of(Exit::Host, &e))?;
@@ -97,9 +135,9 @@ pub fn run(socket: &Path, action: &Action, json: bool) -> Result<Exit, Failure> 
             let done = talk.send("PUT", "vm.resize-disk", &body, None)?;
             print(if json { done.to_string() } else { format!("{id} has {} bytes", done["size"]) });
         }
-        Action::AddDisk { id, readonly, .. } => {
+        Action::AddDisk { id, shape, .. } => {
             let Some((_, file)) = file else { return Ok(Exit::Internal) };
-            let body = serde_json::json!({ "id": id, "readonly": readonly }).to_string();
+            let body = shape.of_disk(id).to_string();
             let done = talk.send("PUT", "vm.add-disk", &body, Some(&file))?;
             let address = done["bdf"].as_str().unwrap_or_default();
             print(if json { done.to_string() } else { format!("{id} is at {address}; the guest is told") });

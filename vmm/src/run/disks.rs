@@ -6,7 +6,7 @@ use policy::config::{DiskShape, RateLimiterConfig, TokenBucket};
 use std::time::Duration;
 
 /// How the disk is shown and served.
-pub(super) fn settings(shape: &DiskShape<'_>) -> DiskSettings {
+pub(crate) fn settings(shape: &DiskShape<'_>) -> DiskSettings {
     DiskSettings {
         read_only: shape.readonly,
         queues: shape.num_queues,
