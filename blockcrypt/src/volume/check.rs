@@ -5,7 +5,7 @@ use super::shared::Shared;
 use crate::VolumeError;
 use crate::backing::Backing;
 use crate::format::anchor::AnchorFields;
-use crate::format::page::{CHILDREN, Child, ENTRIES, Header, Tree, child, entry};
+use crate::format::page::{CHILDREN, Child, ENTRIES, Entry, Header, Tree, child, entry};
 use crate::format::snapshot::Snapshot;
 use crate::format::superblock::Superblock;
 use crate::format::zero_block;
@@ -184,22 +184,20 @@ impl Check<'_> {
 
     fn read_leaf(&mut self, index: u64, bytes: &crate::format::Block) -> Result<(), VolumeError> {
         let first = index * ENTRIES as u64;
-        for i in 0..ENTRIES {
-            let (lba, entry) = (first + i as u64, entry(bytes, i));
-            if entry.physical == 0 {
-                continue;
-            }
+        let named: Vec<(u64, Entry)> =
+            (first..).zip((0..ENTRIES).map(|i| entry(bytes, i))).filter(|(_, entry)| entry.physical != 0).collect();
+        for ((lba, entry), held) in named.iter().zip(self.from.held(&named)?) {
             self.report.data_blocks += 1;
-            if lba >= self.from.geometry().blocks() {
+            if *lba >= self.from.geometry().blocks() {
                 self.problem(format!("block {lba} lies behind the volume's end, and holds something"));
             }
             let Some(physical) = entry.data() else {
-                self.bad(lba, None, "a recovery found its data gone");
+                self.bad(*lba, None, "a recovery found its data gone");
                 continue;
             };
             self.claim(physical, "data");
-            if !self.from.in_pool(physical) || !self.reads(lba, &entry)? {
-                self.bad(lba, Some(physical), "its tag does not verify");
+            if !held {
+                self.bad(*lba, Some(physical), "its tag does not verify");
             }
         }
         let all = self.from.geometry().blocks();
@@ -244,15 +242,14 @@ impl Check<'_> {
             }
             return Ok(());
         }
-        for i in 0..ENTRIES {
-            let (lba, entry) = (id.index * ENTRIES as u64 + i as u64, entry(&bytes, i));
-            let Some(physical) = entry.data().filter(|physical| lba >= gone && !self.is_used(*physical)) else {
-                continue;
-            };
+        let first = id.index * ENTRIES as u64;
+        let own = |(lba, entry): &(u64, Entry)| *lba >= gone && entry.data().is_some_and(|block| !self.is_used(block));
+        let named: Vec<(u64, Entry)> = (first..).zip((0..ENTRIES).map(|i| entry(&bytes, i))).filter(own).collect();
+        for ((lba, entry), held) in named.iter().zip(self.from.held(&named)?) {
             self.report.data_blocks += 1;
-            self.claim(physical, "data of a snapshot");
-            if !self.from.in_pool(physical) || !self.reads(lba, &entry)? {
-                self.bad(lba, Some(physical), "its tag does not verify, in a snapshot");
+            self.claim(entry.physical, "data of a snapshot");
+            if !held {
+                self.bad(*lba, Some(entry.physical), "its tag does not verify, in a snapshot");
             }
         }
         Ok(())
@@ -260,10 +257,6 @@ impl Check<'_> {
 
     fn is_used(&self, block: u64) -> bool {
         self.from.in_pool(block) && self.used[(block / 64) as usize] & (1 << (block % 64)) != 0
-    }
-
-    fn reads(&mut self, lba: u64, entry: &crate::format::page::Entry) -> Result<bool, VolumeError> {
-        Ok(self.from.holds(lba, entry)? || self.from.holds(lba, entry)?)
     }
 
     fn bad(&mut self, lba: u64, physical: Option<u64>, reason: &'static str) {
@@ -282,7 +275,9 @@ impl Check<'_> {
                 .with_keys(|ring, _| Ok(ring.find(self.core.superblock.key()).map(|key| key.superblock_mac(&block))))?;
             let found = Superblock::parse(&block).ok().filter(|s| s.epoch == self.core.superblock.epoch);
             if !found.zip(mac).is_some_and(|(s, mac)| same(&s.mac, &mac)) {
-                self.problem(format!("the copy of the superblock in block {at} does not verify"));
+                let text = format!("the copy of the superblock in block {at} does not verify");
+                self.from.events.integrity(None, Some(at), &text);
+                self.told_problem(text);
             }
         }
         Ok(())
