@@ -18,5 +18,6 @@ mod requests;
 mod resize;
 mod room;
 mod snapshots;
+mod sparse;
 mod tamper;
 mod unreadable;
