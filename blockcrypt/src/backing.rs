@@ -6,7 +6,7 @@ use crate::crypto::{BATCH, wipe_registers};
 use crate::format::geometry::Geometry;
 use crate::format::page::{Child, Entry, Header, Tree};
 use crate::format::{BLOCK, Block, zero_block};
-use crate::keys::{KeyRing, VolumeKey, same};
+use crate::keys::{KeyRing, Open, VolumeKey, same};
 use crate::room::with_room;
 use crate::tree::{Missing, PageId};
 use crate::{Events, Store, VolumeError};
@@ -20,6 +20,9 @@ const LOTS: usize = 4;
 
 /// Blocks that are brought together to be written at once: 256 KiB.
 const GATHERED: usize = 64;
+
+/// Blocks that are read at once to see whether they verify: 1 MiB.
+const READ_AT_ONCE: usize = 256;
 
 pub(crate) struct Backing {
     pub(crate) store: Box<dyn Store>,
@@ -231,14 +234,44 @@ impl Backing {
         })
     }
 
-    /// Whether the store holds the data that `entry` names for `lba`.
-    pub(crate) fn holds(&self, lba: u64, entry: &Entry) -> Result<bool, VolumeError> {
-        let Some(physical) = entry.data() else { return Ok(entry.physical == 0) };
-        if !self.in_pool(physical) {
-            return Ok(false);
+    /// Of each logical block and entry, whether the store holds the data that the entry names. Neighbours in the store are read as one;
+    /// what does not verify is read again before it is given up.
+    pub(crate) fn held(&self, asked: &[(u64, Entry)]) -> Result<Vec<bool>, VolumeError> {
+        let pool = self.geometry().pool();
+        let mut held: Vec<bool> = asked.iter().map(|(_, entry)| entry.physical == 0).collect();
+        for _ in 0..2 {
+            let wanted = |i: &usize| !held[*i] && asked[*i].1.data().is_some_and(|block| pool.contains(&block));
+            let mut left: Vec<usize> = (0..asked.len()).filter(wanted).collect();
+            left.sort_unstable_by_key(|i| asked[*i].1.physical);
+            for some in left.chunks(READ_AT_ONCE) {
+                self.read_and_verify(asked, some, &mut held)?;
+            }
         }
-        let mut block = zero_block();
-        self.read_blocks(physical, &mut block[..])?;
-        self.with_keys(|ring, _| Ok(ring.verifies(lba, entry, &block)))
+        Ok(held)
+    }
+
+    /// Of those of `asked` whose numbers are `some`, in the order in which they lie in the store, says in `held` which verify.
+    fn read_and_verify(&self, asked: &[(u64, Entry)], some: &[usize], held: &mut [bool]) -> Result<(), VolumeError> {
+        let mut lots = some.chunks(self.lot(some.len()));
+        with_room(some.len(), |mut room| {
+            let (mut runs, mut ends) = (Vec::new(), Vec::new());
+            for lot in lots.clone() {
+                for run in lot.chunk_by(|a, b| asked[*a].1.physical + 1 == asked[*b].1.physical) {
+                    let (own, after) = room.split_at_mut(run.len());
+                    runs.push((asked[run[0]].1.physical * BLOCK as u64, own.as_flattened_mut()));
+                    room = after;
+                }
+                ends.push(runs.len());
+            }
+            self.read_lots(&mut runs, &ends, |runs| {
+                let numbers = lots.next().unwrap_or_default();
+                let blocks = runs.iter_mut().flat_map(|(_, run)| run.as_chunks_mut().0);
+                let open = |(i, block): (&usize, _)| Open { lba: asked[*i].0, entry: &asked[*i].1, block, good: false };
+                let mut batch: Vec<Open> = numbers.iter().zip(blocks).map(open).collect();
+                self.with_keys(|ring, _| Ok(ring.verify_blocks(&mut batch)))?;
+                numbers.iter().zip(&batch).for_each(|(i, open)| held[*i] = open.good);
+                Ok(())
+            })
+        })
     }
 }

@@ -413,3 +413,48 @@ impl Page {
 pub(crate) fn is_blank(bytes: &Block) -> bool {
     bytes[Header::SIZE..].iter().all(|b| *b == 0)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// What a store without end would hold where `missing` points: a page all of whose children are there.
+    fn fetched(missing: &Missing) -> Box<Block> {
+        let mut bytes = zero_block();
+        for place in 0..CHILDREN * usize::from(missing.id.level > 0) {
+            set_child(&mut bytes, place, Child { physical: 9, birth: 1, mac: [1; 32] });
+        }
+        bytes
+    }
+
+    fn read(forest: &mut Forest, id: PageId) {
+        while let Err(halt) = forest.page(id).map(|_| ()) {
+            let Halt::Missing(missing) = halt else { panic!("a page can always be had") };
+            forest.insert(missing, fetched(&missing));
+        }
+    }
+
+    #[test]
+    fn clean_pages_are_kept_up_to_the_bound_and_changed_ones_all() {
+        let root = |levels| Root { child: Child { physical: 9, birth: 1, mac: [1; 32] }, levels };
+        let leaf = |index| PageId { tree: Tree::Map, level: 0, index };
+        for (asked, bound) in [(0, FEWEST), (3 * FEWEST, 3 * FEWEST)] {
+            let mut forest = Forest::new(root(4), root(1), asked);
+            let changed = 0..40;
+            for index in changed.clone() {
+                read(&mut forest, leaf(1_000_000 / 3 + index * 100));
+                assert!(forest.page_mut(leaf(1_000_000 / 3 + index * 100)).is_ok());
+            }
+            for index in 0..10 * bound as u64 {
+                read(&mut forest, leaf(index));
+                let clean = forest.pages.values().filter(|page| page.can_go()).count();
+                assert!(clean <= bound, "{clean} clean pages are kept, of {bound} at most");
+                assert!(index < bound as u64 || clean > bound / 2, "{clean} clean pages are kept, of {bound}");
+            }
+            // What was used last is there, what was changed too.
+            assert!(forest.pages.contains_key(&leaf(10 * bound as u64 - 1)) && !forest.pages.contains_key(&leaf(0)));
+            assert_eq!(forest.dirty_pages().count(), changed.count());
+            assert!(forest.dirty_pages().all(|id| forest.pages.contains_key(&id)));
+        }
+    }
+}

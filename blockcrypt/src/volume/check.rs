@@ -224,21 +224,19 @@ impl Check<'_> {
 
     fn read_leaf(&mut self, index: u64, bytes: &crate::format::Block) -> Result<(), VolumeError> {
         let first = index * ENTRIES as u64;
-        for i in 0..ENTRIES {
-            let (lba, entry) = (first + i as u64, entry(bytes, i));
-            if entry.physical == 0 {
-                continue;
-            }
+        let named: Vec<(u64, Entry)> =
+            (first..).zip((0..ENTRIES).map(|i| entry(bytes, i))).filter(|(_, entry)| entry.physical != 0).collect();
+        for ((lba, entry), held) in named.iter().zip(self.look_at(&named)?) {
             self.report.data_blocks += 1;
-            if lba >= self.from.geometry().blocks() {
+            if *lba >= self.from.geometry().blocks() {
                 self.problem(format!("block {lba} lies behind the volume's end, and holds something"));
             }
             let Some(physical) = entry.data() else {
-                self.bad(lba, None, "a recovery found its data gone");
+                self.bad(*lba, None, "a recovery found its data gone");
                 continue;
             };
             self.claim(physical, "data");
-            self.look_at(lba, physical, &entry, &OF_THE_VOLUME)?;
+            self.judge(*lba, physical, held, &OF_THE_VOLUME);
         }
         self.progress(first + ENTRIES as u64);
         Ok(())
@@ -286,14 +284,13 @@ impl Check<'_> {
             }
             return Ok(());
         }
-        for i in 0..ENTRIES {
-            let (lba, entry) = (id.index * ENTRIES as u64 + i as u64, entry(&bytes, i));
-            let Some(physical) = entry.data().filter(|physical| lba >= gone && !self.is_used(*physical)) else {
-                continue;
-            };
+        let first = id.index * ENTRIES as u64;
+        let own = |(lba, entry): &(u64, Entry)| *lba >= gone && entry.data().is_some_and(|block| !self.is_used(block));
+        let named: Vec<(u64, Entry)> = (first..).zip((0..ENTRIES).map(|i| entry(&bytes, i))).filter(own).collect();
+        for ((lba, entry), held) in named.iter().zip(self.look_at(&named)?) {
             self.report.data_blocks += 1;
-            self.claim(physical, "data of a snapshot");
-            self.look_at(lba, physical, &entry, &OF_A_SNAPSHOT)?;
+            self.claim(entry.physical, "data of a snapshot");
+            self.judge(*lba, entry.physical, held, &OF_A_SNAPSHOT);
         }
         Ok(())
     }
@@ -302,22 +299,31 @@ impl Check<'_> {
         self.from.in_pool(block) && self.used[(block / 64) as usize] & (1 << (block % 64)) != 0
     }
 
-    /// A block of data; one that fails is looked at twice.
-    fn look_at(&mut self, lba: u64, physical: u64, entry: &Entry, reasons: &Reasons) -> Result<(), VolumeError> {
-        let from = self.from;
-        let look = || if from.in_pool(physical) { from.holds(lba, entry) } else { Ok(false) };
-        let found = match look() {
-            Ok(true) => return Ok(()),
-            Ok(false) | Err(VolumeError::Store(..)) => look(),
-            Err(other) => return Err(other),
-        };
-        match found {
-            Ok(true) => {}
-            Ok(false) => self.bad(lba, Some(physical), reasons.wrong),
-            Err(VolumeError::Store(..)) => self.told_bad(lba, Some(physical), reasons.unreadable),
+    /// Of each block and entry, whether its data is there, or nothing where the store can't read it. Where it can't read one, each is looked
+    /// at alone, twice.
+    fn look_at(&self, named: &[(u64, Entry)]) -> Result<Vec<Option<bool>>, VolumeError> {
+        match self.from.held(named) {
+            Ok(held) => return Ok(held.into_iter().map(Some).collect()),
+            Err(VolumeError::Store(..)) => {}
             Err(other) => return Err(other),
         }
-        Ok(())
+        let look = |one: &(u64, Entry)| match self.from.held(std::slice::from_ref(one)) {
+            Ok(held) => Ok(held.first().copied()),
+            Err(VolumeError::Store(..)) => Ok(None),
+            Err(other) => Err(other),
+        };
+        named
+            .iter()
+            .map(|one| look(one).and_then(|held| held.map_or_else(|| look(one), |held| Ok(Some(held)))))
+            .collect()
+    }
+
+    fn judge(&mut self, lba: u64, physical: u64, held: Option<bool>, reasons: &Reasons) {
+        match held {
+            Some(true) => {}
+            Some(false) => self.bad(lba, Some(physical), reasons.wrong),
+            None => self.told_bad(lba, Some(physical), reasons.unreadable),
+        }
     }
 
     fn bad(&mut self, lba: u64, physical: Option<u64>, reason: &'static str) {
@@ -348,7 +354,9 @@ impl Check<'_> {
                 .with_keys(|ring, _| Ok(ring.find(self.core.superblock.key()).map(|key| key.superblock_mac(&block))))?;
             let found = Superblock::parse(&block).ok().filter(|s| s.epoch == self.core.superblock.epoch);
             if !found.zip(mac).is_some_and(|(s, mac)| same(&s.mac, &mac)) {
-                self.problem(format!("the copy of the superblock in block {at} does not verify"));
+                let text = format!("the copy of the superblock in block {at} does not verify");
+                self.from.events.integrity(None, Some(at), &text);
+                self.told_problem(text);
             }
         }
         Ok(())

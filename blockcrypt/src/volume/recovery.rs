@@ -74,19 +74,23 @@ fn next_block(
     if done >= ring {
         return Ok(None);
     }
+    let (at, sequence) = ((superblock.cut.offset + done) % ring, superblock.cut.sequence + done);
     let mut bytes = zero_block();
-    let at = from.geometry().log_start() + (superblock.cut.offset + done) % ring;
-    from.read_blocks(at, &mut bytes[..]).map_err(|error| match error {
-        VolumeError::Store(_, why) => VolumeError::Store("read its log", why),
-        other => other,
-    })?;
-    let Ok(block) = LogBlock::parse(&bytes) else { return Ok(None) };
-    let sequence = superblock.cut.sequence + done;
-    if block.writer != superblock.writer.get() || block.sequence != sequence || block.key != superblock.key() {
-        return Ok(None);
+    // Read twice before it is taken for the log's end: what follows would be lost for good.
+    for _ in 0..2 {
+        from.read_blocks(from.geometry().log_start() + at, &mut bytes[..]).map_err(|error| match error {
+            VolumeError::Store(_, why) => VolumeError::Store("read its log", why),
+            other => other,
+        })?;
+        let Ok(block) = LogBlock::parse(&bytes) else { continue };
+        if block.writer != superblock.writer.get() || block.sequence != sequence || block.key != superblock.key() {
+            continue;
+        }
+        if from.with_keys(|_, key| Ok(same(&key.log_mac(from.uuid, chain, &bytes), &block.mac)))? {
+            return Ok(Some(block));
+        }
     }
-    let good = from.with_keys(|_, key| Ok(same(&key.log_mac(from.uuid, chain, &bytes), &block.mac)))?;
-    Ok(good.then_some(block))
+    Ok(None)
 }
 
 /// Records were written by a holder of the key; one that is impossible all the same must not become a panic.
@@ -144,26 +148,38 @@ struct Verdict {
     verified: bool,
 }
 
-/// Judges each logical block that the log names; also counts the records dropped.
+/// Judges each logical block that the log names; also counts the records dropped. By rounds, for the store does many reads at once in
+/// little more time than one: each looks at the newest record that is left of every block that is not settled.
 fn judge(found: &Recovered, from: &Backing) -> Result<(Vec<Verdict>, u64), VolumeError> {
     let mut by_block: BTreeMap<u64, Vec<usize>> = BTreeMap::new();
     for (number, record) in found.records.iter().enumerate() {
         by_block.entry(record.lba).or_default().push(number);
     }
-    let mut dropped = 0;
-    let mut verdicts = Vec::with_capacity(by_block.len());
-    for (lba, numbers) in by_block {
-        let mut verdict = Verdict { lba, record: None, number: 0, verified: false };
-        for number in numbers.into_iter().rev() {
+    let mut left: Vec<(u64, Vec<usize>)> = by_block.into_iter().collect();
+    let (mut verdicts, mut dropped) = (Vec::with_capacity(left.len()), 0);
+    while !left.is_empty() {
+        let mut optional = Vec::new();
+        for (lba, mut numbers) in std::mem::take(&mut left) {
+            let Some(number) = numbers.pop() else {
+                verdicts.push(Verdict { lba, record: None, number: 0, verified: false });
+                continue;
+            };
             let entry = found.records[number].entry;
-            verdict.verified = number >= found.mandatory && from.holds(lba, &entry)?;
-            if verdict.verified || number < found.mandatory {
-                (verdict.record, verdict.number) = (Some(entry), number);
-                break;
+            if number < found.mandatory {
+                verdicts.push(Verdict { lba, record: Some(entry), number, verified: false });
+            } else {
+                optional.push((lba, entry, number, numbers));
             }
-            dropped += 1;
         }
-        verdicts.push(verdict);
+        let asked: Vec<(u64, Entry)> = optional.iter().map(|(lba, entry, ..)| (*lba, *entry)).collect();
+        for ((lba, entry, number, older), held) in optional.into_iter().zip(from.held(&asked)?) {
+            if held {
+                verdicts.push(Verdict { lba, record: Some(entry), number, verified: true });
+            } else {
+                dropped += 1;
+                left.push((lba, older));
+            }
+        }
     }
     Ok((verdicts, dropped))
 }

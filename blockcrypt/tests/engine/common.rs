@@ -284,7 +284,7 @@ impl SimStore {
 
     /// Power fails and comes back.
     pub(crate) fn crash(&self, random: &mut Random) {
-        let mut sim = lock(&self.0);
+        let sim = &mut *lock(&self.0);
         let style = random.below(4);
         let mut lost = std::mem::take(&mut sim.given_up);
         for (sector, versions) in std::mem::take(&mut sim.unsynced) {
@@ -296,11 +296,12 @@ impl SimStore {
                 1 => versions.len() as u64,
                 _ => random.below(versions.len() as u64 + 1),
             };
+            let durable = &mut sim.durable[sector * SECTOR..][..SECTOR];
             if pick > 0 {
-                sim.durable[sector * SECTOR..][..SECTOR].copy_from_slice(&versions[pick as usize - 1]);
+                durable.copy_from_slice(&versions[pick as usize - 1]);
             }
+            sim.now[sector * SECTOR..][..SECTOR].copy_from_slice(durable);
         }
-        sim.now = sim.durable.clone();
         sim.fuse = None;
     }
 }

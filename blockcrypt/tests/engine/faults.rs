@@ -14,7 +14,7 @@ const BLOCKS: u64 = 200;
 const SECTOR: usize = 512;
 
 /// A store that fails now and then.
-struct Faulty {
+pub(crate) struct Faulty {
     inner: Arc<SimStore>,
     faults: Mutex<Faults>,
 }
@@ -35,7 +35,7 @@ struct Faults {
 }
 
 impl Faulty {
-    fn over(inner: Arc<SimStore>, seed: u64) -> Arc<Self> {
+    pub(crate) fn over(inner: Arc<SimStore>, seed: u64) -> Arc<Self> {
         let random = Random(seed ^ 0xfa17);
         let faults =
             Faults { random, percent: 0, left: 0, reads: false, writes: false, syncs: false, full: false, done: false };
@@ -43,7 +43,7 @@ impl Faulty {
     }
 
     /// Something begins to fail; says what.
-    fn begin(&self, random: &mut Random) -> String {
+    pub(crate) fn begin(&self, random: &mut Random) -> String {
         let mut faults = lock(&self.faults);
         faults.percent = [5, 30, 100][random.below(3) as usize];
         faults.left = 1 + random.below(40);
@@ -59,7 +59,7 @@ impl Faulty {
         )
     }
 
-    fn end(&self) {
+    pub(crate) fn end(&self) {
         lock(&self.faults).left = 0;
     }
 

@@ -19,5 +19,6 @@ mod requests;
 mod resize;
 mod room;
 mod snapshots;
+mod sparse;
 mod tamper;
 mod unreadable;

@@ -675,14 +675,11 @@ fn problems_that_a_check_finds_are_told_of() {
         let mut bytes = good.clone();
         bytes[at + 1000] ^= 1;
         store.set(bytes);
-        provider.heard();
+        provider.noticed();
         let report = volume.check(&mut |_| {}).expect("checked");
-        let heard = provider.heard();
-        assert_eq!(
-            report.problems,
-            heard.iter().filter(|event| event.starts_with("integrity")).count() as u64,
-            "{heard:?}"
-        );
+        let noticed = provider.noticed();
+        assert_eq!(report.problems, noticed.len() as u64, "{noticed:?}");
+        assert!(noticed.iter().all(|n| n.physical == Some((at / BLOCK) as u64)), "{noticed:?}");
         told.push(report.problems);
     }
     told.sort_unstable();

@@ -1,24 +1,27 @@
-//! Stores that can't read some of their blocks, and ones whose length is given.
+//! Stores that can't read some of their blocks, or read them wrong for once, and ones whose length is given.
 
 use crate::common::{MIB, Provider, check_good, lock};
-use fealty_blockcrypt::{CheckStep, MemoryStore, Store, Volume, VolumeError, make_room};
+use fealty_blockcrypt::{CheckStep, MemoryStore, OpenOptions, Store, Volume, VolumeError, make_room};
 use policy::AnchorMode;
 use std::collections::BTreeSet;
 use std::io;
 use std::sync::{Arc, Mutex};
 
-/// Fails to read some blocks, and becomes no longer than it may.
+/// Fails to read some blocks, reads others wrong once, and becomes no longer than it may.
 struct Worn {
     inner: MemoryStore,
     unreadable: Mutex<Vec<u64>>,
     /// Blocks that were read.
     read: Mutex<BTreeSet<u64>>,
+    misread: Mutex<BTreeSet<u64>>,
     longest: u64,
 }
 
 impl Worn {
     fn new(longest: u64) -> Arc<Self> {
-        Arc::new(Self { inner: MemoryStore::default(), unreadable: Mutex::default(), read: Mutex::default(), longest })
+        let (inner, unreadable, read, misread) =
+            (MemoryStore::default(), Mutex::default(), Mutex::default(), Mutex::default());
+        Arc::new(Self { inner, unreadable, read, misread, longest })
     }
 }
 
@@ -32,7 +35,13 @@ impl Store for Worn {
         if lock(&self.unreadable).iter().any(|block| blocks.contains(block)) {
             return Err(rustix::io::Errno::IO.into());
         }
-        self.inner.read_at(buffer, offset)
+        self.inner.read_at(buffer, offset)?;
+        for (block, bytes) in blocks.zip(buffer.chunks_mut(4096)) {
+            if lock(&self.misread).remove(&block) {
+                bytes[77] ^= 1;
+            }
+        }
+        Ok(())
     }
     fn write_at(&self, bytes: &[u8], offset: u64) -> io::Result<()> {
         self.inner.write_at(bytes, offset)
@@ -86,6 +95,47 @@ fn a_superblock_that_can_not_be_read_is_not_missed_where_its_twin_can() {
     drop(volume);
     lock(&store.unreadable).clear();
     check_good(&provider.open(store).expect("opens"));
+}
+
+/// A process was killed behind its first FLUSH. What recovery takes for lost is lost: so it must not believe the first read.
+#[test]
+fn what_a_recovery_reads_wrong_once_is_neither_the_end_of_the_log_nor_a_lost_write() {
+    // A volume of 2 MiB has a log of 64 blocks, behind the superblocks at the front.
+    let (front, log) = (2, 64);
+    for (what, from, to) in
+        [("log", front, front + log), ("data and map", front + log, u64::MAX), ("all", front, u64::MAX)]
+    {
+        let (provider, store) = (Provider::new(AnchorMode::Close), Worn::new(u64::MAX));
+        let volume = provider.create(store.clone(), 2 * MIB).expect("a volume");
+        for lba in 0..200 {
+            volume.write(lba * 4096, &[1; 4096]).expect("written");
+        }
+        volume.close().expect("closed");
+        drop(volume);
+        let volume = provider.open(store.clone()).expect("opens");
+        for lba in 0..150 {
+            volume.write(lba * 4096, &[2; 4096]).expect("written");
+        }
+        volume.discard(150 * 4096, 4096).expect("discarded");
+        volume.flush().expect("flushed");
+        drop(volume);
+        provider.heard();
+        let back = store.len().expect("known") / 4096 - 2;
+        for read_only in [true, false] {
+            *lock(&store.misread) = (from..to.min(back)).collect();
+            let options = OpenOptions { read_only, ..OpenOptions::default() };
+            let volume = provider.open_with(store.clone(), &provider.grant(), options).expect("opens");
+            lock(&store.misread).clear();
+            for lba in 0..200 {
+                let mut found = [0xee; 4096];
+                volume.read(lba * 4096, &mut found).expect("read");
+                let expected = [2, 0, 1][usize::from(lba >= 150) + usize::from(lba > 150)];
+                assert!(found == [expected; 4096], "{what}: block {lba} holds {}", found[0]);
+            }
+            assert_eq!(provider.heard(), [] as [&str; 0], "{what}");
+            check_good(&volume);
+        }
+    }
 }
 
 #[test]

@@ -46,12 +46,17 @@ pub(super) fn run(rounds: u32, places: &Places, printer: &mut Printer) -> Result
     let (limit, figures) = ciphers(rounds)?;
     figures.into_iter().for_each(|figure| printer.add(figure));
     for (name, folder, direct) in [("tmpfs", &places.tmpfs, false), ("disk", &places.disk, true)] {
-        let folder = tempfile::tempdir_in(folder).map_err(|error| BenchError::Io(folder.clone(), error))?;
+        let folder = in_folder(folder)?;
         Place::new(name, folder.path(), direct)?.measure(rounds, &limit, printer)?;
     }
-    let folder = tempfile::tempdir_in(&places.tmpfs).map_err(|error| BenchError::Io(places.tmpfs.clone(), error))?;
-    sharing::run(rounds, folder.path(), printer)?;
-    opening::run(rounds, places.mapped << 20, folder.path(), printer)
+    let (tmpfs, disk) = (in_folder(&places.tmpfs)?, in_folder(&places.disk)?);
+    sharing::run(rounds, tmpfs.path(), printer)?;
+    opening::run(rounds, places.mapped << 20, tmpfs.path(), disk.path(), printer)
+}
+
+/// A folder of this run's own.
+fn in_folder(place: &Path) -> Result<tempfile::TempDir, BenchError> {
+    tempfile::tempdir_in(place).map_err(|error| BenchError::Io(place.to_owned(), error))
 }
 
 /// The subjects in one folder.

@@ -14,6 +14,8 @@ const THIN: u64 = 1 << 40;
 const LOGGED: u64 = 4 << 30;
 /// Where its requests go: few enough pages that the log is full before memory is.
 const REGION: u64 = 192 << 20;
+/// Its writes from one FLUSH to the next, where there are many.
+const FLUSH_EACH: u64 = 1024;
 /// The volume whose metadata are counted.
 const COUNTED: u64 = 1 << 30;
 /// How often the slow things are done.
@@ -24,10 +26,19 @@ const OPEN_MS: f64 = 100.0;
 const RECOVERY_MS: f64 = 2000.0;
 const METADATA_PERCENT: f64 = 2.0;
 
-pub(super) fn run(rounds: u32, mapped: u64, folder: &Path, printer: &mut Printer) -> Result<(), BenchError> {
-    open(rounds, mapped, folder, printer)?;
-    recovery(rounds.min(ROUNDS), folder, printer)?;
-    metadata(folder, printer)
+/// All of it in memory, and recovery also on a disk.
+pub(super) fn run(
+    rounds: u32,
+    mapped: u64,
+    tmpfs: &Path,
+    disk: &Path,
+    printer: &mut Printer,
+) -> Result<(), BenchError> {
+    open(rounds, mapped, tmpfs, printer)?;
+    for place in [("tmpfs", tmpfs), ("disk", disk)] {
+        recovery(rounds.min(ROUNDS), place, printer)?;
+    }
+    metadata(tmpfs, printer)
 }
 
 /// A volume of 1 TiB of which `mapped` bytes are written, in pieces of 64 MiB all over it.
@@ -53,33 +64,38 @@ fn open(rounds: u32, mapped: u64, folder: &Path, printer: &mut Printer) -> Resul
     std::fs::remove_file(&path).map_err(|error| BenchError::Io(path, error))
 }
 
-/// A process that ends just before a checkpoint would have emptied its log.
-fn recovery(rounds: u32, folder: &Path, printer: &mut Printer) -> Result<(), BenchError> {
-    let (path, keeper) = (folder.join("logged"), keeper()?);
-    let volume = keeper.create(subject::store(&path)?, LOGGED).map_err(BenchError::volume("make a volume"))?;
-    volume.close().map_err(BenchError::volume("close"))?;
-    drop(volume);
-    let mut volume = keeper.open(subject::store(&path)?).map_err(BenchError::volume("open"))?;
-    let (mut times, mut writes) = (Samples::default(), 0);
-    for round in 0..rounds {
-        until_checkpoint(&volume, u64::from(round), u64::MAX)?;
-        writes = until_checkpoint(&volume, u64::from(round), u64::MAX)?;
-        until_checkpoint(&volume, u64::from(round), writes - 64)?;
-        volume.flush().map_err(BenchError::volume("flush"))?;
+/// A process that ends just before a checkpoint would have emptied its log: behind the first FLUSH of all, so that recovery must look at
+/// each write's data, or with one every so many writes, so that it takes the log's word for it.
+fn recovery(rounds: u32, (name, folder): (&str, &Path), printer: &mut Printer) -> Result<(), BenchError> {
+    for (how, flush_each) in [("one FLUSH", u64::MAX), ("many", FLUSH_EACH)] {
+        let (path, keeper) = (folder.join("logged"), keeper()?);
+        let volume = keeper.create(subject::store(&path)?, LOGGED).map_err(BenchError::volume("make a volume"))?;
+        volume.close().map_err(BenchError::volume("close"))?;
         drop(volume);
-        let store = subject::store(&path)?;
-        let (time, opened) = ms(|| keeper.open(store));
-        volume = opened.map_err(BenchError::volume("open after a crash"))?;
-        times.add(time);
+        let mut volume = keeper.open(subject::store(&path)?).map_err(BenchError::volume("open"))?;
+        let (mut times, mut writes) = (Samples::default(), 0);
+        for round in 0..rounds {
+            let seed = u64::from(round);
+            until_checkpoint(&volume, seed, u64::MAX, flush_each)?;
+            writes = until_checkpoint(&volume, seed, u64::MAX, flush_each)?;
+            until_checkpoint(&volume, seed, writes - 64, flush_each)?;
+            volume.flush().map_err(BenchError::volume("flush"))?;
+            drop(volume);
+            let store = subject::store(&path)?;
+            let (time, opened) = ms(|| keeper.open(store));
+            volume = opened.map_err(BenchError::volume("open after a crash"))?;
+            times.add(time);
+        }
+        let name = format!("{name}: open after a crash with a full log, {writes} writes, {how}");
+        printer.add(Figure::new(name, "ms", &times).limit(RECOVERY_MS));
+        drop(volume);
+        std::fs::remove_file(&path).map_err(|error| BenchError::Io(path, error))?;
     }
-    let name = format!("open after a crash with a full log, {writes} writes");
-    printer.add(Figure::new(name, "ms", &times).limit(RECOVERY_MS));
-    drop(volume);
-    std::fs::remove_file(&path).map_err(|error| BenchError::Io(path, error))
+    Ok(())
 }
 
-/// Writes single blocks until a checkpoint was made, `limit` at most; says how many.
-fn until_checkpoint(volume: &Volume, seed: u64, limit: u64) -> Result<u64, BenchError> {
+/// Writes single blocks until a checkpoint was made, `limit` at most, with a FLUSH every `flush_each`; says how many.
+fn until_checkpoint(volume: &Volume, seed: u64, limit: u64, flush_each: u64) -> Result<u64, BenchError> {
     let (epoch, blocks, data) = (volume.info().epoch, REGION / 4096, [seed as u8; 4096]);
     let mut written = 0;
     while written < limit && volume.info().epoch == epoch {
@@ -87,6 +103,9 @@ fn until_checkpoint(volume: &Volume, seed: u64, limit: u64) -> Result<u64, Bench
         let block = (written * 7919 + seed) % blocks;
         volume.write(block * 4096, &data).map_err(BenchError::volume("write"))?;
         written += 1;
+        if written.is_multiple_of(flush_each) {
+            volume.flush().map_err(BenchError::volume("flush"))?;
+        }
     }
     Ok(written)
 }
