@@ -73,12 +73,12 @@ fn recovery(rounds: u32, (name, folder): (&str, &Path), printer: &mut Printer) -
         volume.close().map_err(BenchError::volume("close"))?;
         drop(volume);
         let mut volume = keeper.open(subject::store(&path)?).map_err(BenchError::volume("open"))?;
-        let (mut times, mut writes) = (Samples::default(), 0);
+        until_checkpoint(&volume, 0, u64::MAX, flush_each)?;
+        // A little less than the whole log, so that no checkpoint empties it.
+        let writes = until_checkpoint(&volume, 0, u64::MAX, flush_each)? * 49 / 50;
+        let mut times = Samples::default();
         for round in 0..rounds {
-            let seed = u64::from(round);
-            until_checkpoint(&volume, seed, u64::MAX, flush_each)?;
-            writes = until_checkpoint(&volume, seed, u64::MAX, flush_each)?;
-            until_checkpoint(&volume, seed, writes - 64, flush_each)?;
+            while until_checkpoint(&volume, u64::from(round), writes, flush_each)? < writes {}
             volume.flush().map_err(BenchError::volume("flush"))?;
             drop(volume);
             let store = subject::store(&path)?;
