@@ -10,6 +10,7 @@
 //! | `discard` | TRIM and write-zeroes |
 //! | `rekey` | other keys: rewrap, rotation, erasure |
 //! | `resize` | a volume that grows or shrinks |
+//! | `reserve` | room that is kept for pages, and who is admitted for that |
 //! | `snapshots` | snapshots: taken, gone back to, deleted |
 //! | `durable`, `plan` | FLUSH and checkpoint |
 //! | `log` | the ring of records |
@@ -37,6 +38,7 @@ mod plan;
 mod read;
 mod recovery;
 mod rekey;
+mod reserve;
 mod resize;
 mod shared;
 mod snapshots;
@@ -409,12 +411,6 @@ impl Core {
             done += count;
         }
         Ok(())
-    }
-
-    /// Blocks that data may still take.
-    fn free_for_data(&self, from: &Backing) -> u64 {
-        // What is spare belongs to the pages already.
-        (self.space.free() + self.space.spare() as u64).saturating_sub(from.geometry().kept_for_pages())
     }
 
     /// Whether a snapshot reaches the block of data that `entry` names for `lba`.

@@ -246,7 +246,11 @@ impl Shared {
             }
             core.warn_of_limit(&self.backing);
         }
-        self.first_checkpoint()?;
+        let made = self.make_room_to_open();
+        self.first_checkpoint().map_err(|error| match (error, made) {
+            (VolumeError::Full(None), Err(why)) => why,
+            (error, _) => error,
+        })?;
         self.anchoring.keep_now()?;
         self.wipe_stale_slots()?;
         self.core()?.space.release_all();
