@@ -110,7 +110,7 @@ impl Shared {
 
 impl Core {
     /// Map and log learn that these blocks hold nothing. Nothing is changed before all that is needed is in memory.
-    fn unmap(&mut self, blocks: Range<u64>, punch: bool) -> Result<(), Halt> {
+    pub(super) fn unmap(&mut self, blocks: Range<u64>, punch: bool) -> Result<(), Halt> {
         self.writable()?;
         self.room_in_log()?;
         let mut old = [Entry::UNMAPPED; CHUNK as usize];

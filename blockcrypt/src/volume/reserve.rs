@@ -179,3 +179,220 @@ impl Core {
         self.space.used() + wants.data + kept <= pool.end - pool.start
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use crate::format::BLOCK;
+    use crate::format::page::ENTRIES;
+    use crate::{AnchorRefused, Anchors, Events, Kek, MemoryStore, OpenOptions, Store, Volume, VolumeError};
+    use policy::disk::{CipherSuite, VolumeGrant};
+    use policy::{AnchorMode, KeyId, VolumeAnchor, VolumeId};
+    use secretmem::Secret;
+    use std::io;
+    use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+    use std::sync::{Arc, Mutex};
+
+    const BLOCKS: u64 = 2048;
+
+    /// Keeps anchors, and hears what a volume notes.
+    #[derive(Default)]
+    struct Provider {
+        anchor: Mutex<Option<VolumeAnchor>>,
+        notes: Mutex<Vec<String>>,
+        away: Mutex<bool>,
+    }
+
+    impl Anchors for Provider {
+        fn keep(&self, anchor: &VolumeAnchor) -> Result<(), AnchorRefused> {
+            if *self.away.lock().expect("no panic") {
+                return Err(AnchorRefused::GivenUp("not now".to_owned()));
+            }
+            *self.anchor.lock().expect("no panic") = Some(anchor.clone());
+            Ok(())
+        }
+    }
+
+    impl Events for Provider {
+        fn integrity(&self, lba: Option<u64>, physical: Option<u64>, reason: &str) {
+            panic!("{lba:?} {physical:?} {reason}");
+        }
+        fn note(&self, text: &str) {
+            self.notes.lock().expect("no panic").push(text.to_owned());
+        }
+    }
+
+    /// A block device, which has the length that it has; or a file whose process dies so many writes on its way.
+    #[derive(Clone)]
+    struct Device {
+        store: Arc<MemoryStore>,
+        dies: Option<Arc<AtomicU64>>,
+    }
+
+    impl Device {
+        fn lives(&self) -> io::Result<()> {
+            let left = self.dies.as_ref().map(|left| left.fetch_update(Relaxed, Relaxed, |left| left.checked_sub(1)));
+            if let Some(Err(_)) = left { Err(io::Error::other("dead")) } else { Ok(()) }
+        }
+    }
+
+    impl Store for Device {
+        fn len(&self) -> io::Result<u64> {
+            self.store.len()
+        }
+        fn read_at(&self, buffer: &mut [u8], offset: u64) -> io::Result<()> {
+            self.store.read_at(buffer, offset)
+        }
+        fn write_at(&self, bytes: &[u8], offset: u64) -> io::Result<()> {
+            self.lives()?;
+            self.store.write_at(bytes, offset)
+        }
+        fn sync_data(&self) -> io::Result<()> {
+            self.lives()?;
+            self.store.sync_data()
+        }
+        fn set_len(&self, bytes: u64) -> io::Result<()> {
+            self.dies.as_ref().ok_or(io::ErrorKind::StorageFull)?;
+            self.lives()?;
+            self.store.set_len(bytes)
+        }
+        fn reserve(&self, offset: u64, bytes: u64) -> io::Result<()> {
+            self.store.reserve(offset, bytes)
+        }
+        fn punch(&self, offset: u64, bytes: u64) -> io::Result<()> {
+            self.store.punch(offset, bytes)
+        }
+    }
+
+    struct Fixture {
+        store: Arc<MemoryStore>,
+        provider: Arc<Provider>,
+        kek: Kek,
+        volume: VolumeId,
+        openings: u64,
+    }
+
+    impl Fixture {
+        fn grant(&mut self) -> VolumeGrant {
+            self.openings += 1;
+            VolumeGrant {
+                volume: self.volume,
+                customer: "acme".parse().expect("id"),
+                cipher: CipherSuite::Aes256XtsHmacSha256,
+                kek_id: KeyId(1),
+                key_id: KeyId(2),
+                open_number: self.openings.try_into().expect("number"),
+                anchor: self.provider.anchor.lock().expect("no panic").clone(),
+                anchor_mode: AnchorMode::Close,
+            }
+        }
+
+        fn open(&mut self, store: impl Store + 'static) -> Result<Volume, VolumeError> {
+            let grant = self.grant();
+            Volume::open(store, &grant, &self.kek, OpenOptions::default(), self.provider.clone(), self.provider.clone())
+        }
+
+        /// A full volume as an earlier version left it, which took discards beside snapshots as long as its log did. Returns how
+        /// many blocks at the beginning of each leaf are gone.
+        fn used_up() -> (Self, usize) {
+            let (store, provider) = (Arc::new(MemoryStore::default()), Arc::new(Provider::default()));
+            let kek = Kek::new(KeyId(1), Secret::random().expect("room"));
+            let mut fixture = Self { store, provider, kek, volume: VolumeId::random(), openings: 0 };
+            let (grant, provider) = (fixture.grant(), fixture.provider.clone());
+            let size = BLOCKS * BLOCK as u64;
+            let volume = Volume::create(fixture.store.clone(), size, &grant, &fixture.kek, provider.clone(), provider);
+            let volume = volume.expect("a volume");
+            volume.write(0, &vec![7; size as usize]).expect("written");
+            volume.close().expect("closed");
+            let volume = fixture.open(fixture.store.clone()).expect("opens");
+            let shared = &volume.shared;
+            for round in 0..ENTRIES {
+                shared.core().expect("sound").add_snapshot("one", size).expect("not too many");
+                let checkpoint = volume.checkpoint();
+                for lba in (round as u64..BLOCKS).step_by(ENTRIES) {
+                    // What a discard does when it is admitted.
+                    let unmapped = shared.with_core(|core| core.unmap(lba..lba + 1, true));
+                    unmapped.expect("the log has room");
+                }
+                let flushed = volume.flush();
+                if let Err(error) = checkpoint.and(flushed).and_then(|()| volume.checkpoint()) {
+                    assert!(matches!(error, VolumeError::Full(None)), "{error}");
+                    let id = volume.snapshots().expect("a list")[0].id;
+                    volume.delete_snapshot(id, &mut |_, _| {}).expect_err("this is the state");
+                    volume.close().expect_err("this is the state");
+                    return (fixture, round + 1);
+                }
+            }
+            panic!("there was room for all of that");
+        }
+    }
+
+    #[track_caller]
+    fn holds(volume: &Volume, gone: usize) {
+        let mut found = [0; BLOCK];
+        for lba in 0..BLOCKS {
+            volume.read(lba * BLOCK as u64, &mut found).expect("read");
+            let expected = if lba as usize % ENTRIES < gone { 0 } else { 7 };
+            assert!(found == [expected; BLOCK], "block {lba}");
+        }
+    }
+
+    #[test]
+    fn a_volume_whose_pages_find_no_room_gets_more_when_it_is_opened() {
+        let (mut fixture, gone) = Fixture::used_up();
+        let (store, length) = (fixture.store.clone(), fixture.store.len().expect("known"));
+        // Nothing of what was there goes before the larger volume is anchored.
+        *fixture.provider.away.lock().expect("no panic") = true;
+        assert!(matches!(fixture.open(store.clone()), Err(VolumeError::Anchor(_))));
+        *fixture.provider.away.lock().expect("no panic") = false;
+        let volume = fixture.open(store.clone()).expect("opens");
+        let longer = store.len().expect("known");
+        assert!(longer > length && longer < length + length / 4, "{length} {longer}");
+        assert!(fixture.provider.notes.lock().expect("no panic").iter().any(|note| note.contains(&longer.to_string())));
+        holds(&volume, gone);
+        let report = volume.check(&mut |_| {}).expect("a check");
+        assert!(report.good() && report.leaked_blocks == 0, "{report:?}");
+        for snapshot in volume.snapshots().expect("a list") {
+            volume.delete_snapshot(snapshot.id, &mut |_, _| {}).expect("deleted");
+        }
+        volume.close().expect("closed");
+        drop(volume);
+        let volume = fixture.open(store.clone()).expect("opens");
+        holds(&volume, gone);
+        assert_eq!(store.len().expect("known"), longer, "once is enough");
+        let report = volume.check(&mut |_| {}).expect("a check");
+        assert!(report.good() && report.leaked_blocks == 0, "{report:?}");
+    }
+
+    #[test]
+    fn wherever_its_opener_dies_the_next_one_opens_it() {
+        let mut opened = 0;
+        for writes in 0..200 {
+            let (mut fixture, gone) = Fixture::used_up();
+            let dies = Some(Arc::new(AtomicU64::new(writes)));
+            let died = fixture.open(Device { store: fixture.store.clone(), dies }).is_err();
+            let volume = fixture.open(fixture.store.clone()).expect("opens");
+            holds(&volume, gone);
+            volume.delete_snapshot(1, &mut |_, _| {}).expect("deleted");
+            volume.close().expect("closed");
+            opened += u32::from(!died);
+            if opened > 2 {
+                assert!(writes > 8, "it never died");
+                return;
+            }
+        }
+        panic!("it takes more writes than that?");
+    }
+
+    #[test]
+    fn on_a_device_such_a_volume_asks_for_a_longer_one() {
+        let (mut fixture, gone) = Fixture::used_up();
+        let length = fixture.store.len().expect("known");
+        let device = Device { store: fixture.store.clone(), dies: None };
+        let refused = fixture.open(device.clone()).err().expect("no room");
+        let VolumeError::TooShort { found, needed } = refused else { panic!("{refused}") };
+        assert!(found == length && needed > length);
+        fixture.store.set_len(needed).expect("longer");
+        let volume = fixture.open(device).expect("opens");
+        holds(&volume, gone);
+    }
+}

@@ -319,7 +319,7 @@ fn now() -> u64 {
 }
 
 impl Core {
-    fn add_snapshot(&mut self, name: &str, size: u64) -> Result<u64, VolumeError> {
+    pub(super) fn add_snapshot(&mut self, name: &str, size: u64) -> Result<u64, VolumeError> {
         self.writable()?;
         if self.snapshots.len() >= MOST {
             return Err(VolumeError::TooManySnapshots(MOST));
