@@ -59,13 +59,14 @@ impl Run {
         Ok(())
     }
 
-    fn write(&mut self, volume: &Volume) -> Result<(), VolumeError> {
+    /// Writes something; whether there was room.
+    fn write(&mut self, volume: &Volume) -> Result<bool, VolumeError> {
         let (offset, length) = request(&mut self.random, SIZE);
         let mut data = vec![0; length];
         self.random.fill(&mut data);
         self.model.write(offset, &data);
         let done = volume.write(offset as u64, &data);
-        self.asked(volume, done).map(drop)
+        self.asked(volume, done)
     }
 
     fn take(&mut self, volume: &Volume) -> Result<(), VolumeError> {
@@ -107,12 +108,12 @@ impl Run {
     /// One step; false where the volume is to be opened again.
     fn step(&mut self, volume: &Volume) -> Result<bool, VolumeError> {
         match self.random.below(100) {
-            0..30 => self.scatter(volume)?,
-            30..45 => self.write(volume)?,
-            45..65 => self.take(volume)?,
-            65..70 => self.delete(volume)?,
-            70..72 => self.revert(volume)?,
-            72..84 => {
+            0..35 => self.scatter(volume)?,
+            35..45 => drop(self.write(volume)?),
+            45..70 => self.take(volume)?,
+            70..72 => self.delete(volume)?,
+            72..73 => self.revert(volume)?,
+            73..84 => {
                 volume.flush()?;
                 self.model.settle();
             }
@@ -183,6 +184,8 @@ fn history(seed: u64, steps: u32) -> u32 {
     };
     let mut volume = run.open();
     let length = run.store.bytes().len();
+    run.take(&volume).expect("taken");
+    while run.write(&volume).expect("written, or refused") {}
     for step in 0..steps {
         run.context = format!("seed {seed} step {step}");
         match run.step(&volume) {
