@@ -246,10 +246,10 @@ impl Shared {
             }
             core.warn_of_limit(&self.backing);
         }
-        let made = self.make_room_to_open();
-        self.first_checkpoint().map_err(|error| match (error, made) {
-            (VolumeError::Full(None), Err(why)) => why,
-            (error, _) => error,
+        let no_more = self.make_room_to_open()?;
+        self.first_checkpoint().map_err(|error| match error {
+            VolumeError::Full(None) => no_more.unwrap_or(error),
+            error => error,
         })?;
         self.anchoring.keep_now()?;
         self.wipe_stale_slots()?;

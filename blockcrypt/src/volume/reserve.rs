@@ -86,22 +86,28 @@ impl Shared {
     }
 
     /// Before an opener's first checkpoint: a volume in which that, or what must be possible after it, would not find room gets more. Where
-    /// the store has none the checkpoint may find room all the same; the error is for where it does not.
-    pub(super) fn make_room_to_open(&self) -> Result<(), VolumeError> {
+    /// the store has none, returns why, for the checkpoint may find room all the same.
+    pub(super) fn make_room_to_open(&self) -> Result<Option<VolumeError>, VolumeError> {
         let from = &self.backing;
         let missing = {
             let core = self.core()?;
             core.taken_with(Wants { data: 0, leaves: 0 }, from).saturating_sub(core.free_for_pages())
         };
         if missing == 0 {
-            return Ok(());
+            return Ok(None);
         }
         let old = from.geometry();
         let found = from.store.len().map_err(VolumeError::store("say its length"))?;
         // Once more what is kept: the bitmap grows too.
         let needed = (old.total + missing + old.kept_for_good()) * BLOCK as u64;
         let new = old.grown(old.size, found.max(needed))?;
-        self.lengthen_store(found, &new)?;
+        if new.total == old.total {
+            // It is as long as a volume's store may be.
+            return Ok(None);
+        }
+        if let Err(why) = self.lengthen_store(found, &new) {
+            return Ok(Some(why));
+        }
         self.with_core(|core| core.lengthen(&new))?;
         from.set_geometry(new);
         self.with_core(|core| {
@@ -111,7 +117,7 @@ impl Shared {
         let length = new.total * BLOCK as u64;
         from.events
             .note(&format!("the volume's snapshots left its map no room: its store has {length} bytes from now on"));
-        Ok(())
+        Ok(None)
     }
 }
 
