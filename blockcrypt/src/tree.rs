@@ -8,7 +8,7 @@ use crate::VolumeError;
 use crate::format::page::{CHILDREN, Child, ENTRIES, Entry, Header, Tree, child, set_child};
 use crate::format::{Block, zero_block};
 use policy::KeyId;
-use std::collections::{BTreeSet, HashMap};
+use std::collections::{BTreeSet, HashMap, HashSet};
 use std::hash::{BuildHasher, Hash, Hasher, RandomState};
 use std::ops::Range;
 
@@ -172,6 +172,17 @@ impl Forest {
     /// How many pages are newer than what is durable or being written.
     pub(crate) fn dirty(&self) -> usize {
         self.dirty.len()
+    }
+
+    /// How many pages of the map a checkpoint would write: those that are dirty, and what lies above them.
+    pub(crate) fn map_pages_to_write(&self) -> u64 {
+        let mut pages = HashSet::new();
+        for mut id in self.dirty_pages().filter(|id| id.tree == Tree::Map) {
+            while pages.insert(id) && id.level + 1 < self.map.levels {
+                id = id.parent();
+            }
+        }
+        pages.len() as u64
     }
 
     /// These pages, leaves first.

@@ -130,6 +130,13 @@ impl Geometry {
         zone(self.pages()) + self.pages() + SLOT_PAGES
     }
 
+    /// How many blocks of the pool, those of the lists among them, nothing takes for good that can be refused, so that snapshots can be
+    /// deleted: for the lists at their longest, and bitmaps, which the map's bounds do not count, each with a new version; and a page for
+    /// each level of the map, for going back to a snapshot.
+    pub(crate) fn kept_for_good(&self) -> u64 {
+        2 * self.free_pages() + SLOT_PAGES + u64::from(self.map_levels)
+    }
+
     /// Blocks that snapshots may hold beyond those of a volume that is full, where they lie side by side.
     pub(crate) fn room(&self) -> u64 {
         let beyond = self.beyond();
@@ -183,7 +190,8 @@ impl Geometry {
         self.map_pages() + self.free_pages()
     }
 
-    fn map_pages(&self) -> u64 {
+    /// Pages of the map, if all of them exist.
+    pub(crate) fn map_pages(&self) -> u64 {
         let leaves = self.blocks().div_ceil(ENTRIES as u64);
         tree_pages(leaves) + u64::from(self.map_levels.saturating_sub(levels(leaves)))
     }

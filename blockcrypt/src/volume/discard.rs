@@ -1,18 +1,19 @@
 //! TRIM and write-zeroes: blocks that read as zeroes and take no room.
 
 use super::Core;
+use super::reserve::Wants;
 use super::shared::Shared;
-use super::write::PATIENCE;
 use crate::VolumeError;
 use crate::format::page::{BITS, ENTRIES, Entry, Tree};
 use crate::format::{BLOCK, zero_block};
 use crate::space::bitmap;
 use crate::tree::Halt;
 use std::ops::Range;
-use std::time::Duration;
 
 /// Blocks unmapped under one lock.
 const CHUNK: u64 = 64;
+/// These lie in two leaves at most, for a leaf has more entries.
+const WANTS: Wants = Wants { data: 0, leaves: 2 };
 /// The longest stretch given back to the store with one call, in blocks: 64 MiB.
 const STRETCH: u64 = 1 << 14;
 
@@ -80,17 +81,9 @@ impl Shared {
         self.hand_over()
     }
 
-    /// As [`Core::unmap`]; but where only the log is short of room, makes some.
+    /// As [`Core::unmap`], once there is room for it.
     pub(super) fn unmap_chunk(&self, blocks: Range<u64>, punch: bool) -> Result<(), VolumeError> {
-        for _ in 0..PATIENCE {
-            match self.with_core(|core| core.unmap(blocks.clone(), punch)) {
-                Err(VolumeError::Full(None)) => self.checkpoint()?,
-                other => return other,
-            }
-            // Other requests hold more of the log than they will need when they are done.
-            std::thread::sleep(Duration::from_millis(1));
-        }
-        Err(VolumeError::Full(None))
+        self.with_room(WANTS, |core| core.unmap(blocks.clone(), punch))
     }
 
     /// Gives the room of freed blocks back to the store. A store that can't is asked again next time something is freed; nothing
@@ -117,7 +110,7 @@ impl Shared {
 
 impl Core {
     /// Map and log learn that these blocks hold nothing. Nothing is changed before all that is needed is in memory.
-    fn unmap(&mut self, blocks: Range<u64>, punch: bool) -> Result<(), Halt> {
+    pub(super) fn unmap(&mut self, blocks: Range<u64>, punch: bool) -> Result<(), Halt> {
         self.writable()?;
         self.room_in_log()?;
         let mut old = [Entry::UNMAPPED; CHUNK as usize];

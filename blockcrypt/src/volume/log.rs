@@ -114,6 +114,11 @@ impl Log {
         self.promised += records;
     }
 
+    /// Records that requests in hand will append.
+    pub(crate) fn promised(&self) -> u64 {
+        self.promised
+    }
+
     /// It has, or will not.
     pub(crate) fn redeem(&mut self, records: u64) {
         self.promised -= records;

@@ -10,6 +10,7 @@
 //! | `discard` | TRIM and write-zeroes |
 //! | `rekey` | other keys: rewrap, rotation, erasure |
 //! | `resize` | a volume that grows or shrinks |
+//! | `reserve` | room that is kept for pages, and who is admitted for that |
 //! | `snapshots` | snapshots: taken, gone back to, deleted |
 //! | `durable`, `plan` | FLUSH and checkpoint |
 //! | `log` | the ring of records |
@@ -37,6 +38,7 @@ mod plan;
 mod read;
 mod recovery;
 mod rekey;
+mod reserve;
 mod resize;
 mod shared;
 mod snapshots;
@@ -226,7 +228,8 @@ impl Volume {
 
     /// TRIM: the 4096-byte blocks that lie wholly within `length` bytes at `offset` (multiples of 512) read as zeroes from now on, and
     /// their room is given back to the store after the next [`flush`](Self::flush); the rest of the range is left as it is.
-    /// Durable like a write. After an error each block holds either its old data or zeroes.
+    /// Durable like a write. After an error each block holds either its old data or zeroes. Beside a snapshot it takes room for the map, and
+    /// may be refused as a write is ([`VolumeError::Full`]).
     pub fn discard(&self, offset: u64, length: u64) -> Result<(), VolumeError> {
         self.shared.discard(offset, length)
     }
@@ -259,7 +262,8 @@ impl Volume {
     }
 
     /// Takes a snapshot of what every write that returned before left, and returns its number. It is durable, and anchored as the mode
-    /// asks; requests that change something wait meanwhile. `name` has 1 to 64 bytes without control characters.
+    /// asks; requests that change something wait meanwhile. `name` has 1 to 64 bytes without control characters. It is refused
+    /// ([`VolumeError::Full`]) where others have used up the room, so that nothing could be changed beside it.
     pub fn take_snapshot(&self, name: &str) -> Result<u64, VolumeError> {
         self.shared.take_snapshot(name)
     }
@@ -412,12 +416,6 @@ impl Core {
             done += count;
         }
         Ok(())
-    }
-
-    /// Blocks that data may still take.
-    fn free_for_data(&self, from: &Backing) -> u64 {
-        // What is spare belongs to the pages already.
-        (self.space.free() + self.space.spare() as u64).saturating_sub(from.geometry().kept_for_pages())
     }
 
     /// Whether a snapshot reaches the block of data that `entry` names for `lba`.

@@ -246,7 +246,11 @@ impl Shared {
             }
             core.warn_of_limit(&self.backing);
         }
-        self.first_checkpoint()?;
+        let no_more = self.make_room_to_open()?;
+        self.first_checkpoint().map_err(|error| match error {
+            VolumeError::Full(None) => no_more.unwrap_or(error),
+            error => error,
+        })?;
         self.anchoring.keep_now()?;
         self.wipe_stale_slots()?;
         self.core()?.space.release_all();

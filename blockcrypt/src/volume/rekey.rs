@@ -12,6 +12,7 @@
 
 use super::batch::CHUNK;
 use super::durable::Occasion;
+use super::reserve::Wants;
 use super::shared::Shared;
 use super::superblocks::{older_slot_blocks, superblock_places};
 use super::{Core, leaf};
@@ -139,7 +140,11 @@ impl Shared {
             }
             at += good as u64 + bad;
         }
-        self.with_core(|core| core.touch(leaf(first).0))
+        let id = leaf(first).0;
+        if self.with_core(|core| core.is_stale(id))? {
+            self.with_room(Wants { data: 0, leaves: 1 }, |core| core.touch(id))?;
+        }
+        Ok(())
     }
 
     fn rotate_bitmaps(&self) -> Result<(), VolumeError> {
@@ -228,21 +233,24 @@ impl Core {
 
     /// A page that an older key authenticates is written again by the next checkpoint.
     fn touch(&mut self, id: crate::tree::PageId) -> Result<(), Halt> {
-        let fresh = self.fresh_keys();
-        let page = self.forest.page(id)?;
-        if page.home.is_some() && !fresh.contains(&page.key) {
+        if self.is_stale(id)? {
             self.forest.page_mut(id)?;
         }
         Ok(())
+    }
+
+    fn is_stale(&mut self, id: crate::tree::PageId) -> Result<bool, Halt> {
+        let fresh = self.fresh_keys();
+        let page = self.forest.page(id)?;
+        Ok(page.home.is_some() && !fresh.contains(&page.key))
     }
 
     fn is_under_older_key(&mut self, first: u64) -> Result<bool, Halt> {
         let fresh = self.fresh_keys();
         let mut entries = [Entry::UNMAPPED; ENTRIES];
         self.lookup(first, &mut entries)?;
-        let page = self.forest.page(leaf(first).0)?;
-        let page_is = page.home.is_some() && !fresh.contains(&page.key);
-        Ok(page_is || entries.iter().any(|entry| entry.physical != 0 && !fresh.contains(&entry.key)))
+        Ok(self.is_stale(leaf(first).0)?
+            || entries.iter().any(|entry| entry.physical != 0 && !fresh.contains(&entry.key)))
     }
 
     /// The current key, and older ones that the newest rotation brought, newest first: what is under them is not rewritten by it.

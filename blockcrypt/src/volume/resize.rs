@@ -14,6 +14,7 @@
 use super::Core;
 use super::durable::Occasion;
 use super::open::lengthen;
+use super::reserve::Wants;
 use super::shared::Shared;
 use crate::VolumeError;
 use crate::format::geometry::Geometry;
@@ -47,15 +48,7 @@ impl Shared {
             return Ok(());
         }
         self.settle_all(&group)?;
-        if found < new.total * BLOCK as u64 {
-            lengthen(&*from.store, new.total * BLOCK as u64)?;
-        }
-        let block = BLOCK as u64;
-        let zone = new.zone();
-        let reserved = from.store.reserve(zone.start * block, (zone.end - zone.start) * block);
-        let reserved =
-            reserved.and_then(|()| from.store.reserve(new.pool().end * block, (new.total - new.pool().end) * block));
-        reserved.map_err(VolumeError::store("set room aside for pages"))?;
+        self.lengthen_store(found, &new)?;
         // They may have been wiped while the store made room.
         from.has_keys()?;
         let roots = self.core()?.forest.roots();
@@ -78,6 +71,19 @@ impl Shared {
         // Who waits for the key provider holds up nobody's writes.
         drop((group, alone));
         self.anchoring.after_flush()
+    }
+
+    /// The store, which has `found` bytes, is as long as a larger volume needs, and has room for its pages.
+    pub(super) fn lengthen_store(&self, found: u64, new: &Geometry) -> Result<(), VolumeError> {
+        let (store, block) = (&*self.backing.store, BLOCK as u64);
+        if found < new.total * block {
+            lengthen(store, new.total * block)?;
+        }
+        let zone = new.zone();
+        let reserved = store.reserve(zone.start * block, (zone.end - zone.start) * block);
+        let reserved =
+            reserved.and_then(|()| store.reserve(new.pool().end * block, (new.total - new.pool().end) * block));
+        reserved.map_err(VolumeError::store("set room aside for pages"))
     }
 
     /// The caller sees to it that no request is in hand.
@@ -108,7 +114,11 @@ impl Shared {
             let _alone = self.alone()?;
             let group = self.flushing();
             self.settle_all(&group)?;
-            self.with_core(|core| core.shorten(&old, &new, &beyond))?;
+            self.with_core(|core| {
+                // Snapshots may hold the pages that the new end cuts.
+                core.admit(Wants { data: 0, leaves: 1 }, &self.backing)?;
+                core.shorten(&old, &new, &beyond)
+            })?;
             self.backing.set_geometry(new);
             if let Err(error) = self.write_checkpoint(&group, Occasion::Running) {
                 // Memory is the smaller volume's already; the next opener finds out what the store is.
@@ -171,7 +181,7 @@ impl Beyond {
 }
 
 impl Core {
-    fn lengthen(&mut self, new: &Geometry) -> Result<(), Halt> {
+    pub(super) fn lengthen(&mut self, new: &Geometry) -> Result<(), Halt> {
         self.writable()?;
         self.space.resize(new);
         self.forest.deepen(Tree::Map, new.map_levels)?;
@@ -199,7 +209,7 @@ impl Core {
     }
 
     /// What lay behind the old end is free, what lies behind the new one is not.
-    fn move_fence(&mut self, old: &Geometry, new: &Geometry) -> Result<(), Halt> {
+    pub(super) fn move_fence(&mut self, old: &Geometry, new: &Geometry) -> Result<(), Halt> {
         let bits = BITS as u64;
         let freed = old.pool().end..(old.bitmaps() * bits).min(new.pool().end);
         let fenced = new.pool().end..new.bitmaps() * bits;

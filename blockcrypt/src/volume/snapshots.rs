@@ -13,6 +13,7 @@
 //! All this meets no request that changes something: it waits for those in hand and keeps others waiting, a step at a time.
 
 use super::durable::Occasion;
+use super::reserve::Wants;
 use super::shared::Shared;
 use super::{Core, end_of};
 use crate::VolumeError;
@@ -73,6 +74,12 @@ impl Shared {
         }
         let _alone = self.alone()?;
         let group = self.flushing();
+        // It keeps the map as it is, which takes nothing yet; but where nothing could be changed beside it, none is taken.
+        let admit = || self.with_core(|core| core.admit(Wants { data: 0, leaves: 1 }, &self.backing));
+        if admit().is_err() {
+            self.settle_all(&group)?;
+            admit()?;
+        }
         let id = self.core()?.add_snapshot(name, self.backing.geometry().size)?;
         if let Err(error) = self.write_checkpoint(&group, Occasion::Running) {
             // Where its superblock may have been written, the volume takes no more writes, and the next opener finds out.
@@ -317,7 +324,7 @@ fn now() -> u64 {
 }
 
 impl Core {
-    fn add_snapshot(&mut self, name: &str, size: u64) -> Result<u64, VolumeError> {
+    pub(super) fn add_snapshot(&mut self, name: &str, size: u64) -> Result<u64, VolumeError> {
         self.writable()?;
         if self.snapshots.len() >= MOST {
             return Err(VolumeError::TooManySnapshots(MOST));

@@ -3,6 +3,7 @@
 
 use super::batch::{CHUNK, Group, LARGE, Piece, cut, lead};
 use super::read::Done;
+use super::reserve::Wants;
 use super::shared::Shared;
 use super::{Core, leaf};
 use crate::VolumeError;
@@ -16,7 +17,6 @@ use crate::room::with_room;
 use crate::space::bitmap;
 use crate::tree::{Halt, PageId};
 use std::ops::Range;
-use std::time::Duration;
 
 /// Log blocks that must be free for a group and the FLUSH behind it.
 pub(super) const LOG_ROOM: u64 = LARGE.div_ceil(RECORDS as u64) + 2;
@@ -160,7 +160,9 @@ impl Shared {
     }
 
     fn write_parts(&self, parts: &[Part], blocks: &mut [Block]) -> Result<(), VolumeError> {
-        let granted = self.grant(parts, blocks.len() as u64)?;
+        let count = blocks.len() as u64;
+        let wants = Wants { data: count, leaves: count };
+        let granted = self.with_room(wants, |core| core.grant(parts, count, &self.backing))?;
         let done = seal_and_put(parts, &granted, blocks, &self.backing)
             .and_then(|entries| self.with_core(|core| core.publish(parts, &granted, &entries)));
         if done.is_err() {
@@ -169,42 +171,6 @@ impl Shared {
             core.log.redeem(blocks.len() as u64);
         }
         done
-    }
-
-    /// As [`Core::grant`]; but what is only short of room because of others waits for them.
-    fn grant(&self, parts: &[Part], count: u64) -> Result<Granted, VolumeError> {
-        for _ in 0..PATIENCE {
-            let granted = self.with_core(|core| core.grant(parts, count, &self.backing));
-            let Err(VolumeError::Full(None)) = granted else { return granted };
-            let (log_full, fits, frees_more) = {
-                let core = self.core()?;
-                let geometry = self.backing.geometry();
-                let pool = geometry.pool().end - geometry.pool().start;
-                let fits = core.space.used() + count + geometry.kept_for_pages() <= pool;
-                (core.room_in_log().is_err(), fits, core.space.frees_more())
-            };
-            if log_full {
-                self.checkpoint()?;
-                if self.core()?.room_in_log().is_err() {
-                    // Other requests hold more of the log than they will need when they are done.
-                    std::thread::sleep(Duration::from_millis(1));
-                }
-            } else if !fits {
-                return granted;
-            } else if self.core()?.tight {
-                return Err(VolumeError::Full(Some(rustix::io::Errno::NOSPC.into())));
-            } else if frees_more {
-                // Blocks that were superseded are free once that is durable.
-                let group = self.flushing();
-                self.commit(&group)?;
-                drop(group);
-                self.punch_freed()?;
-            } else {
-                // Other requests hold more blocks than they will need when they are done.
-                std::thread::sleep(Duration::from_millis(1));
-            }
-        }
-        Err(VolumeError::Full(None))
     }
 
     /// Sees to it that a chunk finds room in log, pool and memory.
@@ -263,7 +229,7 @@ impl Core {
     fn grant(&mut self, parts: &[Part], count: u64, from: &Backing) -> Result<Granted, Halt> {
         self.writable()?;
         self.room_in_log()?;
-        self.room_for(count, from)?;
+        self.key_for(count)?;
         for id in parts.iter().flat_map(Part::leaves) {
             // What the map has must be readable before it is replaced.
             self.forest.peek(id)?;
@@ -312,23 +278,13 @@ impl Core {
         (u64::from(self.superblock.writer.get()) << 40) | self.generations
     }
 
-    /// An error where keys or the pool are used up, or where pages might find no room any more.
-    fn room_for(&mut self, count: u64, from: &Backing) -> Result<(), Halt> {
+    /// An error where the open number or the key is used up.
+    fn key_for(&self, count: u64) -> Result<(), VolumeError> {
         if self.generations + count >= 1 << 40 {
-            return Err(VolumeError::OpenNumberExhausted.into());
+            return Err(VolumeError::OpenNumberExhausted);
         }
         if self.written + count > Slot::LIMIT {
-            return Err(VolumeError::KeyExhausted(self.superblock.key()).into());
-        }
-        if self.free_for_data(from) < count {
-            return Err(VolumeError::Full(None).into());
-        }
-        if self.tight {
-            let have = self.space.spare() as u64 + self.space.free_in_zone(&mut self.forest)?;
-            let need = 2 * self.forest.dirty() as u64 + 64;
-            if have < need.min(from.geometry().pages()) {
-                return Err(VolumeError::Full(None).into());
-            }
+            return Err(VolumeError::KeyExhausted(self.superblock.key()));
         }
         Ok(())
     }

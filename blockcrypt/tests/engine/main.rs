@@ -5,6 +5,7 @@ mod batches;
 mod common;
 mod device;
 mod faults;
+mod full;
 mod fuzz;
 mod growth;
 mod hostile;

@@ -1,6 +1,6 @@
 //! Room beyond a volume's size: what snapshots use up, what is to be done then, and that nothing is lost meanwhile.
 
-use crate::common::{MIB, Provider, Random, SimStore, check_good};
+use crate::common::{MIB, Provider, Random, SimStore, check_good, filled};
 use fealty_blockcrypt::{MemoryStore, OpenOptions, Store, Volume, VolumeError, store_size};
 use policy::AnchorMode;
 use std::sync::Arc;
@@ -174,4 +174,101 @@ fn a_crash_halves_no_room() {
         }
     }
     panic!("it takes more writes than that?");
+}
+
+/// What one history changes beside its snapshots: block `round` of each leaf of the map.
+fn change_each_leaf(volume: &Volume, round: u64, zeroes: bool, gone: &mut [bool]) -> Result<(), VolumeError> {
+    for block in (round..gone.len() as u64).step_by(72) {
+        let (offset, length) = (block * 4096, 4096);
+        match if zeroes { volume.write_zeroes(offset, length, round % 2 == 0) } else { volume.discard(offset, length) }
+        {
+            Ok(()) => gone[block as usize] = true,
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(())
+}
+
+#[track_caller]
+fn holds_all_but(volume: &Volume, gone: &[bool]) {
+    let mut found = [0; 4096];
+    for (i, gone) in gone.iter().enumerate() {
+        volume.read(i as u64 * 4096, &mut found).expect("read");
+        assert!(found == [if *gone { 0 } else { 7 }; 4096], "block {i}");
+    }
+}
+
+/// Snapshots hold the map's old pages: each discard beside one takes room, and frees none.
+fn discards_beside_snapshots(room: u64, zeroes: bool) {
+    let (provider, store) = (Provider::new(AnchorMode::Close), SimStore::new());
+    store.set_len(store_size(SIZE, room).expect("a size")).expect("longer");
+    filled(&provider, &store, SIZE).close().expect("closed");
+    let mut volume = provider.open(store.clone()).expect("opens");
+    let mut gone = vec![false; (SIZE / 4096) as usize];
+    let mut held = std::collections::BTreeMap::new();
+    let mut refused = 0;
+    for round in 0..72 {
+        match volume.take_snapshot("one") {
+            Ok(id) => drop(held.insert(id, gone.clone())),
+            Err(error) => assert!(matches!(error, VolumeError::Full(None)), "{error}"),
+        }
+        if let Err(error) = change_each_leaf(&volume, round, zeroes, &mut gone) {
+            assert!(matches!(error, VolumeError::Full(None)) && error.to_string().contains("delete one"), "{error}");
+            refused += 1;
+        }
+        volume.flush().expect("flushed");
+        match round % 7 {
+            2 => volume.checkpoint().expect("nothing acknowledged is lost"),
+            4 => {
+                drop(volume);
+                store.crash(&mut Random(round));
+                volume = provider.open(store.clone()).expect("opens");
+            }
+            6 => {
+                volume.close().expect("closed");
+                volume = provider.open(store.clone()).expect("opens");
+            }
+            _ => {}
+        }
+        if refused == 12 {
+            break;
+        }
+    }
+    assert!(refused == 12 && held.len() > 3, "refused {refused}, beside {} snapshots", held.len());
+    holds_all_but(&volume, &gone);
+    drop(volume);
+    store.crash(&mut Random(1));
+    let oldest = *held.keys().next().expect("some");
+    for id in [oldest, oldest + 2] {
+        let options = OpenOptions { snapshot: Some(id), ..Default::default() };
+        holds_all_but(&provider.open_with(store.clone(), &provider.grant(), options).expect("opens"), &held[&id]);
+    }
+    let volume = provider.open(store.clone()).expect("opens");
+    check_good(&volume);
+    let newest = *held.keys().last().expect("some");
+    for id in [newest].into_iter().chain(held.into_keys().filter(|id| *id != newest)) {
+        volume.delete_snapshot(id, &mut |_, _| {}).expect("deleted");
+    }
+    volume.close().expect("closed");
+    drop(volume);
+    let volume = provider.open(store).expect("opens");
+    holds_all_but(&volume, &gone);
+    check_good(&volume);
+    change_each_leaf(&volume, 71, zeroes, &mut gone).expect("room again");
+    assert_eq!(write_over(&volume, 3), PIECES);
+}
+
+#[test]
+fn discards_beside_snapshots_leave_the_room_to_delete_these() {
+    discards_beside_snapshots(0, false);
+}
+
+#[test]
+fn zeroes_beside_snapshots_leave_the_room_to_delete_these() {
+    discards_beside_snapshots(0, true);
+}
+
+#[test]
+fn discards_beside_snapshots_leave_room_where_there_is_more() {
+    discards_beside_snapshots(MIB, false);
 }

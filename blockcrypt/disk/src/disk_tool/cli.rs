@@ -429,8 +429,8 @@ discarded it (fstrim, blkdiscard), keeps the volume from becoming smaller: it ne
 --shrink. What is lost so is gone for good, unless a snapshot has it. A volume is not reverted to a snapshot that is larger.
 
 Snapshots hold what the volume did, so that what is written over it takes up room beyond the volume's size. When that is used up, writes
-fail, and nothing that was acknowledged is lost: delete a snapshot, or give the volume more with --room. A block device that became
-longer is used to its end with either option, also with the size that the volume has.
+fail, and at last discards, and nothing that was acknowledged is lost: delete a snapshot, for which there is always room, or give the
+volume more with --room. A block device that became longer is used to its end with either option, also with the size that the volume has.
 
 What the volume does not need any more becomes holes of its file (on a block device it is discarded); the file itself stays as long as it
 was, for data may lie anywhere in it. `clone` makes one that is as short as it can be.
