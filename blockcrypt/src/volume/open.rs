@@ -246,6 +246,7 @@ impl Shared {
             }
             core.warn_of_limit(&self.backing);
         }
+        self.wipe_left_slots()?;
         self.first_checkpoint()?;
         self.anchoring.keep_now()?;
         self.wipe_stale_slots()?;
@@ -298,6 +299,7 @@ impl Core {
             generations: 0,
             written: superblock.slot.written,
             warned: false,
+            not_renewed: 0,
             dropped: 0,
             tight: false,
             checkpointing: false,

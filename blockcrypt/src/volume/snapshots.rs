@@ -70,7 +70,7 @@ impl Shared {
         if !is_name(name.as_bytes()) {
             return Err(VolumeError::SnapshotName);
         }
-        let _alone = self.alone()?;
+        let alone = self.alone()?;
         let group = self.flushing();
         let id = self.core()?.add_snapshot(name, self.backing.geometry().size)?;
         if let Err(error) = self.write_checkpoint(&group, Occasion::Running) {
@@ -79,7 +79,8 @@ impl Shared {
             core.snapshots.retain(|snapshot| snapshot.id != id);
             return Err(error);
         }
-        drop(group);
+        // Who waits for the key provider holds up nobody's writes.
+        drop((group, alone));
         self.anchoring.after_flush()?;
         Ok(id)
     }

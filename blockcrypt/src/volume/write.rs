@@ -42,6 +42,7 @@ impl Part<'_> {
 }
 
 const _: () = assert!(CHUNK as usize <= ENTRIES);
+const _: () = assert!(Slot::LIMIT < 1 << 40);
 
 /// Where the plain text of neighbouring blocks is: `whole` has that of some, from number `skip` on; the others hold their own.
 #[derive(Clone, Copy, Default)]
@@ -307,16 +308,13 @@ impl Core {
         Ok(())
     }
 
-    /// The generation of the next block that is sealed.
+    /// The generation of the next block that is sealed: an open number seals under one key, whose limit comes long before its 2^40th.
     pub(super) fn next_generation(&self) -> u64 {
         (u64::from(self.superblock.writer.get()) << 40) | self.generations
     }
 
     /// An error where keys or the pool are used up, or where pages might find no room any more.
     fn room_for(&mut self, count: u64, from: &Backing) -> Result<(), Halt> {
-        if self.generations + count >= 1 << 40 {
-            return Err(VolumeError::OpenNumberExhausted.into());
-        }
         if self.written + count > Slot::LIMIT {
             return Err(VolumeError::KeyExhausted(self.superblock.key()).into());
         }

@@ -18,6 +18,7 @@ mod replays;
 mod requests;
 mod resize;
 mod room;
+mod slots;
 mod snapshots;
 mod tamper;
 mod unreadable;

@@ -38,7 +38,7 @@ pub(crate) enum Command {
     /// Make a volume from an image; its all-zero blocks take no room
     #[command(after_help = IMPORT_HELP)]
     Import(Import),
-    /// Make another volume with the same data, and keys of its own for what is written to it
+    /// Make another volume with the same data, all of it sealed anew under keys of its own
     #[command(after_help = CLONE_HELP)]
     Clone(Clone),
     /// Decrypt a volume into an image, sparse where the volume is zero
