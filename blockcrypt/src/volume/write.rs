@@ -339,11 +339,13 @@ impl Core {
 
     /// Where new data best goes: behind the block before it.
     fn neighbour(&mut self, first: u64, from: &Backing) -> Result<u64, Halt> {
-        let mut around = [Entry::UNMAPPED; 2];
-        let start = first.saturating_sub(1);
-        self.lookup(start, &mut around[..(first - start) as usize + 1])?;
-        let (before, old) = if first > 0 { (around[0].data(), around[1].data()) } else { (None, around[0].data()) };
-        let near = before.map(|b| b + 1).or(old).filter(|b| from.in_pool(*b));
+        let (mut old, mut before) = ([Entry::UNMAPPED], [Entry::UNMAPPED]);
+        self.lookup(first, &mut old)?;
+        if first > 0 && self.lookup(first - 1, &mut before).is_err() {
+            // It is another page's, which is not worth a read, and may be damaged.
+            before = [Entry::UNMAPPED];
+        }
+        let near = before[0].data().map(|b| b + 1).or(old[0].data()).filter(|b| from.in_pool(*b));
         Ok(near.unwrap_or_else(|| {
             let (zone, pool) = (from.geometry().zone(), from.geometry().pool());
             zone.end + first.min(pool.end - zone.end - 1)

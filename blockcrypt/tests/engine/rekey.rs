@@ -268,13 +268,19 @@ fn a_rotation_passes_over_damaged_pages_of_the_map() {
         for done in [volume.write(100 * 4096, &[1; 4096]), volume.write_zeroes(72 * 4096, 72 * 4096, true)] {
             assert!(matches!(done, Err(VolumeError::Damaged(_))), "{done:?}");
         }
+        if level == 0 {
+            for lba in [71, 144] {
+                volume.write(lba * 4096, &content(lba)).expect("its neighbours take writes");
+            }
+        }
         volume.close().expect("closed");
         drop(volume);
         flip(&store, &place);
         let volume = provider.open(store).expect("opens");
+        let before = volume.info().blocks_written;
         assert!(volume.rotate(&mut |_, _| true).expect("rotated"));
         let info = volume.info();
-        assert_eq!((info.not_renewed, info.blocks_written, info.older_keys), (0, BLOCKS, 0));
+        assert_eq!((info.not_renewed, info.blocks_written - before, info.older_keys), (0, hidden.min(BLOCKS), 0));
         check(&volume);
     }
 }

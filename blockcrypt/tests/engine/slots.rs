@@ -163,10 +163,13 @@ fn an_erasure_that_was_interrupted_finds_each_page_of_older_slots_again() {
         *lock(&provider.key_id) = key;
         provider.open(store.clone()).expect("opens").close().expect("closed");
     }
-    let (image, slots) = (store.bytes(), wrapped(&store.bytes()));
-    assert!(slots.len() > 39);
+    let (image, mut slots) = (store.bytes(), wrapped(&store.bytes()));
+    slots.sort();
+    slots.dedup();
+    assert!(slots.len() > 38);
     let mut whole = false;
-    for (step, seed) in (1..40).flat_map(|step| (0..4).map(move |seed| (step, seed))) {
+    // Two pages, and two superblocks at each end, with four barriers.
+    for (step, seed) in (1..12).flat_map(|step| (0..4).map(move |seed| (step, seed))) {
         store.set(image.clone());
         store.burn(step);
         whole = erase(&*store).is_ok();
