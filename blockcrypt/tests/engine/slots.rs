@@ -31,6 +31,24 @@ fn changed(change: Change) -> (Arc<Provider>, Arc<SimStore>, Vec<Vec<u8>>) {
     (provider, store, slots)
 }
 
+/// A volume with more older keys than a page has room for.
+fn crowded() -> (Arc<Provider>, Arc<SimStore>) {
+    let (provider, store) = made();
+    for key in 4..40 {
+        *lock(&provider.key_id) = key;
+        provider.open(store.clone()).expect("opens").close().expect("closed");
+    }
+    (provider, store)
+}
+
+/// What slots hold, each once.
+fn distinct(bytes: &[u8]) -> Vec<Vec<u8>> {
+    let mut slots = wrapped(bytes);
+    slots.sort();
+    slots.dedup();
+    slots
+}
+
 /// Opens the volume under the key-encryption key that the provider's anchor names, and wraps its slots under another.
 fn rewrap(provider: &Arc<Provider>, store: &Arc<SimStore>) {
     let volume = provider.open(store.clone()).expect("opens");
@@ -122,19 +140,23 @@ fn slots_that_a_crash_left_go_with_the_next_rewrap_or_erasure() {
     }
 }
 
-/// Without a crash: the volume goes on, and knows what it wrote.
+/// Without a crash: the volume goes on, and knows what it wrote, be it one of two pages.
 #[test]
 fn what_a_rewrap_that_failed_wrote_goes_with_the_next() {
+    let (provider, store) = crowded();
+    let (before, anchor) = (store.bytes(), provider.anchor());
     let mut again = 0;
     for at in 1.. {
-        let (provider, store) = made();
+        store.set(before.clone());
+        *lock(&provider.anchor) = anchor.clone();
+        provider.set_kek(77, 9);
         let volume = provider.open(store.clone()).expect("opens");
         let old = provider.kek();
         provider.set_kek(78, 10);
         store.burn(at);
         let done = volume.rewrap(&old, &provider.kek());
         store.repair();
-        let slots = wrapped(&store.bytes());
+        let slots = distinct(&store.bytes());
         let unanchored = provider.anchor().and_then(|anchor| anchor.kek_id()) == Some(KeyId(77));
         let current = if unanchored { old } else { provider.kek() };
         provider.set_kek(79, 11);
@@ -155,17 +177,11 @@ fn what_a_rewrap_that_failed_wrote_goes_with_the_next() {
     assert!(again > 3, "{again}");
 }
 
-/// More older slots than a page has room for: what leads to others goes after them.
+/// A page of older slots leads to the next: what leads to others goes after them.
 #[test]
 fn an_erasure_that_was_interrupted_finds_each_page_of_older_slots_again() {
-    let (provider, store) = made();
-    for key in 4..40 {
-        *lock(&provider.key_id) = key;
-        provider.open(store.clone()).expect("opens").close().expect("closed");
-    }
-    let (image, mut slots) = (store.bytes(), wrapped(&store.bytes()));
-    slots.sort();
-    slots.dedup();
+    let (_, store) = crowded();
+    let (image, slots) = (store.bytes(), distinct(&store.bytes()));
     assert!(slots.len() > 38);
     let mut whole = false;
     // Two pages, and two superblocks at each end, with four barriers.
