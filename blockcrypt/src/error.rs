@@ -70,9 +70,6 @@ pub enum VolumeError {
         "key {0} of this volume has sealed as much as one key may; rekey the volume (a rekey that this ends goes on under the next key)"
     )]
     KeyExhausted(KeyId),
-    /// 2^40 blocks were written under one open number.
-    #[error("this open number is used up; close the volume and open it again")]
-    OpenNumberExhausted,
     /// The grant and the key do not belong together, or name something impossible.
     #[error("the volume's grant can't be used: {0}")]
     Grant(&'static str),

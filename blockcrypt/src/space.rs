@@ -140,8 +140,7 @@ impl Space {
     pub(crate) fn free_in_zone(&mut self, forest: &mut Forest) -> Result<u64, Halt> {
         let mut free = 0;
         for block in self.zone.clone() {
-            let bits = &forest.page(bitmap(block / BITS as u64))?.bytes;
-            free += u64::from(is_clear(bits, (block % BITS as u64) as usize) && self.is_idle(block));
+            free += u64::from(self.is_free(block, forest)?);
         }
         Ok(free)
     }
@@ -149,6 +148,14 @@ impl Space {
     /// Whether `block` is one that data and pages may lie in.
     pub(crate) fn has(&self, block: u64) -> bool {
         self.pool.contains(&block)
+    }
+
+    /// Whether nothing lies in the block, and nothing is about to.
+    pub(crate) fn is_free(&self, block: u64, forest: &mut Forest) -> Result<bool, Halt> {
+        if !self.has(block) || !self.is_idle(block) {
+            return Ok(false);
+        }
+        Ok(is_clear(&forest.page(bitmap(block / BITS as u64))?.bytes, (block % BITS as u64) as usize))
     }
 
     fn is_idle(&self, block: u64) -> bool {
@@ -344,6 +351,11 @@ impl Space {
                 self.to_punch.push(*block);
             }
         }
+    }
+
+    /// Held blocks are not held any more.
+    pub(crate) fn let_go(&mut self, blocks: Range<u64>) {
+        blocks.for_each(|block| _ = self.held.remove(block));
     }
 
     /// Whether there are blocks that are free once their records are durable, or their room was given back, and nobody is at it.

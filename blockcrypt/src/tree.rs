@@ -77,7 +77,13 @@ impl PageId {
 
     /// Of a page of the map: the logical blocks that it describes.
     pub(crate) fn blocks(self) -> Range<u64> {
-        let each = (CHILDREN as u64).saturating_pow(u32::from(self.level)).saturating_mul(ENTRIES as u64);
+        let leaves = self.leaves();
+        leaves.start.saturating_mul(ENTRIES as u64)..leaves.end.saturating_mul(ENTRIES as u64)
+    }
+
+    /// The leaves that hang from it, or itself.
+    pub(crate) fn leaves(self) -> Range<u64> {
+        let each = (CHILDREN as u64).saturating_pow(u32::from(self.level));
         self.index.saturating_mul(each)..(self.index + 1).saturating_mul(each)
     }
 

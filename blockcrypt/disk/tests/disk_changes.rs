@@ -136,6 +136,7 @@ fn rekey_leaves_no_older_key() {
     keeper.key = 3;
     let rekeyed = keeper.json(&["rekey", &volume]);
     assert_eq!(rekeyed["older_keys"], 0);
+    assert_eq!(rekeyed["not_renewed"], 0);
     good(&mut keeper, &volume);
     assert!(keeper.good(&["export", &volume, "-"]) == content);
     keeper.kek[0] ^= 1;

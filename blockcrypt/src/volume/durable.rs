@@ -321,19 +321,6 @@ impl Shared {
         }
     }
 
-    /// Overwrites what held key slots, and only then frees it. Checkpoints do so too, and only note where they can't: who promises
-    /// that slots are gone calls this.
-    pub(super) fn wipe_stale_slots(&self) -> Result<(), VolumeError> {
-        let stale = self.core()?.stale_slots.clone();
-        for block in &stale {
-            self.backing.write_blocks(*block, &crate::format::zero_block()[..])?;
-        }
-        let mut core = self.core()?;
-        core.stale_slots.clear();
-        core.space.punched(&stale);
-        Ok(())
-    }
-
     /// Sees to it that pages find room in a store that runs full.
     pub(super) fn top_up(&self, _group: &MutexGuard<'_, ()>) -> Result<(), VolumeError> {
         let target = spares(&self.backing);

@@ -8,7 +8,8 @@
 //! | `recovery` | replays the log |
 //! | `batch`, `read`, `write` | reads and writes blocks, those of several requests together |
 //! | `discard` | TRIM and write-zeroes |
-//! | `rekey` | other keys: rewrap, rotation, erasure |
+//! | `rekey` | other keys: rewrap, rotation |
+//! | `slots` | where key slots lie, and how they go: erasure |
 //! | `resize` | a volume that grows or shrinks |
 //! | `reserve` | room that is kept for pages, and who is admitted for that |
 //! | `snapshots` | snapshots: taken, gone back to, deleted |
@@ -41,6 +42,7 @@ mod rekey;
 mod reserve;
 mod resize;
 mod shared;
+mod slots;
 mod snapshots;
 mod superblocks;
 mod write;
@@ -66,7 +68,7 @@ use std::time::{Duration, Instant};
 
 pub use check::{CheckReport, CheckStep};
 pub use open::{OpenOptions, PlainInfo, inspect, make_room};
-pub use rekey::erase;
+pub use slots::erase;
 pub use snapshots::SnapshotInfo;
 
 /// Dirty pages at which a checkpoint is due: 4 MiB of them.
@@ -119,6 +121,8 @@ pub(crate) struct Core {
     pub(crate) written: u64,
     /// It was told that this is nearly as many as it may be.
     warned: bool,
+    /// Blocks that the last rotation passed over.
+    not_renewed: u64,
     pub(crate) dropped: u64,
     /// The store had no room for more spare blocks.
     tight: bool,
@@ -168,6 +172,9 @@ pub struct VolumeInfo {
     pub blocks_written: u64,
     /// Whether the current key has sealed so many that a rotation goes on under another only.
     pub key_used_up: bool,
+    /// Blocks that the last rotation since it was opened left under older keys, because they, or the pages of the map that lead to them,
+    /// don't verify; of such a page all blocks are counted, those too that hold nothing.
+    pub not_renewed: u64,
     /// Unacknowledged writes that the last recovery found incomplete and dropped.
     pub dropped_writes: u64,
     /// Whether it takes writes.
@@ -328,7 +335,8 @@ impl Volume {
     ///
     /// A new key comes with a grant that names its id: open the volume with it, then call this. Where one key can't seal so much, it ends
     /// with [`VolumeError::KeyExhausted`], and an eighth of what the key may seal is left for other writes: open the volume with
-    /// another new key, and it goes on under that.
+    /// another new key, and it goes on under that. What does not verify is passed over, and keeps its key: see
+    /// [`VolumeInfo::not_renewed`].
     pub fn rotate(&self, heard: &mut dyn FnMut(u64, u64) -> bool) -> Result<bool, VolumeError> {
         self.shared.rotate(heard)
     }

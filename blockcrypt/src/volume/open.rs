@@ -246,6 +246,7 @@ impl Shared {
             }
             core.warn_of_limit(&self.backing);
         }
+        self.wipe_left_slots()?;
         let no_more = self.make_room_to_open()?;
         self.first_checkpoint().map_err(|error| match error {
             VolumeError::Full(None) => no_more.unwrap_or(error),
@@ -303,6 +304,7 @@ impl Core {
             generations: 0,
             written: superblock.slot.written,
             warned: false,
+            not_renewed: 0,
             dropped: 0,
             tight: false,
             checkpointing: false,

@@ -209,6 +209,11 @@ impl Core {
         for block in plan.freed.drain(..) {
             undone = undone.and(self.space.keep(block, &mut self.forest));
         }
+        // These may have been written already.
+        for block in plan.slots.take().into_iter().flatten() {
+            undone = undone.and(self.space.free_held(block, &mut self.forest));
+            self.stale_slots.push(block);
+        }
         for page in plan.pages.drain(..) {
             self.forest.thaw(page.id);
         }

@@ -1,4 +1,4 @@
-//! New keys for old: the key-encryption key's change, the master's rotation, and the end of all of them.
+//! New keys for old: the key-encryption key's change, and the master's rotation.
 //!
 //! - **Rewrap**: each slot's master is wrapped under another key-encryption key. No block changes. A superblock with the new wrappings
 //!   is written and anchored while the one before, with the old ones, still stands: the anchor's key opens the anchored state.
@@ -6,23 +6,19 @@
 //!   the rest again under it, block by block and page by page, while requests are served; what is under the new key already is
 //!   passed over, so that a crash costs nothing but a look at the map. When nothing needs them any more, the older slots go.
 //!   Where one key can't seal all, another follows, with another opening: the superblock says under which one the rotation began.
-//! - **Erase**: without its slots a volume is noise, whoever has which key.
-//!
-//! Blocks that held slots are overwritten with zeroes before they are free.
 
 use super::batch::CHUNK;
 use super::durable::Occasion;
 use super::reserve::Wants;
 use super::shared::Shared;
-use super::superblocks::{older_slot_blocks, superblock_places};
 use super::{Core, leaf};
 use crate::backing::Backing;
 use crate::format::page::{ENTRIES, Entry, Tree};
 use crate::format::slot::Slot;
-use crate::format::{BLOCK, Block, zero_block};
+use crate::format::{BLOCK, Block};
 use crate::space::bitmap;
-use crate::tree::Halt;
-use crate::{Kek, Store, VolumeError};
+use crate::tree::{Halt, PageId};
+use crate::{Kek, VolumeError};
 use policy::KeyId;
 
 impl Shared {
@@ -68,12 +64,13 @@ impl Shared {
             let mut core = self.core()?;
             let current = core.superblock.key();
             core.superblock.rotation.first.get_or_insert(current);
+            core.not_renewed = 0;
         }
         let blocks = self.backing.geometry().blocks();
         // Each block, then each leaf of the map once more.
         let all = blocks + blocks.div_ceil(ENTRIES as u64);
-        let mut index = 0;
-        while let Some(next) = self.with_core(|core| core.forest.next_leaf(Tree::Map, index))? {
+        let (mut index, mut damaged) = (0, false);
+        while let Some(next) = self.next_leaf(Tree::Map, index, &mut damaged)? {
             let first = next * ENTRIES as u64;
             if first >= self.backing.geometry().blocks() {
                 break;
@@ -81,16 +78,43 @@ impl Shared {
             if !heard(first.min(blocks), all) {
                 return Ok(false);
             }
-            self.rotate_leaf(first)?;
+            match self.rotate_leaf(first) {
+                Err(VolumeError::Damaged(_)) => self.pass_over(leaf(first).0, &mut damaged)?,
+                done => done?,
+            }
             index = next + 1;
         }
-        self.rotate_bitmaps()?;
+        self.rotate_bitmaps(&mut damaged)?;
         self.end_rotation()?;
-        if !self.drop_older_keys(&mut |leaf| heard(blocks + leaf.min(all - blocks), all))? {
+        // Whatever is damaged needs the key that it has.
+        if !damaged && !self.drop_older_keys(&mut |leaf| heard(blocks + leaf.min(all - blocks), all))? {
             return Ok(false);
         }
         heard(all, all);
         Ok(true)
+    }
+
+    /// The first leaf of a tree from `index` on that may hold something, and that no damaged page hides.
+    fn next_leaf(&self, tree: Tree, mut index: u64, damaged: &mut bool) -> Result<Option<u64>, VolumeError> {
+        loop {
+            match self.reach(|core| core.forest.next_leaf(tree, index)) {
+                Err((VolumeError::Damaged(_), Some(page))) => {
+                    self.pass_over(page, damaged)?;
+                    index = page.leaves().end;
+                }
+                found => return found.map_err(|(error, _)| error),
+            }
+        }
+    }
+
+    /// What hangs from a damaged page keeps its keys, for it can't be told what that is.
+    fn pass_over(&self, page: PageId, damaged: &mut bool) -> Result<(), VolumeError> {
+        *damaged = true;
+        if page.tree == Tree::Map {
+            let (hidden, end) = (page.blocks(), self.backing.geometry().blocks());
+            self.core()?.not_renewed += hidden.end.min(end).saturating_sub(hidden.start);
+        }
+        Ok(())
     }
 
     /// All that can be is sealed anew, and durable: from here on another new key is another rotation's.
@@ -135,6 +159,7 @@ impl Shared {
                 Err(VolumeError::Integrity { lba }) => ((lba - at) as usize, 1),
                 Err(other) => return Err(other),
             };
+            self.core()?.not_renewed += bad;
             if good > 0 {
                 self.write_blocks(at, &mut blocks[..good])?;
             }
@@ -147,14 +172,17 @@ impl Shared {
         Ok(())
     }
 
-    fn rotate_bitmaps(&self) -> Result<(), VolumeError> {
+    fn rotate_bitmaps(&self, damaged: &mut bool) -> Result<(), VolumeError> {
         let mut index = 0;
-        while let Some(next) = self.with_core(|core| core.forest.next_leaf(Tree::Free, index))? {
+        while let Some(next) = self.next_leaf(Tree::Free, index, damaged)? {
             if next >= self.backing.geometry().bitmaps() {
                 break;
             }
             self.make_room()?;
-            self.with_core(|core| core.touch(bitmap(next)))?;
+            match self.with_core(|core| core.touch(bitmap(next))) {
+                Err(VolumeError::Damaged(_)) => self.pass_over(bitmap(next), damaged)?,
+                done => done?,
+            }
             index = next + 1;
         }
         Ok(())
@@ -232,14 +260,14 @@ impl Core {
     }
 
     /// A page that an older key authenticates is written again by the next checkpoint.
-    fn touch(&mut self, id: crate::tree::PageId) -> Result<(), Halt> {
+    fn touch(&mut self, id: PageId) -> Result<(), Halt> {
         if self.is_stale(id)? {
             self.forest.page_mut(id)?;
         }
         Ok(())
     }
 
-    fn is_stale(&mut self, id: crate::tree::PageId) -> Result<bool, Halt> {
+    fn is_stale(&mut self, id: PageId) -> Result<bool, Halt> {
         let fresh = self.fresh_keys();
         let page = self.forest.page(id)?;
         Ok(page.home.is_some() && !fresh.contains(&page.key))
@@ -278,26 +306,6 @@ impl Core {
             ));
         }
     }
-}
-
-/// Destroys the key slots of the volume in `store`, and with them everything that it holds: all superblocks, and the pages of older
-/// slots. Needs no key; nobody can take it back. Returns how many blocks were overwritten.
-pub fn erase(store: &dyn Store) -> Result<usize, VolumeError> {
-    let (front, back) = superblock_places(store)?;
-    // Superblocks name older slots, and those at the front say where the others lie: what leads to something goes after it, so that
-    // an erasure that a crash interrupts can be done again.
-    let mut count = 0;
-    for mut blocks in [older_slot_blocks(store)?, back, front] {
-        blocks.sort_unstable();
-        blocks.dedup();
-        for block in &blocks {
-            let zeroes = zero_block();
-            store.write_at(&zeroes[..], block * BLOCK as u64).map_err(VolumeError::store("be erased"))?;
-        }
-        store.sync_data().map_err(VolumeError::store("make the erasure durable"))?;
-        count += blocks.len();
-    }
-    Ok(count)
 }
 
 #[cfg(test)]

@@ -5,7 +5,7 @@
 //!
 //! > **the invariant**: the free blocks, spare ones included, are at least one for each page of the map that checkpoints still have to find
 //! > a place for (the dirty ones, those that requests in hand will make dirty, and all pages above them), and
-//! > [`Geometry::kept_for_good`], of which the lists of key slots and snapshots have a part already.
+//! > [`kept_for_good`](crate::format::geometry::Geometry::kept_for_good), of which the lists of key slots and snapshots have a part already.
 //!
 //! Then all of these find room, one after the other and again after a crash at any point:
 //!
@@ -16,18 +16,18 @@
 //! - going back to a snapshot: a page for each level and one more of the list, until what the volume held is deleted, which frees more;
 //! - `close`, which writes nothing more than a checkpoint.
 //!
-//! Data leaves more alone ([`Geometry::kept_for_pages`]): what a volume that is full still takes are discards, and then none of these
+//! Data leaves more alone ([`kept_for_pages`](crate::format::geometry::Geometry::kept_for_pages)): what a volume that is full still takes are discards, and then none of these
 //! beside a snapshot either.
 //!
 //! A volume that an earlier version brought below that is made longer by the next opener, before its first checkpoint.
 
 use super::Core;
+use super::resize::old_end;
 use super::shared::Shared;
 use super::write::PATIENCE;
 use crate::VolumeError;
 use crate::backing::Backing;
 use crate::format::BLOCK;
-use crate::format::geometry::Geometry;
 use crate::tree::Halt;
 use std::time::Duration;
 
@@ -110,10 +110,9 @@ impl Shared {
         }
         self.with_core(|core| core.lengthen(&new))?;
         from.set_geometry(new);
-        self.with_core(|core| {
-            core.move_fence(&old, &new)?;
-            core.keep_old_end(&old)
-        })?;
+        self.with_core(|core| core.move_fence(&old, &new))?;
+        // The superblock that was read has a copy there: it stays until the next one is anchored, and is wiped then.
+        self.core()?.stale_slots.extend(old_end(&old, &new));
         let length = new.total * BLOCK as u64;
         from.events
             .note(&format!("the volume's snapshots left its map no room: its store has {length} bytes from now on"));
@@ -134,15 +133,6 @@ impl Core {
             if have < need.min(from.geometry().pages()) {
                 return Err(VolumeError::Full(Some(rustix::io::Errno::NOSPC.into())).into());
             }
-        }
-        Ok(())
-    }
-
-    /// The superblock that was read has a copy at the old end, and its slots: that stays until the next one is anchored, and is wiped then.
-    fn keep_old_end(&mut self, old: &Geometry) -> Result<(), Halt> {
-        for block in old.pool().end..old.total {
-            self.space.free_held(block, &mut self.forest)?;
-            self.stale_slots.push(block);
         }
         Ok(())
     }

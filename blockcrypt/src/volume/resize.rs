@@ -2,8 +2,8 @@
 //!
 //! **Growth.** The pool gets longer, trees get levels above their roots, and the superblock's second copies move to the new end. All of that
 //! becomes true with one superblock: before it, the store is only longer than it need be, and what memory knew of the larger volume is
-//! taken back where something fails; after it, the blocks that the old copies took are free. A second checkpoint brings the other slot
-//! along.
+//! taken back where something fails; after it, the old copies, which hold key slots, are overwritten, and their blocks are free. A second
+//! checkpoint brings the other slot along: until then that says where the old end was.
 //!
 //! Room beyond the size grows in the same way, with a size that stays.
 //!
@@ -22,6 +22,7 @@ use crate::format::page::{BITS, ENTRIES, Entry, Tree};
 use crate::format::{BLOCK, zero_block};
 use crate::space::bitmap;
 use crate::tree::{Halt, Root};
+use std::ops::Range;
 
 impl Shared {
     pub(super) fn grow(&self, size: u64) -> Result<(), VolumeError> {
@@ -59,11 +60,13 @@ impl Shared {
         });
         if let Err(error) = grown {
             from.set_geometry(old);
-            self.core()?.take_back(&old, roots);
+            self.core()?.take_back((&old, &new), roots);
             return Err(error);
         }
+        self.core()?.stale_slots.extend(old_end(&old, &new));
         // Of the larger volume too: so that no superblock of the smaller one is needed.
-        if let Err(error) = self.write_checkpoint(&group, Occasion::Running) {
+        let second = self.wipe_stale_slots().and_then(|()| self.write_checkpoint(&group, Occasion::Running));
+        if let Err(error) = second {
             from.events.note(&format!(
                 "the volume is larger; its second superblock follows with the next checkpoint: {error}"
             ));
@@ -189,8 +192,9 @@ impl Core {
     }
 
     /// Takes back what growth did to memory, which was all durable before it: the volume has the geometry `old` and these roots again.
-    fn take_back(&mut self, old: &Geometry, roots: [Root; 2]) {
+    fn take_back(&mut self, (old, new): (&Geometry, &Geometry), roots: [Root; 2]) {
         self.forest.go_back(roots);
+        self.space.let_go(old_end(old, new));
         self.space.resize(old);
     }
 
@@ -208,7 +212,7 @@ impl Core {
         Ok(())
     }
 
-    /// What lay behind the old end is free, what lies behind the new one is not.
+    /// What lay behind the old end is free, what lies behind the new one is not. Where superblocks lay, nothing else does yet.
     pub(super) fn move_fence(&mut self, old: &Geometry, new: &Geometry) -> Result<(), Halt> {
         let bits = BITS as u64;
         let freed = old.pool().end..(old.bitmaps() * bits).min(new.pool().end);
@@ -218,6 +222,12 @@ impl Core {
                 self.forest.page(bitmap(index))?;
             }
         }
-        self.space.move_fence(freed, fenced, &mut self.forest)
+        self.space.move_fence(freed, fenced, &mut self.forest)?;
+        old_end(old, new).try_for_each(|block| self.space.free_held(block, &mut self.forest))
     }
+}
+
+/// The blocks that held the superblocks at the old end, and hold none of the larger volume's.
+pub(super) fn old_end(old: &Geometry, new: &Geometry) -> Range<u64> {
+    old.pool().end..old.total.min(new.pool().end)
 }

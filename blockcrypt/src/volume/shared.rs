@@ -4,7 +4,7 @@ use super::anchoring::Anchoring;
 use super::{Core, VolumeInfo};
 use crate::VolumeError;
 use crate::backing::Backing;
-use crate::tree::Halt;
+use crate::tree::{Halt, PageId};
 use policy::CustomerId;
 use policy::disk::VolumeGrant;
 use std::ops::Range;
@@ -61,23 +61,32 @@ impl Shared {
     }
 
     /// Does `f` under the lock, again from its beginning after each page that it misses.
-    pub(super) fn with_core<R>(&self, mut f: impl FnMut(&mut Core) -> Result<R, Halt>) -> Result<R, VolumeError> {
-        let mut core = self.core()?;
+    pub(super) fn with_core<R>(&self, f: impl FnMut(&mut Core) -> Result<R, Halt>) -> Result<R, VolumeError> {
+        self.reach(f).map_err(|(error, _)| error)
+    }
+
+    /// As [`with_core`](Self::with_core); an error comes with the page that can't be had, where there is one.
+    pub(super) fn reach<R>(
+        &self,
+        mut f: impl FnMut(&mut Core) -> Result<R, Halt>,
+    ) -> Result<R, (VolumeError, Option<PageId>)> {
+        let lock = || self.core().map_err(|error| (error, None));
+        let mut core = lock()?;
         loop {
             core.forest.make_room();
             let missing = match f(&mut core) {
                 Ok(done) => return Ok(done),
-                Err(Halt::Failed(error)) => return Err(error),
+                Err(Halt::Failed(error)) => return Err((error, None)),
                 Err(Halt::Missing(missing)) => missing,
             };
             drop(core);
             let fetched = self.backing.fetch(&missing);
-            core = self.core()?;
+            core = lock()?;
             match fetched {
                 Ok(page) => core.forest.insert(missing, page),
                 // It may have been replaced meanwhile, and its block reused: then another one is missing now.
                 Err(error) if core.forest.still_misses(&missing) => {
-                    return Err(self.backing.bad_page(Some(missing.id), &missing.pointer, error));
+                    return Err((self.backing.bad_page(Some(missing.id), &missing.pointer, error), Some(missing.id)));
                 }
                 Err(_) => {}
             }
@@ -151,6 +160,7 @@ impl Shared {
             older_keys: core.older.len() + 1 - core.fresh_keys().len(),
             blocks_written: core.written,
             key_used_up: core.is_used_up(),
+            not_renewed: core.not_renewed,
             dropped_writes: core.dropped,
             read_only: self.read_only,
         }

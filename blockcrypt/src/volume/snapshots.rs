@@ -72,7 +72,7 @@ impl Shared {
         if !is_name(name.as_bytes()) {
             return Err(VolumeError::SnapshotName);
         }
-        let _alone = self.alone()?;
+        let alone = self.alone()?;
         let group = self.flushing();
         // It keeps the map as it is, which takes nothing yet; but where nothing could be changed beside it, none is taken.
         let admit = || self.with_core(|core| core.admit(Wants { data: 0, leaves: 1 }, &self.backing));
@@ -87,7 +87,8 @@ impl Shared {
             core.snapshots.retain(|snapshot| snapshot.id != id);
             return Err(error);
         }
-        drop(group);
+        // Who waits for the key provider holds up nobody's writes.
+        drop((group, alone));
         self.anchoring.after_flush()?;
         Ok(id)
     }

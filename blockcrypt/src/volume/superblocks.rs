@@ -2,8 +2,6 @@
 
 use crate::crypto::wipe_registers;
 use crate::format::anchor::AnchorFields;
-use crate::format::page::{Header, Tree};
-use crate::format::slot::{MAX_PAGES, SlotPage};
 use crate::format::superblock::{Superblock, claimed_total, claimed_version, has_magic};
 use crate::format::{BLOCK, Block, VERSION, zero_block};
 use crate::keys::{VolumeKey, same};
@@ -34,44 +32,6 @@ pub(super) fn find_state(
     let good = verified.iter().map(|found| (found.at, found.superblock.epoch)).collect();
     let (chosen, epoch) = choose(verified, damaged, anchor, grant)?;
     Ok(State { chosen, epoch, good, unreadable })
-}
-
-/// Every block that may hold a superblock: those at the front, and those at the end, wherever the former say that it is.
-pub(super) fn superblock_places(store: &dyn Store) -> Result<(Vec<u64>, Vec<u64>), VolumeError> {
-    let blocks = store.len().map_err(VolumeError::store("say its length"))? / BLOCK as u64;
-    let mut places = Vec::new();
-    let Superblocks { found, .. } = find_superblocks(store)?;
-    for end in
-        found.iter().map(|f| f.superblock.geometry.total).chain([blocks]).filter(|end| (4..=blocks).contains(end))
-    {
-        places.extend([end - 2, end - 1]);
-    }
-    Ok((vec![0, 1], places))
-}
-
-/// Blocks that hold older key slots, as far as superblocks say without a key.
-pub(super) fn older_slot_blocks(store: &dyn Store) -> Result<Vec<u64>, VolumeError> {
-    let mut blocks = Vec::new();
-    for found in find_superblocks(store)?.found {
-        let pool = found.superblock.geometry.pool();
-        let mut next = found.superblock.older;
-        for _ in 0..MAX_PAGES {
-            if next.is_empty() || !pool.contains(&next.physical) {
-                break;
-            }
-            let mut page = zero_block();
-            // Nothing vouches for where this leads: what can't be read is no reason to leave the rest.
-            if store.read_at(&mut page[..], next.physical * BLOCK as u64).is_err() {
-                break;
-            }
-            // A block that is something else by now is not for this to overwrite.
-            let is_slots = Header::parse(&page).is_ok_and(|header| header.tree == Tree::Slots);
-            let Some(parsed) = SlotPage::parse(&page).ok().filter(|_| is_slots) else { break };
-            blocks.push(next.physical);
-            next = parsed.next;
-        }
-    }
-    Ok(blocks)
 }
 
 /// What stands where superblocks may be.

@@ -42,6 +42,7 @@ impl Part<'_> {
 }
 
 const _: () = assert!(CHUNK as usize <= ENTRIES);
+const _: () = assert!(Slot::LIMIT < 1 << 40);
 
 /// Where the plain text of neighbouring blocks is: `whole` has that of some, from number `skip` on; the others hold their own.
 #[derive(Clone, Copy, Default)]
@@ -273,16 +274,13 @@ impl Core {
         Ok(())
     }
 
-    /// The generation of the next block that is sealed.
+    /// The generation of the next block that is sealed: an open number seals under one key, whose limit comes long before its 2^40th.
     pub(super) fn next_generation(&self) -> u64 {
         (u64::from(self.superblock.writer.get()) << 40) | self.generations
     }
 
-    /// An error where the open number or the key is used up.
+    /// An error where the key is used up.
     fn key_for(&self, count: u64) -> Result<(), VolumeError> {
-        if self.generations + count >= 1 << 40 {
-            return Err(VolumeError::OpenNumberExhausted);
-        }
         if self.written + count > Slot::LIMIT {
             return Err(VolumeError::KeyExhausted(self.superblock.key()));
         }
@@ -297,11 +295,13 @@ impl Core {
 
     /// Where new data best goes: behind the block before it.
     fn neighbour(&mut self, first: u64, from: &Backing) -> Result<u64, Halt> {
-        let mut around = [Entry::UNMAPPED; 2];
-        let start = first.saturating_sub(1);
-        self.lookup(start, &mut around[..(first - start) as usize + 1])?;
-        let (before, old) = if first > 0 { (around[0].data(), around[1].data()) } else { (None, around[0].data()) };
-        let near = before.map(|b| b + 1).or(old).filter(|b| from.in_pool(*b));
+        let (mut old, mut before) = ([Entry::UNMAPPED], [Entry::UNMAPPED]);
+        self.lookup(first, &mut old)?;
+        if first > 0 && self.lookup(first - 1, &mut before).is_err() {
+            // It is another page's, which is not worth a read, and may be damaged.
+            before = [Entry::UNMAPPED];
+        }
+        let near = before[0].data().map(|b| b + 1).or(old[0].data()).filter(|b| from.in_pool(*b));
         Ok(near.unwrap_or_else(|| {
             let (zone, pool) = (from.geometry().zone(), from.geometry().pool());
             zone.end + first.min(pool.end - zone.end - 1)

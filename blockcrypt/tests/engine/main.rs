@@ -19,6 +19,7 @@ mod replays;
 mod requests;
 mod resize;
 mod room;
+mod slots;
 mod snapshots;
 mod sparse;
 mod tamper;

@@ -9,7 +9,7 @@ use std::io;
 use std::ops::Range;
 use std::sync::{Arc, Mutex, mpsc};
 
-const BLOCKS: u64 = 200;
+pub(crate) const BLOCKS: u64 = 200;
 
 fn content(lba: u64) -> Vec<u8> {
     let mut block = vec![0; 4096];
@@ -18,7 +18,7 @@ fn content(lba: u64) -> Vec<u8> {
 }
 
 /// A volume with data under three keys.
-fn made() -> (Arc<Provider>, Arc<SimStore>) {
+pub(crate) fn made() -> (Arc<Provider>, Arc<SimStore>) {
     let (provider, store) = (Provider::new(AnchorMode::Close), SimStore::new());
     provider.create(store.clone(), MIB).expect("a volume").close().expect("closed");
     for key in 1..4 {
@@ -33,7 +33,7 @@ fn made() -> (Arc<Provider>, Arc<SimStore>) {
 }
 
 #[track_caller]
-fn check(volume: &Volume) {
+pub(crate) fn check(volume: &Volume) {
     for lba in 0..BLOCKS {
         let mut found = vec![0; 4096];
         volume.read(lba * 4096, &mut found).expect("read");
@@ -43,7 +43,7 @@ fn check(volume: &Volume) {
 }
 
 /// The wrapped masters that the superblocks and slot pages of a store hold.
-fn wrapped(bytes: &[u8]) -> Vec<Vec<u8>> {
+pub(crate) fn wrapped(bytes: &[u8]) -> Vec<Vec<u8>> {
     let mut all = Vec::new();
     for block in bytes.as_chunks::<4096>().0 {
         if block.starts_with(b"fealty volume") {
@@ -56,7 +56,7 @@ fn wrapped(bytes: &[u8]) -> Vec<Vec<u8>> {
     all
 }
 
-fn holds(bytes: &[u8], wrapped: &[Vec<u8>]) -> usize {
+pub(crate) fn holds(bytes: &[u8], wrapped: &[Vec<u8>]) -> usize {
     wrapped.iter().filter(|w| bytes.windows(32).any(|b| b == &w[..])).count()
 }
 
@@ -226,6 +226,7 @@ fn a_rotation_seals_what_lies_around_bad_blocks() {
     assert!(volume.rotate(&mut |_, _| true).expect("rotated"));
     let heard = provider.heard();
     assert_eq!((volume.info().blocks_written, volume.info().older_keys), (BLOCKS - bad.len() as u64, 3));
+    assert_eq!(volume.info().not_renewed, bad.len() as u64);
     assert_eq!(heard.iter().filter(|event| event.starts_with("integrity")).count(), bad.len(), "{heard:?}");
     for lba in bad {
         let found = volume.read(lba * 4096, &mut [0; 4096]);
@@ -236,6 +237,52 @@ fn a_rotation_seals_what_lies_around_bad_blocks() {
     assert!(volume.rotate(&mut |_, _| true).expect("rotated"));
     assert_eq!((volume.info().blocks_written, volume.info().older_keys), (BLOCKS, 0));
     check(&volume);
+}
+
+/// Where the newest version of a page of the map lies.
+fn newest_page(store: &SimStore, level: u8, index: u64) -> usize {
+    let bytes = store.bytes();
+    let pages = bytes.as_chunks::<4096>().0.iter().enumerate();
+    let pages = pages.filter(|(_, page)| {
+        page[..4] == [1, level, 0, 0] && page[8..16] == index.to_le_bytes() && page[48..64] == [0; 16]
+    });
+    let newest = pages.max_by_key(|(_, page)| page[16..24].try_into().map(u64::from_le_bytes).expect("eight bytes"));
+    newest.expect("there is one").0 * 4096
+}
+
+/// What hangs from a damaged page of the map keeps its keys; all else, before it and behind it, is sealed anew.
+#[test]
+fn a_rotation_passes_over_damaged_pages_of_the_map() {
+    // The second leaf, and the root.
+    for (level, index, hidden, renewed) in [(0, 1, 72, BLOCKS - 72), (1, 0, 256, 0)] {
+        let (provider, store) = made();
+        let place = [newest_page(&store, level, index)];
+        flip(&store, &place);
+        *lock(&provider.key_id) = 9;
+        let volume = provider.open(store.clone()).expect("opens");
+        for _ in 0..2 {
+            assert!(volume.rotate(&mut |_, _| true).expect("rotated"));
+            let info = volume.info();
+            assert_eq!((info.not_renewed, info.blocks_written, info.older_keys), (hidden, renewed, 3));
+        }
+        for done in [volume.write(100 * 4096, &[1; 4096]), volume.write_zeroes(72 * 4096, 72 * 4096, true)] {
+            assert!(matches!(done, Err(VolumeError::Damaged(_))), "{done:?}");
+        }
+        if level == 0 {
+            for lba in [71, 144] {
+                volume.write(lba * 4096, &content(lba)).expect("its neighbours take writes");
+            }
+        }
+        volume.close().expect("closed");
+        drop(volume);
+        flip(&store, &place);
+        let volume = provider.open(store).expect("opens");
+        let before = volume.info().blocks_written;
+        assert!(volume.rotate(&mut |_, _| true).expect("rotated"));
+        let info = volume.info();
+        assert_eq!((info.not_renewed, info.blocks_written - before, info.older_keys), (0, hidden.min(BLOCKS), 0));
+        check(&volume);
+    }
 }
 
 #[test]

@@ -1,11 +1,11 @@
 //! Snapshots beside other requests, and beside each other, and when the store fails in between.
 
 use crate::common::{MIB, Provider, SimStore, check_good, lock};
-use fealty_blockcrypt::{FileStore, MemoryStore, OpenOptions, Store, Volume, VolumeError};
-use policy::AnchorMode;
+use fealty_blockcrypt::{AnchorRefused, Anchors, FileStore, MemoryStore, OpenOptions, Store, Volume, VolumeError};
+use policy::{AnchorMode, VolumeAnchor};
 use std::io;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, mpsc};
 use std::time::{Duration, Instant};
 
 /// More than one leaf of the map holds: a write each so many bytes changes a page each.
@@ -279,6 +279,46 @@ fn nothing_becomes_durable_after_the_anchor_that_close_returns() {
         let seen = fealty_blockcrypt::inspect(&*store).expect("readable");
         assert!(seen.closed && seen.anchor == anchor);
     }
+}
+
+/// A provider who answers when he is told to.
+struct Slow {
+    provider: Arc<Provider>,
+    asked: Mutex<mpsc::Sender<()>>,
+    told: Mutex<mpsc::Receiver<()>>,
+}
+
+impl Anchors for Slow {
+    fn keep(&self, anchor: &VolumeAnchor) -> Result<(), AnchorRefused> {
+        let _ = lock(&self.asked).send(());
+        let _ = lock(&self.told).recv();
+        self.provider.keep(anchor)
+    }
+}
+
+/// The snapshot is durable by then, and only its anchor is to be kept.
+#[test]
+fn a_snapshot_that_waits_for_the_provider_keeps_no_writer_waiting() {
+    let (provider, store) = (Provider::new(AnchorMode::Flush), Arc::new(MemoryStore::default()));
+    provider.create(store.clone(), MIB).expect("a volume").close().expect("closed");
+    let ((asked, hear), (tell, told)) = (mpsc::channel(), mpsc::channel());
+    let slow = Arc::new(Slow { provider: provider.clone(), asked: Mutex::new(asked), told: Mutex::new(told) });
+    tell.send(()).expect("for the opening");
+    let options = OpenOptions::default();
+    let volume =
+        Volume::open(store, &provider.grant(), &provider.kek(), options, slow, provider.clone()).expect("opens");
+    hear.recv().expect("the opening's");
+    std::thread::scope(|scope| {
+        let taken = scope.spawn(|| volume.take_snapshot("waits"));
+        hear.recv().expect("the snapshot's anchor");
+        let (done, written) = mpsc::channel();
+        let volume = &volume;
+        scope.spawn(move || done.send(volume.write(0, &[1; 4096]).is_ok()));
+        let written = written.recv_timeout(Duration::from_secs(60));
+        drop(tell);
+        assert_eq!(written, Ok(true), "it waits for the provider");
+        taken.join().expect("joined").expect("taken");
+    });
 }
 
 /// What the volume's own thread can't do it tries again, less and less often, and says so once.

@@ -52,7 +52,7 @@ impl Keeper {
             cipher: CipherSuite::Aes256XtsHmacSha256,
             kek_id: KeyId(1),
             key_id: KeyId(2),
-            open_number: OpenNumber::try_from(u64::from(held.0)).map_err(|_| VolumeError::OpenNumberExhausted)?,
+            open_number: OpenNumber::try_from(u64::from(held.0)).map_err(|_| VolumeError::Grant("the open number"))?,
             anchor: held.1.clone(),
             anchor_mode: AnchorMode::Interval,
         })

@@ -28,6 +28,7 @@ struct Rekeyed {
     volume: VolumeId,
     key_id: KeyId,
     older_keys: usize,
+    not_renewed: u64,
     begun_before: bool,
 }
 
@@ -105,18 +106,24 @@ pub(super) fn rekey(context: &Context, words: &Rekey) -> Result<(), ToolError> {
 
 /// Says that a rekey is done: one that was begun just now, or that `goes_on` since before.
 pub(super) fn rekeyed(report: Reporter, info: &VolumeInfo, goes_on: bool) -> Result<(), ToolError> {
-    let VolumeInfo { volume, key_id, older_keys, .. } = *info;
+    let VolumeInfo { volume, key_id, older_keys, not_renewed, .. } = *info;
     let rest = match older_keys {
         0 => "no older key is needed any more".to_owned(),
         1 => "one older key stays: snapshots, or blocks that can't be read, need it".to_owned(),
         n => format!("{n} older keys stay: snapshots, or blocks that can't be read, need them"),
     };
+    let left = match not_renewed {
+        0 => String::new(),
+        blocks => format!(
+            "; up to {blocks} blocks are damaged, they or what leads to them, and were left as they are: `check` names them"
+        ),
+    };
     let since = match goes_on {
         true => "; this ended a rekey that was begun before, whose key is not new: rekey once more for one that is",
         false => "",
     };
-    let text = format!("volume {volume} is sealed under key {key_id}; {rest}{since}");
-    report.result(&Rekeyed { volume, key_id, older_keys, begun_before: goes_on }, &text)
+    let text = format!("volume {volume} is sealed under key {key_id}; {rest}{left}{since}");
+    report.result(&Rekeyed { volume, key_id, older_keys, not_renewed, begun_before: goes_on }, &text)
 }
 
 /// Wraps the volume's masters under another key-encryption key.

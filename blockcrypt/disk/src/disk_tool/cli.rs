@@ -38,7 +38,7 @@ pub(crate) enum Command {
     /// Make a volume from an image; its all-zero blocks take no room
     #[command(after_help = IMPORT_HELP)]
     Import(Import),
-    /// Make another volume with the same data, and keys of its own for what is written to it
+    /// Make another volume with the same data, all of it sealed anew under keys of its own
     #[command(after_help = CLONE_HELP)]
     Clone(Clone),
     /// Decrypt a volume into an image, sparse where the volume is zero
@@ -452,7 +452,8 @@ Example: fealty-keys volume exec acme root -- fealty-disk clone /store/root.vol 
 const REKEY_HELP: &str = "\
 For when a key may be known, or has sealed enough: the key provider issues a new key, and every block is read and written under it, which
 takes as long as reading and writing all data. The policy must permit volume.rekey. Where this is interrupted, the next run goes
-on under the same key, and says that it did: then run it once more for a key that is new. Older keys stay as long as snapshots need them.
+on under the same key, and says that it did: then run it once more for a key that is new. Older keys stay as long as snapshots need them,
+or blocks that are damaged, which it passes over and counts.
 
 One key seals 1 TiB at most, and the guest gets I/O errors after that; each opening after a crash counts for up to 2 GiB. From 896 GiB on the
 audit log says so: rekey then (or `serve --rekey`). Where there is more data than that, the rekey ends when its key has sealed so much,
