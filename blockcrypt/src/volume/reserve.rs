@@ -112,7 +112,7 @@ impl Shared {
         from.set_geometry(new);
         self.with_core(|core| {
             core.move_fence(&old, &new)?;
-            core.keep_old_end(&old)
+            core.keep_old_end(&old, &new)
         })?;
         let length = new.total * BLOCK as u64;
         from.events
@@ -139,8 +139,8 @@ impl Core {
     }
 
     /// The superblock that was read has a copy at the old end, and its slots: that stays until the next one is anchored, and is wiped then.
-    fn keep_old_end(&mut self, old: &Geometry) -> Result<(), Halt> {
-        for block in old.pool().end..old.total {
+    fn keep_old_end(&mut self, old: &Geometry, new: &Geometry) -> Result<(), Halt> {
+        for block in old.pool().end..old.total.min(new.pool().end) {
             self.space.free_held(block, &mut self.forest)?;
             self.stale_slots.push(block);
         }
