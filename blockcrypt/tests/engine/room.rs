@@ -179,15 +179,11 @@ fn a_crash_halves_no_room() {
 /// What one history changes beside its snapshots: block `round` of each leaf of the map.
 fn change_each_leaf(volume: &Volume, round: u64, zeroes: bool, gone: &mut [bool]) -> Result<(), VolumeError> {
     for block in (round..gone.len() as u64).step_by(72) {
-        let (offset, length) = (block * 4096, 4096);
-        match if zeroes {
-            volume.write_zeroes(offset, length, round.is_multiple_of(2))
-        } else {
-            volume.discard(offset, length)
-        } {
-            Ok(()) => gone[block as usize] = true,
-            Err(error) => return Err(error),
+        match zeroes {
+            true => volume.write_zeroes(block * 4096, 4096, round.is_multiple_of(2))?,
+            false => volume.discard(block * 4096, 4096)?,
         }
+        gone[block as usize] = true;
     }
     Ok(())
 }
