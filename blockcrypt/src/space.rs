@@ -353,6 +353,11 @@ impl Space {
         }
     }
 
+    /// Free blocks are held.
+    pub(crate) fn hold(&mut self, blocks: &[u64]) {
+        blocks.iter().for_each(|block| self.held.insert(*block));
+    }
+
     /// Held blocks are not held any more.
     pub(crate) fn let_go(&mut self, blocks: Range<u64>) {
         blocks.for_each(|block| _ = self.held.remove(block));

@@ -81,8 +81,11 @@ impl Shared {
         self.hand_over()
     }
 
-    /// As [`Core::unmap`], once there is room for it.
+    /// As [`Core::unmap`], once there is room for it; what holds nothing needs none. The caller has locked the blocks.
     pub(super) fn unmap_chunk(&self, blocks: Range<u64>, punch: bool) -> Result<(), VolumeError> {
+        if self.with_core(|core| core.holds_nothing(&blocks))? {
+            return Ok(());
+        }
         self.with_room(WANTS, |core| core.unmap(blocks.clone(), punch))
     }
 
@@ -109,6 +112,13 @@ impl Shared {
 }
 
 impl Core {
+    fn holds_nothing(&mut self, blocks: &Range<u64>) -> Result<bool, Halt> {
+        let mut found = [Entry::UNMAPPED; CHUNK as usize];
+        let found = &mut found[..(blocks.end - blocks.start) as usize];
+        self.lookup(blocks.start, found)?;
+        Ok(found.iter().all(|entry| entry.physical == 0))
+    }
+
     /// Map and log learn that these blocks hold nothing. Nothing is changed before all that is needed is in memory.
     pub(super) fn unmap(&mut self, blocks: Range<u64>, punch: bool) -> Result<(), Halt> {
         self.writable()?;

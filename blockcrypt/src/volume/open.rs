@@ -253,8 +253,14 @@ impl Shared {
             error => error,
         })?;
         self.anchoring.keep_now()?;
-        self.wipe_stale_slots()?;
-        self.core()?.space.release_all();
+        self.try_to_wipe_stale_slots()?;
+        {
+            let mut core = self.core()?;
+            core.space.release_all();
+            // What is still to be wiped must not be anything else meanwhile.
+            let Core { space, stale_slots, .. } = &mut *core;
+            space.hold(stale_slots);
+        }
         let group = self.flushing();
         self.top_up(&group)
     }

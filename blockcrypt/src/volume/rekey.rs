@@ -167,6 +167,8 @@ impl Shared {
         }
         let id = leaf(first).0;
         if self.with_core(|core| core.is_stale(id))? {
+            // Growth that fails forgets what it finds dirty, and is alone when it looks.
+            let _among_others = self.among_others()?;
             self.with_room(Wants { data: 0, leaves: 1 }, |core| core.touch(id))?;
         }
         Ok(())
@@ -179,6 +181,7 @@ impl Shared {
                 break;
             }
             self.make_room()?;
+            let _among_others = self.among_others()?;
             match self.with_core(|core| core.touch(bitmap(next))) {
                 Err(VolumeError::Damaged(_)) => self.pass_over(bitmap(next), damaged)?,
                 done => done?,
@@ -239,6 +242,11 @@ impl Shared {
                 return Ok(Search::Found);
             }
             index = next + 1;
+        }
+        for index in 0..self.backing.geometry().bitmaps() {
+            if self.with_core(|core| core.is_stale(bitmap(index)))? {
+                return Ok(Search::Found);
+            }
         }
         Ok(Search::Nothing)
     }

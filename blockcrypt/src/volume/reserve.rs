@@ -55,16 +55,22 @@ impl Shared {
                 f(core)
             });
             let Err(VolumeError::Full(in_store)) = &done else { return done };
+            let in_store = in_store.is_some();
             let (checkpoint, fits, frees_more) = {
                 let core = self.core()?;
                 let for_data = core.free_for_data(from) < wants.data;
                 let for_pages =
                     !for_data && core.forest.dirty() > 0 && core.free_for_pages() < core.taken_with(wants, from);
-                let fits = in_store.is_none() && core.fits_alone(wants, from);
-                (core.room_in_log().is_err() || for_pages, fits, core.space.frees_more())
+                // A store that is full has room for the pages that are dirty, and needs none for them afterwards.
+                let for_store = in_store && core.forest.dirty() > 0;
+                let fits = !in_store && core.fits_alone(wants, from);
+                (core.room_in_log().is_err() || for_pages || for_store, fits, core.space.frees_more())
             };
             if checkpoint {
-                self.checkpoint()?;
+                match self.checkpoint() {
+                    Err(_) if in_store => return done,
+                    made => made?,
+                }
                 if self.core()?.room_in_log().is_err() {
                     // Other requests hold more of the log than they will need when they are done.
                     std::thread::sleep(Duration::from_millis(1));

@@ -16,12 +16,26 @@ impl Shared {
     /// Overwrites what held key slots, and only then frees it. Checkpoints do so too, and only note where they can't: who promises
     /// that slots are gone calls this.
     pub(super) fn wipe_stale_slots(&self) -> Result<(), VolumeError> {
-        let stale = self.core()?.stale_slots.clone();
-        self.wipe(&stale)?;
+        let mut stale = self.core()?.stale_slots.clone();
+        let Refused { blocks, why } = self.wipe(&stale)?;
+        stale.retain(|block| !blocks.contains(block));
         let mut core = self.core()?;
-        core.stale_slots.clear();
+        core.stale_slots.retain(|block| !stale.contains(block));
         core.space.punched(&stale);
+        why.map_or(Ok(()), Err)
+    }
+
+    /// As [`wipe_stale_slots`](Self::wipe_stale_slots), for an opener: a volume opens although the store does not take some of that.
+    pub(super) fn try_to_wipe_stale_slots(&self) -> Result<(), VolumeError> {
+        match self.wipe_stale_slots() {
+            Err(error @ VolumeError::Store(..)) if self.core()?.writable().is_ok() => self.note_refused(&error),
+            other => return other,
+        }
         Ok(())
+    }
+
+    fn note_refused(&self, why: &VolumeError) {
+        self.backing.events.note(&format!("old key slots are not overwritten yet: {why}; each checkpoint tries again"));
     }
 
     /// Overwrites what a crash left of slots that are not this volume's any more: in pages that another superblock leads to, and at the
@@ -36,20 +50,40 @@ impl Shared {
             let free = self.with_core(|core| core.space.is_free(*block, &mut core.forest));
             *block >= self.backing.geometry().total || free.unwrap_or(false)
         });
-        self.wipe(&left)
+        let Refused { mut blocks, why } = self.wipe(&left)?;
+        if let Some(why) = why {
+            self.note_refused(&why);
+        }
+        let mut core = self.core()?;
+        blocks.retain(|block| core.space.has(*block));
+        core.space.hold(&blocks);
+        core.stale_slots.append(&mut blocks);
+        Ok(())
     }
 
-    /// Overwrites blocks, durably: each before those in front of it, which may lead to it.
-    fn wipe(&self, blocks: &[u64]) -> Result<(), VolumeError> {
+    /// Overwrites blocks, durably: each before those in front of it, which may lead to it. Passes over those that the store does not take.
+    fn wipe(&self, blocks: &[u64]) -> Result<Refused, VolumeError> {
+        let mut refused = Refused::default();
         for block in blocks.iter().rev() {
-            self.backing.write_blocks(*block, &zero_block()[..])?;
+            if let Err(why) = self.backing.write_blocks(*block, &zero_block()[..]) {
+                refused.blocks.push(*block);
+                refused.why = Some(why);
+                continue;
+            }
             if let Err(error) = self.backing.sync() {
                 // Nor may what else was written meanwhile ever be durable.
                 return Err(self.core()?.fail(error, &*self.backing.events));
             }
         }
-        Ok(())
+        Ok(refused)
     }
+}
+
+/// Blocks that could not be overwritten, and why the last of them.
+#[derive(Default)]
+struct Refused {
+    blocks: Vec<u64>,
+    why: Option<VolumeError>,
 }
 
 /// Destroys the key slots of the volume in `store`, and with them everything that it holds: all superblocks, those at an end that it had

@@ -1,10 +1,14 @@
 //! Growth that fails on its way, at each call of the store: the volume goes on at its old size, and grows the next time.
 
 use crate::common::{MIB, Provider, SimStore, check_good, filled, lock};
-use fealty_blockcrypt::{FileStore, Store, Volume, VolumeError};
+use fealty_blockcrypt::{FileStore, MemoryStore, Store, Volume, VolumeError};
 use policy::AnchorMode;
 use std::io;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::channel;
 use std::sync::{Arc, Mutex};
+use std::thread;
+use std::time::Duration;
 
 /// What happens at a call of the store.
 #[derive(Clone, Copy, PartialEq, Debug)]
@@ -205,4 +209,80 @@ fn growth_that_fails_leaves_a_volume_that_works_and_grows_the_next_time() {
             assert!(survived > 6 && (dead == 0) == (mishap == Mishap::Wipe), "{sizes:?} {mishap:?}: {survived} {dead}");
         }
     }
+}
+
+/// A store in which growth begins while a rotation reads, and fails.
+struct Meeting {
+    inner: MemoryStore,
+    /// What the rotation does at its first read, and growth when the store is longer.
+    reads: Mutex<Option<Box<dyn FnOnce() + Send>>>,
+    grows: Mutex<Option<Box<dyn FnOnce() + Send>>>,
+    fails: AtomicBool,
+}
+
+impl Store for Meeting {
+    fn len(&self) -> io::Result<u64> {
+        self.inner.len()
+    }
+    fn read_at(&self, buffer: &mut [u8], offset: u64) -> io::Result<()> {
+        let rotates = thread::current().name() == Some("rotation");
+        if rotates && let Some(does) = lock(&self.reads).take() {
+            does();
+        }
+        self.inner.read_at(buffer, offset)
+    }
+    fn write_at(&self, bytes: &[u8], offset: u64) -> io::Result<()> {
+        if self.fails.load(Ordering::SeqCst) {
+            Err(rustix::io::Errno::IO.into())
+        } else {
+            self.inner.write_at(bytes, offset)
+        }
+    }
+    fn sync_data(&self) -> io::Result<()> {
+        Ok(())
+    }
+    fn set_len(&self, bytes: u64) -> io::Result<()> {
+        self.inner.set_len(bytes)?;
+        lock(&self.grows).take().map_or(Ok(()), |does| Ok(does()))
+    }
+}
+
+/// What the rotation has touched is not forgotten with what growth had changed: it is under the key that goes.
+#[test]
+fn growth_that_fails_takes_nothing_from_a_rotation() {
+    let provider = Provider::new(AnchorMode::Close);
+    let (reads, grows, fails) = (Mutex::default(), Mutex::default(), AtomicBool::new(false));
+    let store = Arc::new(Meeting { inner: MemoryStore::default(), reads, grows, fails });
+    // Two pages of the bitmap, which the opener does not need.
+    let size = 60_000 * 4096;
+    provider.create(store.clone(), size).expect("a volume").close().expect("closed");
+    *lock(&provider.key_id) = 2;
+    let volume = provider.open(store.clone()).expect("opens");
+    let (begin, begun) = channel();
+    let (arrive, arrived) = channel();
+    *lock(&store.reads) = Some(Box::new(move || {
+        begin.send(()).expect("heard");
+        // Where it waits for the rotation it does not come.
+        let _ = arrived.recv_timeout(Duration::from_millis(500));
+    }));
+    let fails = store.clone();
+    *lock(&store.grows) = Some(Box::new(move || {
+        arrive.send(()).unwrap_or(());
+        thread::sleep(Duration::from_millis(300));
+        fails.fails.store(true, Ordering::SeqCst);
+    }));
+    thread::scope(|scope| {
+        let rotation = thread::Builder::new().name("rotation".to_owned());
+        let rotation = rotation.spawn_scoped(scope, || volume.rotate(&mut |_, _| true)).expect("a thread");
+        begun.recv().expect("it reads");
+        volume.grow(size + 64 * MIB).expect_err("the store fails");
+        store.fails.store(false, Ordering::SeqCst);
+        rotation.join().expect("no panic").expect("rotated");
+    });
+    volume.close().expect("closed");
+    drop(volume);
+    let volume = provider.open(store).expect("opens");
+    check_good(&volume);
+    volume.grow(size + 64 * MIB).expect("grown");
+    check_good(&volume);
 }

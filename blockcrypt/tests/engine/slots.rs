@@ -3,9 +3,11 @@
 
 use crate::common::{MIB, Provider, Random, SimStore, lock};
 use crate::rekey::{BLOCKS, check, holds, made, wrapped};
-use fealty_blockcrypt::{Volume, VolumeError, erase, inspect};
+use fealty_blockcrypt::{Store, Volume, VolumeError, erase, inspect};
 use policy::KeyId;
+use std::io;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 /// A change of a volume's shape, and how it ends.
 type Change = fn(&mut Volume) -> Result<(), VolumeError>;
@@ -195,4 +197,67 @@ fn an_erasure_that_was_interrupted_finds_each_page_of_older_slots_again() {
         assert_eq!(holds(&store.bytes(), &slots), 0, "a slot is left after {step}, seed {seed}");
     }
     assert!(whole, "it never came to its end");
+}
+
+/// A store that does not overwrite a page of key slots with zeroes, until it is told to.
+struct Stubborn {
+    inner: Arc<SimStore>,
+    refuses: AtomicBool,
+}
+
+impl Store for Stubborn {
+    fn len(&self) -> io::Result<u64> {
+        self.inner.len()
+    }
+    fn read_at(&self, buffer: &mut [u8], offset: u64) -> io::Result<()> {
+        self.inner.read_at(buffer, offset)
+    }
+    fn write_at(&self, bytes: &[u8], offset: u64) -> io::Result<()> {
+        let mut before = vec![0; bytes.len()];
+        self.inner.read_at(&mut before, offset)?;
+        let wipes = bytes.iter().all(|b| *b == 0) && !wrapped(&before).is_empty();
+        if wipes && self.refuses.load(Ordering::Relaxed) {
+            return Err(rustix::io::Errno::IO.into());
+        }
+        self.inner.write_at(bytes, offset)
+    }
+    fn sync_data(&self) -> io::Result<()> {
+        self.inner.sync_data()
+    }
+    fn set_len(&self, bytes: u64) -> io::Result<()> {
+        self.inner.set_len(bytes)
+    }
+}
+
+/// One bad block must not keep a volume from opening; it is nothing else meanwhile, and goes as soon as the store takes it.
+#[test]
+fn a_volume_opens_although_a_page_of_slots_can_not_be_overwritten() {
+    let (provider, sim) = made();
+    let store = Arc::new(Stubborn { inner: sim.clone(), refuses: AtomicBool::new(true) });
+    for key in 10..14 {
+        *lock(&provider.key_id) = key;
+        let volume = provider.open(store.clone()).expect("opens");
+        assert!(provider.heard().iter().any(|note| note.contains("old key slots are not overwritten yet")));
+        // Whatever is free is taken, and taken again.
+        for _ in 0..4 {
+            for lba in 0..BLOCKS {
+                let mut data = vec![0; 4096];
+                volume.read(lba * 4096, &mut data).expect("read");
+                volume.write(lba * 4096, &data).expect("written");
+            }
+            volume.flush().expect("durable");
+            volume.checkpoint().expect("durable");
+        }
+        check(&volume);
+        volume.close().expect("closed");
+    }
+    store.refuses.store(false, Ordering::Relaxed);
+    let slots = wrapped(&sim.bytes());
+    *lock(&provider.key_id) = 14;
+    let volume = provider.open(store).expect("opens");
+    assert!(volume.rotate(&mut |_, _| true).expect("rotated"));
+    check(&volume);
+    volume.close().expect("closed");
+    assert_eq!(provider.open(sim.clone()).expect("opens").info().older_keys, 0);
+    assert_eq!(holds(&sim.bytes(), &slots), 0);
 }
