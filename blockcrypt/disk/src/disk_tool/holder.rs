@@ -272,6 +272,11 @@ impl Holder {
         talk.unheard.take().map_or(Ok(()), |why| Err(HolderError::Unheard(why)))
     }
 
+    /// Returns when nothing waits to be told any more.
+    pub(crate) fn tell_all(&self) {
+        drop(self.side.talk());
+    }
+
     /// From now on notes go to the audit log alone.
     pub(crate) fn hush(&self) {
         self.side.waiting().hushed = true;
@@ -290,12 +295,6 @@ impl Holder {
         let side = self.side.clone();
         // Without a thread, whoever says something next tells it.
         waiting.told = thread::Builder::new().name("events".to_owned()).spawn(move || side.tell()).is_ok();
-    }
-}
-
-impl Drop for Holder {
-    fn drop(&mut self) {
-        drop(self.side.talk());
     }
 }
 

@@ -57,13 +57,15 @@ use std::io;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 use std::process::ExitCode;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 /// What every command works with.
 struct Context {
     keys_fd: Option<i32>,
     report: Reporter,
     interrupts: Interrupts,
+    /// Who handed over the volume, once he has.
+    holder: OnceLock<Arc<Holder>>,
 }
 
 /// Does what the command line says.
@@ -85,8 +87,9 @@ pub(crate) fn main() -> ExitCode {
 fn perform(cli: Cli) -> Result<(), ToolError> {
     secretmem::harden_process()?;
     let interrupts = Interrupts::watch().map_err(ToolError::Signals)?;
-    let context = Context { keys_fd: cli.keys_fd, report: Reporter::new(cli.json), interrupts };
-    match cli.command {
+    let context =
+        Context { keys_fd: cli.keys_fd, report: Reporter::new(cli.json), interrupts, holder: OnceLock::new() };
+    let done = match cli.command {
         Command::Create(words) => make::create(&context, &words),
         Command::Import(words) => make::import(&context, &words),
         Command::Clone(words) => make::clone(&context, &words),
@@ -100,14 +103,22 @@ fn perform(cli: Cli) -> Result<(), ToolError> {
         Command::Erase(words) => change::erase(&context, &words),
         Command::Bench(words) => bench::bench(&context, &words),
         Command::Serve(words) => serve::serve(&context, &words),
+    };
+    // However it ended: what happened to the volume is told.
+    if let Some(holder) = context.holder.get() {
+        holder.tell_all();
     }
+    done
 }
 
 impl Context {
     /// The volume's grant and key from `--keys-fd`, which `command` can't do without.
     fn handover(&self, command: &'static str) -> Result<Handover, ToolError> {
         let fd = self.keys_fd.ok_or(ToolError::NoKeys(command))?;
-        Ok(Handover::receive(inherit::stream(fd)?)?)
+        let handover = Handover::receive(inherit::stream(fd)?)?;
+        // A command takes it once.
+        let _ = self.holder.set(handover.holder.clone());
+        Ok(handover)
     }
 }
 
