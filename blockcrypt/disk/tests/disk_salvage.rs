@@ -99,7 +99,9 @@ fn all_but_the_bad_blocks_is_saved() {
     let ended = made.export("-", &["--salvage", "--json"]);
     assert!(ended.code == 3 && ended.out == left, "{}", ended.error);
     assert_eq!(named(&ended), [(1, 2), (70, 70), (127, 127)]);
-    let result = said(ended.error.as_bytes()).pop().expect("a line");
+    let mut lines = said(ended.error.as_bytes());
+    assert_eq!(lines.pop().expect("why it failed")["exit"], 3);
+    let result = lines.pop().expect("a line");
     assert_eq!((&result["lost"], &result["size"]), (&4.into(), &(BLOCKS * 4096).into()));
 
     let ended = made.export(&qcow2, &["--salvage", "--format", "qcow2", "--json"]);

@@ -217,12 +217,14 @@ impl Running {
 }
 
 impl Ended {
-    /// The tool failed with `code` and one line, which it returns.
+    /// The tool failed with `code` and one line, or with `--json` one object, which it returns.
     #[track_caller]
     pub(crate) fn failed(&self, code: i32) -> &str {
         assert_eq!(self.code, code, "{}", self.error);
         let line = self.error.strip_suffix('\n').unwrap_or_default();
-        assert!(line.starts_with("fealty-disk: ") && !line.contains('\n'), "not one line: {:?}", self.error);
+        let said = |line| serde_json::from_str::<serde_json::Value>(line).is_ok_and(|said| said["exit"] == code);
+        let good = line.starts_with("fealty-disk: ") || said(line);
+        assert!(good && !line.contains('\n'), "not one line: {:?}", self.error);
         line
     }
 }
