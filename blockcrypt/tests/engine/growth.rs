@@ -243,7 +243,10 @@ impl Store for Meeting {
     }
     fn set_len(&self, bytes: u64) -> io::Result<()> {
         self.inner.set_len(bytes)?;
-        lock(&self.grows).take().map_or(Ok(()), |does| Ok(does()))
+        if let Some(does) = lock(&self.grows).take() {
+            does();
+        }
+        Ok(())
     }
 }
 
