@@ -127,8 +127,10 @@ impl Shared {
 }
 
 impl Core {
-    /// An error where the room that is kept for pages would not be left: [`VolumeError::Full`].
+    /// An error where the room that is kept for pages would not be left: [`VolumeError::Full`]. A volume that takes no more writes says
+    /// that instead: no room would help it.
     pub(super) fn admit(&mut self, wants: Wants, from: &Backing) -> Result<(), Halt> {
+        self.writable()?;
         if self.free_for_data(from) < wants.data || self.free_for_pages() < self.taken_with(wants, from) {
             return Err(VolumeError::Full(None).into());
         }
@@ -383,6 +385,31 @@ mod tests {
             }
         }
         panic!("it takes more writes than that?");
+    }
+
+    /// More room would not help it.
+    #[test]
+    fn a_volume_that_takes_no_more_writes_says_so_also_where_its_pages_have_no_room() {
+        let kek = Kek::new(KeyId(1), Secret::random().expect("room"));
+        let (store, provider) = (Arc::new(MemoryStore::default()), Arc::new(Provider::default()));
+        let mut fixture = Fixture { store, provider, kek, volume: VolumeId::random(), openings: 0 };
+        let (grant, provider) = (fixture.grant(), fixture.provider.clone());
+        let volume = Volume::create(fixture.store.clone(), 1 << 20, &grant, &fixture.kek, provider.clone(), provider);
+        let volume = volume.expect("a volume");
+        volume.write(0, &[1; BLOCK]).and_then(|()| volume.checkpoint()).expect("written");
+        let taken = volume.shared.with_core(|core| {
+            // As a checkpoint leaves them whose superblock may be durable or not.
+            core.tight = true;
+            for _ in 0..core.space.spare() as u64 + core.space.free_in_zone(&mut core.forest)? {
+                core.space.reserve_for_page(&mut core.forest)?;
+            }
+            Ok(())
+        });
+        taken.expect("there are some");
+        assert!(matches!(volume.discard(0, BLOCK as u64), Err(VolumeError::Full(Some(_)))));
+        volume.shared.core().expect("sound").fail(VolumeError::System("write a superblock"), &*fixture.provider);
+        let refused = volume.discard(0, BLOCK as u64).expect_err("it takes no more writes");
+        assert!(matches!(refused, VolumeError::Failed(_)), "{refused}");
     }
 
     #[test]
