@@ -61,43 +61,49 @@ pub struct Timing {
     pub core: f64,
 }
 
-/// What one piece of work gave one subject: its rates by the wall's clock, and by the processor time of the threads that ask.
+/// What one piece of work gave one subject: its rates by the wall's clock, and by the processor time that it took.
 #[derive(Default, Clone)]
 pub struct Rates {
     /// By the wall's clock.
     pub wall: Samples,
     /// By processor time, all threads together.
     pub core: Samples,
+    /// The same, of the first time after other work.
+    pub first: Samples,
 }
 
 impl Rates {
-    fn add(&mut self, work: &Work, timing: &Timing) {
-        self.wall.add(work.rate(timing.wall));
-        self.core.add(work.rate(timing.core));
+    fn add(&mut self, work: &Work, first: &Timing, second: &Timing) {
+        self.wall.add(work.rate(second.wall));
+        self.core.add(work.rate(second.core));
+        self.first.add(work.rate(first.core));
     }
 }
 
 /// Does a piece of work with some seed.
 pub type Runner<'a, E> = &'a dyn Fn(&Work, u64) -> Result<Timing, E>;
 
-/// Every piece of work with each subject in turn, `rounds` times after one that does not count; `heard` is told of each piece before it
-/// is done. The rates are in the order of [`WORKS`] and of the subjects.
+/// Each of `works` twice with each subject in turn, `rounds` times after one that does not count; `heard` is told each time before. The rates are in the order of the works and of the subjects.
 ///
 /// # Errors
 /// The first of a subject's.
 pub fn interleave<E, const N: usize>(
+    works: &[Work],
     rounds: u32,
     subjects: [Runner<'_, E>; N],
     heard: &mut dyn FnMut(&Work),
 ) -> Result<Vec<[Rates; N]>, E> {
-    let mut all: Vec<[Rates; N]> = WORKS.iter().map(|_| std::array::from_fn(|_| Rates::default())).collect();
+    let mut all: Vec<[Rates; N]> = works.iter().map(|_| std::array::from_fn(|_| Rates::default())).collect();
     for round in 0..rounds + WARM_UP {
-        for (work, rates) in WORKS.iter().zip(&mut all) {
+        for (work, rates) in works.iter().zip(&mut all) {
             for (subject, rates) in subjects.iter().zip(rates) {
-                heard(work);
-                let timing = subject(work, u64::from(round))?;
+                let mut time = |seed| {
+                    heard(work);
+                    subject(work, seed)
+                };
+                let (first, second) = (time(2 * u64::from(round))?, time(2 * u64::from(round) + 1)?);
                 if round >= WARM_UP {
-                    rates.add(work, &timing);
+                    rates.add(work, &first, &second);
                 }
             }
         }
@@ -143,9 +149,9 @@ impl Work {
             let buffers = &mut memory[buffers..buffers + self.batch * self.bytes];
             subject.warm(self.batch * self.bytes);
             ready.wait();
-            let (start, core) = (Instant::now(), thread_time());
+            let (start, core) = (Instant::now(), self.clock());
             self.requests(subject, &offsets, buffers)?;
-            Ok::<_, MeasureError>((start, Instant::now(), thread_time() - core))
+            Ok::<_, MeasureError>((start, Instant::now(), self.clock() - core))
         };
         let mut done = Vec::new();
         thread::scope(|scope| {
@@ -160,6 +166,11 @@ impl Work {
         let end = done.iter().map(|(_, end, _)| *end).max();
         let wall = start.zip(end).map(|(start, end)| (end - start).as_secs_f64()).ok_or(MeasureError::Panicked)?;
         Ok(Timing { wall, core: done.iter().map(|(.., core)| core).sum() })
+    }
+
+    /// Seconds of processor time: of all threads, helpers too, where one asks; else of the one that asks.
+    fn clock(&self) -> f64 {
+        if self.threads == 1 { processor_time(ClockId::ProcessCPUTime) } else { thread_time() }
     }
 
     fn requests(&self, subject: &dyn Subject, offsets: &[u64], buffers: &mut [u8]) -> Result<(), MeasureError> {
@@ -188,7 +199,11 @@ impl Work {
 
 /// Seconds of processor time of this thread.
 pub fn thread_time() -> f64 {
-    let time = clock_gettime(ClockId::ThreadCPUTime);
+    processor_time(ClockId::ThreadCPUTime)
+}
+
+fn processor_time(clock: ClockId) -> f64 {
+    let time = clock_gettime(clock);
     time.tv_sec as f64 + time.tv_nsec as f64 / 1e9
 }
 

@@ -9,8 +9,8 @@ use super::scratch::{self, Part, ScratchError};
 use super::size::Bytes;
 use blockcrypt::{FileStore, Store, VolumeError, store_size};
 use fealty_disk::bench::{
-    Figure, HalfFull, Limit, MeasureError, Plain, Rates, Subject, WARM_UP, WORKS, Work, ciphers, fill, interleave,
-    machine, table,
+    Figure, HalfFull, Helped, Limit, MeasureError, Plain, Rates, Subject, WARM_UP, WORKS, Work, ciphers, fill,
+    interleave, machine, table,
 };
 use serde::Serialize;
 use std::path::Path;
@@ -108,7 +108,8 @@ fn measure<S: Store + 'static>(
     // to were written before.
     let filling = 2 * size + 3 * size;
     let work: u64 = WORKS.iter().map(Work::total).sum();
-    let total = filling + 2 * work * u64::from(rounds + WARM_UP);
+    // Two subjects, twice.
+    let total = filling + 4 * work * u64::from(rounds + WARM_UP);
     let mut progress = Progress::of("bench", total, context.report.json);
     let mut done = 0;
     let mut heard = |bytes| {
@@ -124,8 +125,9 @@ fn measure<S: Store + 'static>(
     }
     let run = |subject: &dyn Subject, work: &Work, seed| work.run(subject, size, seed);
     let all = interleave::<MeasureError, 2>(
+        &WORKS,
         rounds,
-        [&|work, seed| run(&volume, work, seed), &|work, seed| run(&plain, work, seed)],
+        [&|work, seed| run(&Helped(&volume), work, seed), &|work, seed| run(&plain, work, seed)],
         &mut |work| heard(work.total()),
     );
     for (work, rates) in WORKS.iter().zip(&all.map_err(failed)?) {

@@ -13,6 +13,7 @@ use super::qemu;
 use super::size::Bytes;
 use super::{Context, open_file, open_snapshot, open_writable};
 use blockcrypt::{AnchorRefused, Anchors, FileStore, Volume, VolumeError, inspect};
+use fealty_disk::Helpers;
 use policy::disk::{VolumeGrant, VolumeOperation, VolumeRequest};
 use policy::{AnchorMode, VolumeAnchor, VolumeId};
 use serde::Serialize;
@@ -95,7 +96,7 @@ fn import_raw(context: &Context, words: &Import) -> Result<(), ToolError> {
         while let Some((at, length)) = image.next(&mut buffer)? {
             holder.still_there()?;
             for (offset, run) in filled(&buffer[..length]) {
-                let written = volume.write(at + offset as u64, run);
+                let written = Helpers::here().write(volume, at + offset as u64, run);
                 written.map_err(|e| ToolError::Volume(words.volume.clone(), e))?;
                 data += run.len() as u64;
             }

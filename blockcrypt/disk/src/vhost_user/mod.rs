@@ -5,10 +5,10 @@
 //! ranges are read once, data to be written is encrypted out of private memory, and only what was verified and decrypted there is
 //! copied to the guest.
 //!
-//! Each queue has a thread, which completes its requests in order. That is what makes a restart safe: the used index says which
-//! requests are done, and a front end that comes back, to this process or its successor, submits the others again. The
-//! vhost-user-backend crate does not support the message for tracking requests in flight out of order
-//! (`VHOST_USER_PROTOCOL_F_INFLIGHT_SHMFD`), so it is not offered.
+//! Each queue has a thread, which completes its requests in order. That is what makes a restart safe: what is in flight is what the
+//! ring has available and not used, and a front end that comes back, to this process or its successor, has it served from the used
+//! index on. The vhost-user protocol ("Inflight I/O tracking") needs its shared region, `VHOST_USER_PROTOCOL_F_INFLIGHT_SHMFD`, only
+//! where requests are completed out of order; the vhost-user-backend crate does not support it, and it is not offered.
 //!
 //! A front end that shrinks the memory that it shared ends this process with SIGBUS; what was acknowledged outlives it.
 //!

@@ -5,11 +5,17 @@
 //!
 //! The volume is measured twice: with every block of it mapped, so that what is replaced goes to single free blocks, and, as most
 //! volumes are, with half of them.
+//!
+//! Requests of 4 KiB at depth 32 are measured twice as well: on processors that sleep whenever nobody asks for anything, and on
+//! processors that something else would use else. On the first a client's requests come one by one to a server that has just woken up
+//! on another processor, whose caches hold none of them, and both count as the server's time; on the second they come in batches.
 
+mod awake;
 mod server;
 
 use super::BenchError;
 use super::printer::Printer;
+use awake::Awake;
 use blockcrypt::bench::Ciphers;
 use fealty_disk::bench::{Figure, MeasureError, Samples, thread_time};
 use server::Server;
@@ -92,14 +98,17 @@ pub(super) fn run(rounds: u32, folder: &Path, printer: &mut Printer) -> Result<(
         fill(half, 2 * SIZE)?;
     }
     half.zero(SIZE, SIZE)?;
-    let mut all: Vec<[Costs; 6]> = WORKS.iter().map(|_| Default::default()).collect();
+    let cases =
+        || WORKS.iter().map(|work| (work, false)).chain(WORKS.iter().filter(|w| w.is_deep()).map(|w| (w, true)));
+    let mut all: Vec<[Costs; 6]> = cases().map(|_| Default::default()).collect();
     let mut crypto = [Samples::default(), Samples::default()];
     for round in 0..rounds + WARM_UP {
         let costs = cipher_costs(&ciphers)?;
         if round >= WARM_UP {
             crypto.iter_mut().zip(costs).for_each(|(samples, cost)| samples.add(cost));
         }
-        for (work, costs) in WORKS.iter().zip(&mut all) {
+        for ((work, awake), costs) in cases().zip(&mut all) {
+            let _awake = awake.then(Awake::all).transpose()?;
             for (server, costs) in servers.iter().zip(costs) {
                 let (core, wall) = work.run(server, SIZE)?;
                 if round >= WARM_UP {
@@ -109,23 +118,24 @@ pub(super) fn run(rounds: u32, folder: &Path, printer: &mut Printer) -> Result<(
             }
         }
     }
-    for (work, [full, plain, luks, raw, nbdkit, half]) in WORKS.iter().zip(&all) {
+    for ((work, awake), [full, plain, luks, raw, nbdkit, half]) in cases().zip(&all) {
+        let name = format!("{}{}", work.name, if awake { ", all processors awake" } else { "" });
         // The one that asks for less counts.
         let by_luks = luks.core.median() * BY_LUKS >= plain.core.median() * BY_PLAIN;
-        let counts = work.bytes == BLOCK && work.depth > 1 && work.flush_each == 0;
+        let counts = work.is_deep() && work.flush_each == 0;
         let target = |target, less| (counts && less).then_some(target);
         let blocks = (work.bytes / BLOCK) as f64;
         let bound = plain.core.with(&crypto[usize::from(work.rw.ends_with("read"))], |plain, one| plain + blocks * one);
         for (volume, ours) in [("", full), (", half of the volume used", half)] {
-            let cost = || Figure::new(format!("{}{volume}: server's core for one", work.name), "us", &ours.core);
+            let cost = || Figure::new(format!("{name}{volume}: server's core for one"), "us", &ours.core);
             printer.add(cost().against("qemu-storage-daemon, LUKS", &luks.core, target(BY_LUKS, by_luks)));
             printer.add(cost().against("our server, no ciphers", &plain.core, target(BY_PLAIN, !by_luks)));
             printer.add(cost().against("that and the crypto alone", &bound, None));
         }
-        let cost = || Figure::new(format!("{}: server's core for one", work.name), "us", &full.core);
+        let cost = || Figure::new(format!("{name}: server's core for one"), "us", &full.core);
         printer.add(cost().against("qemu-storage-daemon, raw", &raw.core, None));
         printer.add(cost().against("nbdkit, luks filter", &nbdkit.core, None));
-        let rate = Figure::new(format!("{}: by the clock", work.name), "1/s", &full.wall);
+        let rate = Figure::new(format!("{name}: by the clock"), "1/s", &full.wall);
         printer.add(rate.against("qemu-storage-daemon, LUKS", &luks.wall, None));
     }
     Ok(())
@@ -156,6 +166,11 @@ fn cipher_costs(ciphers: &Ciphers) -> Result<[f64; 2], BenchError> {
 }
 
 impl Work {
+    /// Whether it is what the targets are for.
+    fn is_deep(&self) -> bool {
+        self.bytes == BLOCK && self.depth > 1
+    }
+
     /// Does it once, within `size` bytes: the server's processor time for a request in microseconds, and requests a second.
     fn run(&self, server: &Server, size: u64) -> Result<(f64, f64), BenchError> {
         let before = server.processor_time()?;
