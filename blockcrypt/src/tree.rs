@@ -216,7 +216,10 @@ impl Forest {
             }
             return Err(Halt::Missing(Missing { id, pointer }));
         }
-        self.load(id).map(|page| Some(&*page))
+        self.clock += 1;
+        let page = self.pages.get_mut(&id).ok_or(VolumeError::System("page just found"))?;
+        page.used = self.clock;
+        Ok(Some(page))
     }
 
     /// The page, to be written: it is dirty from now on.

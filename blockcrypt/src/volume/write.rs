@@ -35,9 +35,10 @@ impl Part<'_> {
         (self.blocks.end - self.blocks.start) as usize
     }
 
-    /// The leaves of the map that have its blocks: a leaf has more than [`CHUNK`].
-    fn leaves(&self) -> [PageId; 2] {
-        [leaf(self.blocks.start).0, leaf(self.blocks.end - 1).0]
+    /// The leaves of the map that have its blocks, two at most: a leaf has more than [`CHUNK`].
+    fn leaves(&self) -> impl Iterator<Item = PageId> {
+        let (first, last) = (leaf(self.blocks.start).0, leaf(self.blocks.end - 1).0);
+        [Some(first), (last != first).then_some(last)].into_iter().flatten()
     }
 }
 
@@ -231,12 +232,16 @@ impl Core {
         self.writable()?;
         self.room_in_log()?;
         self.key_for(count)?;
-        for id in parts.iter().flat_map(Part::leaves) {
+        let mut old = Vec::with_capacity(parts.len());
+        for part in parts {
             // What the map has must be readable before it is replaced.
-            self.forest.peek(id)?;
+            for id in part.leaves() {
+                self.forest.peek(id)?;
+            }
+            old.push(self.block_of(part.blocks.start)?);
         }
         let mut runs = Vec::with_capacity(parts.len());
-        if let Err(halt) = self.place(parts, &mut runs, from) {
+        if let Err(halt) = self.place(parts, &old, &mut runs, from) {
             self.space.unreserve(runs.into_iter().flatten());
             return Err(halt);
         }
@@ -249,16 +254,22 @@ impl Core {
         Ok(Granted { runs, generation })
     }
 
-    /// Reserves a place for each block, in order; what was reserved is in `runs`, also after an error. A new block lies behind the one
-    /// before it in the volume, so that what is filled lies in order. One that is replaced can't lie where it was: it lies behind what is
-    /// written with it, so that the store is asked once for many.
-    fn place(&mut self, parts: &[Part], runs: &mut Vec<Range<u64>>, from: &Backing) -> Result<(), Halt> {
+    /// Reserves a place for each block, in order; what was reserved is in `runs`, also after an error. `old` says where each part's first
+    /// block lies so far. A new block lies behind the one before it in the volume, so that what is filled lies in order. One that is replaced
+    /// can't lie where it was: it lies behind what is written with it, so that the store is asked once for many.
+    fn place(
+        &mut self,
+        parts: &[Part],
+        old: &[Option<u64>],
+        runs: &mut Vec<Range<u64>>,
+        from: &Backing,
+    ) -> Result<(), Halt> {
         let mut before = None;
-        for part in parts {
+        for (part, old) in parts.iter().zip(old) {
             let first = part.blocks.start;
             let mut near = match runs.last() {
-                Some(behind) if before == Some(first) || self.is_mapped(first)? => behind.end,
-                _ => self.neighbour(first, from)?,
+                Some(behind) if before == Some(first) || old.is_some() => behind.end,
+                _ => self.neighbour(first, *old, from),
             };
             let mut left = part.count() as u64;
             while left > 0 {
@@ -287,25 +298,22 @@ impl Core {
         Ok(())
     }
 
-    fn is_mapped(&mut self, lba: u64) -> Result<bool, Halt> {
+    /// The block of the store that holds the data of `lba`.
+    fn block_of(&mut self, lba: u64) -> Result<Option<u64>, Halt> {
         let mut found = [Entry::UNMAPPED];
         self.lookup(lba, &mut found)?;
-        Ok(found[0].data().is_some())
+        Ok(found[0].data())
     }
 
-    /// Where new data best goes: behind the block before it.
-    fn neighbour(&mut self, first: u64, from: &Backing) -> Result<u64, Halt> {
-        let (mut old, mut before) = ([Entry::UNMAPPED], [Entry::UNMAPPED]);
-        self.lookup(first, &mut old)?;
-        if first > 0 && self.lookup(first - 1, &mut before).is_err() {
-            // It is another page's, which is not worth a read, and may be damaged.
-            before = [Entry::UNMAPPED];
-        }
-        let near = before[0].data().map(|b| b + 1).or(old[0].data()).filter(|b| from.in_pool(*b));
-        Ok(near.unwrap_or_else(|| {
+    /// Where new data best goes: behind the block before it, or near where it is.
+    fn neighbour(&mut self, first: u64, old: Option<u64>, from: &Backing) -> u64 {
+        // What can't be found is another page's, which is not worth a read, and may be damaged.
+        let before = first.checked_sub(1).and_then(|before| self.block_of(before).ok().flatten());
+        let near = before.map(|b| b + 1).or(old).filter(|b| from.in_pool(*b));
+        near.unwrap_or_else(|| {
             let (zone, pool) = (from.geometry().zone(), from.geometry().pool());
             zone.end + first.min(pool.end - zone.end - 1)
-        }))
+        })
     }
 
     /// Map and log learn of blocks that were written. Nothing is changed before all that is needed is in memory.
