@@ -6,8 +6,8 @@
 //! copied to the guest.
 //!
 //! Each queue has a thread, which completes its requests in order. That is what makes a restart safe: the used index says which
-//! requests are done, and a front end that comes back, to this process or its successor, submits the others again. The
-//! vhost-user-backend crate does not support the message for tracking requests in flight out of order
+//! requests are done, and for a front end that comes back, to this process or its successor, the others are done (again), wherever it
+//! says that its queues stand. The vhost-user-backend crate does not support the message for tracking requests in flight out of order
 //! (`VHOST_USER_PROTOCOL_F_INFLIGHT_SHMFD`), so it is not offered.
 //!
 //! A front end that shrinks the memory that it shared ends this process with SIGBUS; what was acknowledged outlives it.
@@ -71,7 +71,7 @@ pub fn serve(
     heard: &(impl Fn(&str) + Clone + Send + Sync + 'static),
 ) -> io::Result<()> {
     let queues = device.queues.clamp(*QUEUES.start(), *QUEUES.end());
-    let signals: Arc<[Signal]> = (0..queues).map(|_| Signal::new()).collect::<io::Result<_>>()?;
+    let signals: Arc<[Arc<Signal>]> = (0..queues).map(|_| Signal::new().map(Arc::new)).collect::<io::Result<_>>()?;
     let mut short = false;
     while socket.wait(until)? {
         let backend = Backend::new(disk.clone(), device, signals.clone(), Box::new(heard.clone()));
