@@ -496,8 +496,8 @@ SIGTERM or SIGINT, or when the key holder leaves, requests that were sent are fi
 provider is then the newest.
 
 A server that is killed loses nothing that it acknowledged unless the machine crashes too: start it again on the same socket, and clients
-that reconnect (QEMU: reconnect=1 of a vhost-user chardev, reconnect-delay of nbd) go on, and their next FLUSH covers all of it. It costs
-each write, or as many as come together, a write of 4 KiB to the volume's log before the answer; with --direct the device is waited for.
+that reconnect (QEMU: reconnect=1 of a vhost-user chardev, reconnect-delay of nbd; Cloud Hypervisor by itself, for a minute) go on, and
+their next FLUSH covers all of it. It costs each write, or as many as come together, a write of 4 KiB to the volume's log before the answer; with --direct the device is waited for.
 
 The anchor at the key provider tells the newest state from an older copy of the volume, which then does not open. --anchor-mode says how
 old a copy, put back while the server does not run, may be to pass all the same: with `flush` it lacks nothing that a FLUSH acknowledged,

@@ -28,7 +28,7 @@ const DESCRIPTORS: usize = 40;
 const LIMIT: Duration = Duration::from_secs(60);
 
 /// A front end of the real server, step by step; then one that makes sense, which must be served; then the server is asked to end, and
-/// must. Gives what the front end's memory holds then.
+/// must. Gives what the front end's memory holds then, and how many interrupts it waited for.
 ///
 /// ```text
 /// step      kind u8 │ length u16 LE │ body
@@ -37,9 +37,9 @@ const LIMIT: Duration = Duration::from_secs(60);
 ///           with flag 0x80 the payload's last four bytes are the size that the header claims
 /// 2         into the memory: offset u16 LE │ bytes
 /// 3         a kick
-/// 4         waits for an interrupt, not for long
+/// 4         waits for an interrupt, and something that is used, not for long
 /// ```
-pub fn fuzz_vhost_user(data: &[u8]) -> Vec<u8> {
+pub fn fuzz_vhost_user(data: &[u8]) -> (Vec<u8>, u64) {
     static NEXT: AtomicU64 = AtomicU64::new(0);
     let number = NEXT.fetch_add(1, Ordering::Relaxed);
     let path = std::env::temp_dir().join(format!("fealty-fuzz-{}-{number}", std::process::id()));
@@ -53,7 +53,7 @@ pub fn fuzz_vhost_user(data: &[u8]) -> Vec<u8> {
     };
     // What it gave away and kept the other end of stays open until the server has ended.
     let mut front_end = FrontEnd::connect(&path);
-    let memory = front_end.run(data);
+    let told = front_end.run(data);
     make_sense(&path);
     drop(end);
     let begun = Instant::now();
@@ -63,7 +63,7 @@ pub fn fuzz_vhost_user(data: &[u8]) -> Vec<u8> {
     }
     server.join().expect("no panic").expect("it served to the end");
     assert!(!disk.wronged.load(Ordering::Relaxed), "the disk was asked for what can't be");
-    memory
+    told
 }
 
 struct FrontEnd {
@@ -72,16 +72,17 @@ struct FrontEnd {
     kick: OwnedFd,
     call: OwnedFd,
     kept: Vec<OwnedFd>,
+    interrupts: u64,
 }
 
 impl FrontEnd {
     fn connect(path: &PathBuf) -> Self {
         let stream = UnixStream::connect(path).expect("connects");
         let event = || eventfd(0, EventfdFlags::NONBLOCK | EventfdFlags::CLOEXEC).expect("an eventfd");
-        Self { stream, memory: memory(MEMORY as u64), kick: event(), call: event(), kept: Vec::new() }
+        Self { stream, memory: memory(MEMORY as u64), kick: event(), call: event(), kept: Vec::new(), interrupts: 0 }
     }
 
-    fn run(&mut self, mut data: &[u8]) -> Vec<u8> {
+    fn run(&mut self, mut data: &[u8]) -> (Vec<u8>, u64) {
         for _ in 0..STEPS {
             let Some(([kind, low, high], rest)) = data.split_first_chunk() else { break };
             let (body, rest) = rest.split_at(usize::from(u16::from_le_bytes([*low, *high])).min(rest.len()));
@@ -99,7 +100,7 @@ impl FrontEnd {
         }
         let mut held = vec![0; MEMORY];
         self.memory.read_exact_at(&mut held, 0).expect("its own memory");
-        held
+        (held, self.interrupts)
     }
 
     /// False once nobody listens.
@@ -115,12 +116,30 @@ impl FrontEnd {
                 }
             }
             3 => drop(rustix::io::write(&self.kick, &1_u64.to_ne_bytes())),
-            _ => {
-                let limit = Timespec { tv_sec: 0, tv_nsec: 20_000_000 };
-                let _ = poll(&mut [PollFd::new(&self.call, PollFlags::IN)], Some(&limit));
-            }
+            _ => self.wait(),
         }
         true
+    }
+
+    /// Not every interrupt means that something was done.
+    fn wait(&mut self) {
+        let begun = Instant::now();
+        while self.interrupts == 0 || !self.used() {
+            let Some(left) = Duration::from_millis(20).checked_sub(begun.elapsed()) else { return };
+            let limit = Timespec { tv_sec: 0, tv_nsec: left.as_nanos() as i64 };
+            let _ = poll(&mut [PollFd::new(&self.call, PollFlags::IN)], Some(&limit));
+            let mut count = [0; 8];
+            if rustix::io::read(&self.call, &mut count).is_ok() {
+                self.interrupts += u64::from_ne_bytes(count);
+            }
+        }
+    }
+
+    /// Whether anything is used, in a ring where the corpus has it.
+    fn used(&self) -> bool {
+        let mut index = [0; 2];
+        self.memory.read_exact_at(&mut index, 0x302).expect("its own memory");
+        index != [0; 2]
     }
 
     fn message(&mut self, body: &[u8]) -> bool {

@@ -26,7 +26,7 @@ pub(super) struct Backend {
     memory: OnceLock<Memory>,
     queues: Vec<Queue>,
     /// One for each queue. They outlive a front end: the system takes its time to give one back.
-    signals: Arc<[Signal]>,
+    signals: Arc<[Arc<Signal>]>,
     stopping: AtomicBool,
     /// The driver knows no FLUSH, so that what it writes must be durable by itself; as long as it did not say, neither.
     write_through: AtomicBool,
@@ -50,7 +50,7 @@ impl Backend {
     pub(super) fn new(
         disk: Arc<dyn Disk>,
         device: &Device,
-        signals: Arc<[Signal]>,
+        signals: Arc<[Arc<Signal>]>,
         heard: Box<dyn Fn(&str) + Send + Sync>,
     ) -> io::Result<Self> {
         let queues = signals.iter().map(|_| {
@@ -77,7 +77,7 @@ impl Backend {
     fn perform(&self, number: usize, vring: &Ring) {
         let mut work = self.queues[number].lock();
         while !work.dead {
-            if let Err(error) = self.empty(&mut work.performer, vring, &self.signals[number]) {
+            if let Err(error) = self.empty(number, &mut work.performer, vring) {
                 work.dead = true;
                 (self.heard)(&format!("queue {number} makes no sense, and is not served any more: {error}"));
                 return;
@@ -90,8 +90,10 @@ impl Backend {
         }
     }
 
-    fn empty(&self, performer: &mut Performer, vring: &Ring, signal: &Signal) -> Result<(), Box<dyn Error>> {
+    fn empty(&self, number: usize, performer: &mut Performer, vring: &Ring) -> Result<(), Box<dyn Error>> {
         let Some(memory) = self.memory.get() else { return Ok(()) };
+        let untold = |error| format!("the front end can't be told of requests that are done: {error}");
+        vring.tells_with(&self.signals[number]).map_err(untold)?;
         vring.disable_notification()?;
         while !self.stopping.load(Ordering::Acquire) && is_running(vring) {
             let memory = memory.memory();
@@ -105,8 +107,7 @@ impl Backend {
                 vring.add_used(head, written)?;
             }
             if vring.needs_notification()? {
-                let told = vring.tell(signal);
-                told.map_err(|error| format!("the front end can't be told of requests that are done: {error}"))?;
+                vring.tell().map_err(untold)?;
             }
         }
         Ok(())

@@ -6,9 +6,10 @@
 //! copied to the guest.
 //!
 //! Each queue has a thread, which completes its requests in order. That is what makes a restart safe: what is in flight is what the
-//! ring has available and not used, and a front end that comes back, to this process or its successor, has it served from the used
-//! index on. The vhost-user protocol ("Inflight I/O tracking") needs its shared region, `VHOST_USER_PROTOCOL_F_INFLIGHT_SHMFD`, only
-//! where requests are completed out of order; the vhost-user-backend crate does not support it, and it is not offered.
+//! ring has available and not used, and for a front end that comes back, to this process or its successor, that is done (again), wherever it
+//! says that its queues stand. The vhost-user protocol ("Inflight I/O tracking") needs its shared region,
+//! `VHOST_USER_PROTOCOL_F_INFLIGHT_SHMFD`, only where requests are completed out of order; the vhost-user-backend crate does not support
+//! it, and it is not offered.
 //!
 //! A front end that shrinks the memory that it shared ends this process with SIGBUS; what was acknowledged outlives it.
 //!
@@ -71,7 +72,7 @@ pub fn serve(
     heard: &(impl Fn(&str) + Clone + Send + Sync + 'static),
 ) -> io::Result<()> {
     let queues = device.queues.clamp(*QUEUES.start(), *QUEUES.end());
-    let signals: Arc<[Signal]> = (0..queues).map(|_| Signal::new()).collect::<io::Result<_>>()?;
+    let signals: Arc<[Arc<Signal>]> = (0..queues).map(|_| Signal::new().map(Arc::new)).collect::<io::Result<_>>()?;
     let mut short = false;
     while socket.wait(until)? {
         let backend = Backend::new(disk.clone(), device, signals.clone(), Box::new(heard.clone()));
