@@ -7,7 +7,6 @@
 //! | module | what it holds |
 //! | --- | --- |
 //! | `disk` | what is lent |
-//! | [`Helpers`] | threads that take part of a large request |
 //! | `socket` | a unix socket that only its owner can connect to, and that goes when the server goes |
 //! | [`nbd`] | the NBD protocol |
 //! | [`vhost_user`] | the vhost-user protocol, and virtio queues |
@@ -17,11 +16,9 @@ pub mod bench;
 mod disk;
 #[doc(hidden)]
 pub mod fuzz;
-mod helpers;
 pub mod nbd;
 mod socket;
 pub mod vhost_user;
 
 pub use disk::{Disk, Fault};
-pub use helpers::Helpers;
 pub use socket::{Socket, SocketError};

@@ -34,6 +34,33 @@ fn an_imported_image_is_exported_as_it_was() {
     assert_eq!(folder.names(), ["a.vol", "from.img", "to.img"]);
 }
 
+/// Several threads work on it, and each has many pieces.
+#[test]
+fn an_image_of_many_pieces_comes_back_in_order() {
+    let folder = Folder::new();
+    let mut content: Vec<u8> = (0..24_u64 << 20).map(|i| (i.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 40) as u8).collect();
+    content[5 << 20..9 << 20].fill(0);
+    content.extend([9; 512]);
+    let (from, volume, to) = (folder.write("from.img", &content), folder.name("a.vol"), folder.name("to.img"));
+    for pipe in [false, true] {
+        let mut keeper = Keeper::new();
+        if pipe {
+            let words = ["import", "-", &volume, "--force", "--size", &content.len().to_string()];
+            let made = keeper.run_with(&words, Manner::Good, &format!("exec <{from}"));
+            assert_eq!(made.code, 0, "{}", made.error);
+        } else {
+            let made = keeper.json(&["import", &from, &volume]);
+            assert_eq!(made["data"], content.len() - (4 << 20));
+        }
+        assert!(keeper.good(&["export", &volume, "-"]) == content, "as a stream");
+        keeper.good(&["export", &volume, &to, "--force"]);
+        assert!(fs::read(&to).expect("there") == content, "as a file");
+        // Nothing takes it: all of them stop.
+        let failed = keeper.run_with(&["export", &volume, "-"], Manner::Good, "exec >/dev/full");
+        assert!(failed.code == 1 && failed.error.contains("can't be written"), "{}", failed.error);
+    }
+}
+
 #[test]
 fn pipes_do_as_well_as_files() {
     let folder = Folder::new();

@@ -2,12 +2,12 @@
 //! project's own benchmarks are built on it.
 //!
 //! Subjects are measured in turn, piece of work by piece of work, so that whatever else the machine does meets all of them; figures
-//! are medians with quartiles. Rates are taken twice: by the wall's clock, and by the processor time that the work took ("per core"),
+//! are medians with quartiles. Rates are taken twice: by the wall's clock, and by the processor time of the threads that ask ("per core"),
 //! which a busy machine disturbs less.
 //!
-//! What a piece of work costs a volume depends on what was done before: requests at random scatter its blocks, and leave pages for the
-//! next checkpoint. So each piece is done twice, and the second time counts: it meets what it has left itself. What the first took is
-//! kept beside.
+//! What a piece of work costs a volume depends on what was done before: requests at random leave changed pages all over the map, and
+//! whoever comes next makes the checkpoint that writes them. So each piece is done twice, and the second time counts, which meets
+//! what work of its own kind has left. What the first took is kept beside.
 //!
 //! | module | what it holds |
 //! | --- | --- |
@@ -30,7 +30,7 @@ pub use figure::{Figure, table};
 pub use keeper::Keeper;
 pub use machine::machine;
 pub use sample::Samples;
-pub use subject::{HalfFull, Helped, Plain, Subject, fill};
+pub use subject::{HalfFull, Plain, Subject, fill};
 pub use work::{Rates, Runner, Timing, WARM_UP, WORKS, Work, interleave, thread_time};
 
 use blockcrypt::VolumeError;

@@ -2,7 +2,6 @@
 
 use super::MeasureError;
 use super::keeper::Keeper;
-use crate::Helpers;
 use blockcrypt::{Store, Volume};
 
 /// Takes requests from several threads, several at a time.
@@ -69,25 +68,6 @@ impl Subject for HalfFull {
 
     fn flush(&self) -> Result<(), MeasureError> {
         self.0.flush().map_err(MeasureError::volume("flush"))
-    }
-}
-
-/// The same volume with [`Helpers`]: for what one thread asks, by as many as there are.
-pub struct Helped<'a>(pub &'a HalfFull);
-
-impl Subject for Helped<'_> {
-    fn read(&self, parts: &mut [(u64, &mut [u8])]) -> Result<(), MeasureError> {
-        let done = Helpers::here().read_many(&self.0.0, parts);
-        done.into_iter().try_for_each(|done| done.map_err(MeasureError::volume("read")))
-    }
-
-    fn write(&self, parts: &[(u64, &[u8])]) -> Result<(), MeasureError> {
-        let done = Helpers::here().write_many(&self.0.0, parts);
-        done.into_iter().try_for_each(|done| done.map_err(MeasureError::volume("write")))
-    }
-
-    fn flush(&self) -> Result<(), MeasureError> {
-        self.0.flush()
     }
 }
 

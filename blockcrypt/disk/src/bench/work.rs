@@ -61,7 +61,7 @@ pub struct Timing {
     pub core: f64,
 }
 
-/// What one piece of work gave one subject: its rates by the wall's clock, and by the processor time that it took.
+/// What one piece of work gave one subject: its rates by the wall's clock, and by the processor time of the threads that ask.
 #[derive(Default, Clone)]
 pub struct Rates {
     /// By the wall's clock.
@@ -83,7 +83,8 @@ impl Rates {
 /// Does a piece of work with some seed.
 pub type Runner<'a, E> = &'a dyn Fn(&Work, u64) -> Result<Timing, E>;
 
-/// Each of `works` twice with each subject in turn, `rounds` times after one that does not count; `heard` is told each time before. The rates are in the order of the works and of the subjects.
+/// Each of `works` twice with each subject in turn, `rounds` times after one that does not count; `heard` is told each time before. The
+/// rates are in the order of the works and of the subjects.
 ///
 /// # Errors
 /// The first of a subject's.
@@ -149,9 +150,9 @@ impl Work {
             let buffers = &mut memory[buffers..buffers + self.batch * self.bytes];
             subject.warm(self.batch * self.bytes);
             ready.wait();
-            let (start, core) = (Instant::now(), self.clock());
+            let (start, core) = (Instant::now(), thread_time());
             self.requests(subject, &offsets, buffers)?;
-            Ok::<_, MeasureError>((start, Instant::now(), self.clock() - core))
+            Ok::<_, MeasureError>((start, Instant::now(), thread_time() - core))
         };
         let mut done = Vec::new();
         thread::scope(|scope| {
@@ -166,11 +167,6 @@ impl Work {
         let end = done.iter().map(|(_, end, _)| *end).max();
         let wall = start.zip(end).map(|(start, end)| (end - start).as_secs_f64()).ok_or(MeasureError::Panicked)?;
         Ok(Timing { wall, core: done.iter().map(|(.., core)| core).sum() })
-    }
-
-    /// Seconds of processor time: of all threads, helpers too, where one asks; else of the one that asks.
-    fn clock(&self) -> f64 {
-        if self.threads == 1 { processor_time(ClockId::ProcessCPUTime) } else { thread_time() }
     }
 
     fn requests(&self, subject: &dyn Subject, offsets: &[u64], buffers: &mut [u8]) -> Result<(), MeasureError> {
@@ -199,11 +195,7 @@ impl Work {
 
 /// Seconds of processor time of this thread.
 pub fn thread_time() -> f64 {
-    processor_time(ClockId::ThreadCPUTime)
-}
-
-fn processor_time(clock: ClockId) -> f64 {
-    let time = clock_gettime(clock);
+    let time = clock_gettime(ClockId::ThreadCPUTime);
     time.tv_sec as f64 + time.tv_nsec as f64 / 1e9
 }
 

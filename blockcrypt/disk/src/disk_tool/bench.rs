@@ -9,8 +9,8 @@ use super::scratch::{self, Part, ScratchError};
 use super::size::Bytes;
 use blockcrypt::{FileStore, Store, VolumeError, store_size};
 use fealty_disk::bench::{
-    Figure, HalfFull, Helped, Limit, MeasureError, Plain, Rates, Subject, WARM_UP, WORKS, Work, ciphers, fill,
-    interleave, machine, table,
+    Figure, HalfFull, Limit, MeasureError, Plain, Rates, Subject, WARM_UP, WORKS, Work, ciphers, fill, interleave,
+    machine, table,
 };
 use serde::Serialize;
 use std::path::Path;
@@ -127,7 +127,7 @@ fn measure<S: Store + 'static>(
     let all = interleave::<MeasureError, 2>(
         &WORKS,
         rounds,
-        [&|work, seed| run(&Helped(&volume), work, seed), &|work, seed| run(&plain, work, seed)],
+        [&|work, seed| run(&volume, work, seed), &|work, seed| run(&plain, work, seed)],
         &mut |work| heard(work.total()),
     );
     for (work, rates) in WORKS.iter().zip(&all.map_err(failed)?) {

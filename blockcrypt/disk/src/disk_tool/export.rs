@@ -9,12 +9,13 @@ use super::place::{Content, Place, same_file};
 use super::progress::{Progress, rate};
 use super::salvage::Reader;
 use super::size::Bytes;
-use super::{Context, open_file, open_snapshot, qemu};
+use super::{Context, crew, open_file, open_snapshot, qemu};
 use policy::VolumeId;
 use serde::Serialize;
 use std::io::{self, Write};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
+use std::sync::{Condvar, Mutex, PoisonError};
 
 #[derive(Serialize)]
 struct Exported<'a> {
@@ -88,6 +89,29 @@ pub(super) fn export(context: &Context, words: &Export) -> Result<(), ToolError>
     if lost > 0 { Err(ToolError::Salvaged { path: words.volume.clone(), lost }) } else { Ok(()) }
 }
 
+/// A copy that several threads make, piece by piece: read as they come, written in order.
+struct Copied<'a> {
+    progress: &'a mut Progress,
+    /// Where the next piece that is read begins, and the next that is written.
+    read: u64,
+    written: u64,
+    /// Bytes that were not zero.
+    data: u64,
+    /// There was an error.
+    over: bool,
+}
+
+/// Does something if its thread panics, lest others wait for it.
+struct InPanic<F: Fn()>(F);
+
+impl<F: Fn()> Drop for InPanic<F> {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            self.0();
+        }
+    }
+}
+
 /// Copies everything; how many bytes were not zero.
 fn copy(
     reader: &Reader<'_>,
@@ -96,19 +120,47 @@ fn copy(
     holder: &Holder,
     progress: &mut Progress,
 ) -> Result<u64, ToolError> {
-    let volume = reader.volume;
-    let mut buffer = vec![0; PIECE];
-    let (mut at, mut data) = (0, 0);
-    while at < volume.size() {
+    let size = reader.volume.size();
+    let (copied, turn) = (Mutex::new(Copied { progress, read: 0, written: 0, data: 0, over: false }), Condvar::new());
+    let lock = || copied.lock().unwrap_or_else(PoisonError::into_inner);
+    let next = || {
+        let mut copied = lock();
+        let at = copied.read;
+        copied.read = size.min(at + PIECE as u64);
+        (at < size && !copied.over).then_some(at)
+    };
+    let copy = |at: u64, piece: &mut [u8]| -> Result<(), ToolError> {
         holder.still_there()?;
-        let length = usize::try_from(volume.size() - at).unwrap_or(PIECE).min(PIECE);
-        let piece = &mut buffer[..length];
         reader.read(at, piece).map_err(|e| ToolError::Volume(words.volume.clone(), e))?;
-        data += filled(piece).map(|(_, run)| run.len() as u64).sum::<u64>();
+        let data: u64 = filled(piece).map(|(_, run)| run.len() as u64).sum();
+        let earlier = |copied: &mut Copied| copied.written < at && !copied.over;
+        if turn.wait_while(lock(), earlier).unwrap_or_else(PoisonError::into_inner).over {
+            return Ok(());
+        }
         sink.write(at, piece).map_err(|e| write_failed(&words.image, e))?;
-        at += length as u64;
-        progress.at(at);
-    }
+        let mut copied = lock();
+        copied.written = at + piece.len() as u64;
+        copied.data += data;
+        let written = copied.written;
+        copied.progress.at(written);
+        Ok(())
+    };
+    let end = || {
+        lock().over = true;
+        turn.notify_all();
+    };
+    // What salvage can't read is told of in order.
+    let threads = if words.salvage { 1 } else { crew::size() };
+    crew::together(threads, || {
+        let (mut buffer, _panics) = (vec![0; PIECE], InPanic(end));
+        while let Some(at) = next() {
+            let length = usize::try_from(size - at).unwrap_or(PIECE).min(PIECE);
+            copy(at, &mut buffer[..length]).inspect_err(|_| end())?;
+            turn.notify_all();
+        }
+        Ok::<_, ToolError>(())
+    })?;
+    let data = lock().data;
     Ok(data)
 }
 

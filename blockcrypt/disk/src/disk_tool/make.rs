@@ -11,9 +11,8 @@ use super::progress::{Progress, rate};
 use super::qcow2::Qcow2;
 use super::qemu;
 use super::size::Bytes;
-use super::{Context, open_file, open_snapshot, open_writable};
+use super::{Context, crew, open_file, open_snapshot, open_writable};
 use blockcrypt::{AnchorRefused, Anchors, FileStore, Volume, VolumeError, inspect};
-use fealty_disk::Helpers;
 use policy::disk::{VolumeGrant, VolumeOperation, VolumeRequest};
 use policy::{AnchorMode, VolumeAnchor, VolumeId};
 use serde::Serialize;
@@ -91,19 +90,58 @@ fn import_raw(context: &Context, words: &Import) -> Result<(), ToolError> {
     }
     let size = image.volume_size();
     make_from_image(context, words, size, |volume, holder, progress| {
-        let mut data = 0;
-        let mut buffer = Box::new([0; PIECE]);
-        while let Some((at, length)) = image.next(&mut buffer)? {
-            holder.still_there()?;
-            for (offset, run) in filled(&buffer[..length]) {
-                let written = Helpers::here().write(volume, at + offset as u64, run);
+        let source = Mutex::new(Source { image: &mut image, progress, data: 0, furthest: 0, over: false });
+        let next = |buffer: &mut [u8; PIECE]| Source::of(&source).next(buffer, holder);
+        crew::together(crew::size(), || {
+            let mut buffer = Box::new([0; PIECE]);
+            while let Some((at, length)) = next(&mut buffer)? {
+                let mut data = 0;
+                let written = filled(&buffer[..length]).try_for_each(|(offset, run)| {
+                    data += run.len() as u64;
+                    volume.write(at + offset as u64, run)
+                });
+                Source::of(&source).behind_us(at + length as u64, data, &written);
                 written.map_err(|e| ToolError::Volume(words.volume.clone(), e))?;
-                data += run.len() as u64;
             }
-            progress.at(at + length as u64);
-        }
-        Ok(data)
+            Ok::<_, ToolError>(())
+        })?;
+        Ok(Source::of(&source).data)
     })
+}
+
+/// An image that several threads import, piece by piece.
+struct Source<'a> {
+    image: &'a mut Image,
+    progress: &'a mut Progress,
+    /// Bytes that were not zero.
+    data: u64,
+    /// Where the piece ends that lies furthest behind.
+    furthest: u64,
+    /// There are no more pieces, or an error.
+    over: bool,
+}
+
+impl<'a> Source<'a> {
+    fn of<'s>(shared: &'s Mutex<Self>) -> MutexGuard<'s, Self> {
+        shared.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn next(&mut self, buffer: &mut [u8; PIECE], holder: &Holder) -> Result<Option<(u64, usize)>, ToolError> {
+        if self.over {
+            return Ok(None);
+        }
+        let next = holder.still_there().map_err(ToolError::from).and_then(|()| Ok(self.image.next(buffer)?));
+        self.over = !matches!(next, Ok(Some(_)));
+        next
+    }
+
+    /// A piece is done, or has failed.
+    fn behind_us(&mut self, end: u64, data: u64, done: &Result<(), VolumeError>) {
+        self.over |= done.is_err();
+        self.data += data;
+        self.furthest = self.furthest.max(end);
+        self.progress.at(self.furthest);
+    }
 }
 
 fn import_qcow2(context: &Context, words: &Import) -> Result<(), ToolError> {

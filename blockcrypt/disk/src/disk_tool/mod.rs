@@ -24,6 +24,7 @@ mod change;
 mod check;
 mod cli;
 mod control;
+mod crew;
 mod error;
 mod export;
 mod holder;

@@ -9,7 +9,7 @@ use super::progress::Progress;
 use super::qcow2::Qcow2;
 use super::salvage::Reader;
 use blockcrypt::{Volume, VolumeError};
-use fealty_disk::{Disk, Fault, Helpers, nbd};
+use fealty_disk::{Disk, Fault, nbd};
 use rustix::event::{PollFd, PollFlags, poll};
 use std::ffi::OsStr;
 use std::io::{self, Read};
@@ -229,7 +229,7 @@ impl Disk for Counted<'_> {
 
     fn write(&self, offset: u64, data: &[u8]) -> Result<(), Fault> {
         self.count_written(offset, data);
-        self.told(Helpers::here().write(self.volume, offset, data))
+        self.told(self.volume.write(offset, data))
     }
 
     fn read_many(&self, requests: &mut [(u64, &mut [u8])]) -> Vec<Result<(), Fault>> {
@@ -240,7 +240,7 @@ impl Disk for Counted<'_> {
 
     fn write_many(&self, requests: &[(u64, &[u8])]) -> Vec<Result<(), Fault>> {
         requests.iter().for_each(|(offset, data)| self.count_written(*offset, data));
-        Helpers::here().write_many(self.volume, requests).into_iter().map(|done| self.told(done)).collect()
+        self.volume.write_many(requests).into_iter().map(|done| self.told(done)).collect()
     }
 
     fn flush(&self) -> Result<(), Fault> {

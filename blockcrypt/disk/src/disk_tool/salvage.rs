@@ -5,7 +5,6 @@ use super::check::{Finding, Findings};
 use super::error::ToolError;
 use super::report::{self, Reporter};
 use blockcrypt::{Volume, VolumeError};
-use fealty_disk::Helpers;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 /// Reads a volume, from several threads.
@@ -37,7 +36,7 @@ impl<'a> Reader<'a> {
 
     /// Several reads at once, as [`Volume::read_many`].
     pub(crate) fn read_many(&self, requests: &mut [(u64, &mut [u8])]) -> Vec<Result<(), VolumeError>> {
-        let done = Helpers::here().read_many(self.volume, requests);
+        let done = self.volume.read_many(requests);
         let Some(lost) = &self.lost else { return done };
         let again = |(done, (offset, buffer)): (Result<(), VolumeError>, &mut (u64, &mut [u8]))| match done {
             Err(error) if is_loss(&error) => self.read_block_by_block(*offset, buffer, lost),

@@ -6,7 +6,7 @@ use super::holder::{Handover, Holder};
 use super::rotation::{self, Rotation};
 use super::{Context, control, report};
 use blockcrypt::{FileStore, OpenOptions, Volume, VolumeError};
-use fealty_disk::{Disk, Fault, Helpers, Socket, nbd, vhost_user};
+use fealty_disk::{Disk, Fault, Socket, nbd, vhost_user};
 use policy::VolumeId;
 use serde::Serialize;
 use std::fs::OpenOptions as FileOptions;
@@ -168,20 +168,20 @@ impl Disk for Lent {
     }
 
     fn read(&self, offset: u64, buffer: &mut [u8]) -> Result<(), Fault> {
-        self.told("read", offset, Helpers::here().read(&self.volume, offset, buffer))
+        self.told("read", offset, self.volume.read(offset, buffer))
     }
 
     fn write(&self, offset: u64, data: &[u8]) -> Result<(), Fault> {
-        self.told("write", offset, Helpers::here().write(&self.volume, offset, data))
+        self.told("write", offset, self.volume.write(offset, data))
     }
 
     fn read_many(&self, requests: &mut [(u64, &mut [u8])]) -> Vec<Result<(), Fault>> {
-        let done = Helpers::here().read_many(&self.volume, requests);
+        let done = self.volume.read_many(requests);
         done.into_iter().zip(requests).map(|(done, (offset, _))| self.told("read", *offset, done)).collect()
     }
 
     fn write_many(&self, requests: &[(u64, &[u8])]) -> Vec<Result<(), Fault>> {
-        let done = Helpers::here().write_many(&self.volume, requests);
+        let done = self.volume.write_many(requests);
         done.into_iter().zip(requests).map(|(done, (offset, _))| self.told("write", *offset, done)).collect()
     }
 

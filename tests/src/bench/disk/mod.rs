@@ -3,9 +3,8 @@
 //! On the disk all of them go past the page cache: what is compared there is what the disk does.
 //!
 //! Each round does every piece of work with every subject in turn. Writes go to places that were written before, so that no
-//! subject pays for new pages of the file system. Rates are shown twice: by the wall's clock, and by the processor time that the work
-//! took (`per core`), which a busy machine disturbs less. One thread asks, and does all of the work; then large requests once more, with
-//! the helpers that `fealty-disk` has for them.
+//! subject pays for new pages of the file system. Rates are shown twice: by the wall's clock, and by the processor time of
+//! the threads that ask (`per core`), which a busy machine disturbs less.
 
 mod opening;
 mod qemu;
@@ -15,10 +14,7 @@ mod subject;
 use super::BenchError;
 use super::printer::Printer;
 use blockcrypt::FileStore;
-use fealty_disk::Helpers;
-use fealty_disk::bench::{
-    Figure, HalfFull, Helped, Limit, Plain, Rates, Subject, WORKS, Work, ciphers, fill, interleave,
-};
+use fealty_disk::bench::{Figure, HalfFull, Limit, Plain, Rates, Subject, WORKS, Work, ciphers, fill, interleave};
 use qemu::Luks;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
@@ -105,36 +101,7 @@ impl<'a> Place<'a> {
         for (work, rates) in WORKS.iter().zip(&all) {
             self.print(work, rates, limit, printer);
         }
-        let large = &WORKS[..WORKS.iter().take_while(|work| work.bytes > 4096).count()];
-        let helped = interleave(
-            large,
-            rounds,
-            [
-                &|work, seed| Ok(work.run(&Helped(&self.fealty), SIZE, seed)?),
-                &|work, seed| Ok(work.run(&self.alike, SIZE, seed)?),
-                &|work, seed| Ok(work.run(&self.raw, SIZE, seed)?),
-                &|work, seed| self.luks.run(work, SIZE, seed),
-            ],
-            &mut |_| {},
-        )?;
-        for (work, rates) in large.iter().zip(&helped) {
-            self.print_helped(work, rates, printer);
-        }
         Ok(())
-    }
-
-    /// What helpers do for one thread that asks: faster by the clock, for more processor time.
-    fn print_helped(&self, work: &Work, [fealty, alike, raw, luks]: &[Rates; 4], printer: &mut Printer) {
-        let helpers = match Helpers::here().threads() {
-            1 => "1 helper".to_owned(),
-            n => format!("{n} helpers"),
-        };
-        let name = format!("{}: {}, {helpers}", self.name, work.name);
-        let figure = |how, samples| Figure::new(format!("{name}, {how}"), work.unit(), samples);
-        let target = work.flush_each.is_none().then_some(BY_LUKS);
-        printer.add(figure("wall", &fealty.wall).at_least("qemu-io's LUKS", &luks.wall, target));
-        printer.add(figure("wall", &fealty.wall).at_least("the store without crypto", &raw.wall, None));
-        printer.add(figure("per core", &fealty.core).at_least("the same crypto in a loop", &alike.core, None));
     }
 
     fn print(&self, work: &Work, [fealty, alike, raw, luks]: &[Rates; 4], limit: &Limit, printer: &mut Printer) {
@@ -147,12 +114,14 @@ impl<'a> Place<'a> {
         let target = |applies: bool, target| if applies { Some(target) } else { None };
         printer.add(figure(true).at_least("the same crypto in a loop", &alike.core, target(sequential, BY_LOOP)));
         printer.add(figure(false).at_least("the same crypto in a loop", &alike.wall, None));
-        printer.add(figure(false).at_least("qemu-io's LUKS", &luks.wall, None));
+        printer.add(figure(false).at_least("qemu-io's LUKS", &luks.wall, target(sequential, BY_LUKS)));
         let deep = self.name == "disk" && work.threads * work.batch > 1;
         printer.add(figure(false).at_least("the store without crypto", &raw.wall, target(deep, BY_RAW)));
         if sequential {
-            let after = Figure::new(format!("{name}, after other work, per core"), unit, &fealty.first);
-            printer.add(after.at_least("the same crypto in a loop", &alike.first, None));
+            if work.write {
+                let after = Figure::new(format!("{name}, after other work, per core"), unit, &fealty.first);
+                printer.add(after.at_least("the same crypto in a loop", &alike.first, None));
+            }
             printer.add(figure(true).at_least("the crypto alone", &limit.of(work), None));
         }
     }
