@@ -22,5 +22,6 @@ mod room;
 mod slots;
 mod snapshots;
 mod sparse;
+mod superblocks;
 mod tamper;
 mod unreadable;
