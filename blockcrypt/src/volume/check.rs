@@ -340,26 +340,35 @@ impl Check<'_> {
     /// Both copies of the newest superblock must be there.
     fn compare_superblocks(&mut self) -> Result<(), VolumeError> {
         for at in self.from.geometry().superblocks(self.core.place) {
-            let mut block = zero_block();
-            match self.from.read_blocks(at, &mut block[..]) {
-                Ok(()) => {}
+            let looked = match self.is_newest_superblock(at) {
+                Ok(true) => continue,
+                // Read twice before it is given up.
+                _ => self.is_newest_superblock(at),
+            };
+            match looked {
+                Ok(true) => {}
+                Ok(false) => {
+                    let text = format!("the copy of the superblock in block {at} does not verify");
+                    self.from.events.integrity(None, Some(at), &text);
+                    self.told_problem(text);
+                }
+                // A disk that can't read is no tamperer.
                 Err(VolumeError::Store(_, why)) => {
                     self.told_problem(format!("the copy of the superblock in block {at} can't be read: {why}"));
-                    continue;
                 }
                 Err(other) => return Err(other),
             }
-            let mac = self
-                .from
-                .with_keys(|ring, _| Ok(ring.find(self.core.superblock.key()).map(|key| key.superblock_mac(&block))))?;
-            let found = Superblock::parse(&block).ok().filter(|s| s.epoch == self.core.superblock.epoch);
-            if !found.zip(mac).is_some_and(|(s, mac)| same(&s.mac, &mac)) {
-                let text = format!("the copy of the superblock in block {at} does not verify");
-                self.from.events.integrity(None, Some(at), &text);
-                self.told_problem(text);
-            }
         }
         Ok(())
+    }
+
+    fn is_newest_superblock(&self, at: u64) -> Result<bool, VolumeError> {
+        let mut block = zero_block();
+        self.from.read_blocks(at, &mut block[..])?;
+        let newest = &self.core.superblock;
+        let mac = self.from.with_keys(|ring, _| Ok(ring.find(newest.key()).map(|key| key.superblock_mac(&block))))?;
+        let found = Superblock::parse(&block).ok().filter(|found| found.epoch == newest.epoch);
+        Ok(found.zip(mac).is_some_and(|(found, mac)| same(&found.mac, &mac)))
     }
 
     /// Every block in use must be called used.
