@@ -48,7 +48,7 @@ pub struct CheckReport {
     pub bad_blocks: u64,
     /// Pages that can't be read or do not verify, and contradictions between map and free space.
     pub problems: u64,
-    /// Blocks that free space calls used and nothing uses: harmless. None are told where part of the map could not be looked at.
+    /// Blocks that free space calls used and nothing uses: harmless. None are told where part of the trees could not be looked at.
     pub leaked_blocks: u64,
 }
 
@@ -176,8 +176,8 @@ impl Check<'_> {
             VolumeError::Damaged(why) => format!("is damaged: {why}"),
             other => return Err(other),
         };
+        self.blind = true;
         let unseen = if id.tree == Tree::Map {
-            self.blind = true;
             let blocks = id.blocks();
             let last = blocks.end.min(self.from.geometry().blocks()).saturating_sub(1);
             format!("blocks {} to {last} were not looked at", blocks.start.min(last))

@@ -2,6 +2,7 @@
 
 mod anchors;
 mod batches;
+mod bitmaps;
 mod common;
 mod device;
 mod faults;
