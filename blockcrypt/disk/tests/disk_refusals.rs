@@ -265,6 +265,34 @@ fn a_finding_that_the_audit_log_does_not_take_is_an_error() {
     keeper.run(&["check", &volume]).failed(3);
 }
 
+/// The command ends long before the holder has taken the first of them: none may go with it.
+#[test]
+fn what_was_found_is_told_to_the_end_where_a_command_fails() {
+    let folder = Folder::new();
+    let (from, volume, to) = (folder.write("from.img", &image(8, &[1])), folder.name("a.vol"), folder.name("to.img"));
+    let mut keeper = Keeper::new();
+    keeper.good(&["import", &from, &volume]);
+    let mut bytes = fs::read(&volume).expect("there");
+    let end = bytes.len();
+    // One end's superblocks, and all that is neither.
+    bytes[..2 * 4096].fill(0);
+    bytes[2 * 4096..end - 2 * 4096].iter_mut().for_each(|b| *b ^= 1);
+    fs::write(&volume, &bytes).expect("written");
+    let ended = keeper.run_with(&["export", &volume, &to], Manner::Slow, "");
+    ended.failed(3);
+    let heard = ended.events;
+    assert!(heard.len() > 1 && heard.iter().all(|event| event.starts_with("integrity: ")), "{heard:?}");
+    assert!(heard[0].contains("superblock") && heard[1].contains("map page"), "{heard:?}");
+    // Nor where it does not open at all.
+    bytes[end - 2 * 4096..].fill(0);
+    fs::write(&volume, &bytes).expect("written");
+    for command in [&["export", &volume, &to][..], &["check", &volume]] {
+        let ended = keeper.run_with(command, Manner::Slow, "");
+        ended.failed(3);
+        assert!(matches!(&ended.events[..], [one] if one.contains("no fealty volume")), "{ended:?}");
+    }
+}
+
 #[test]
 fn a_full_store_is_one_line_and_leaves_nothing() {
     let folder = Folder::new();

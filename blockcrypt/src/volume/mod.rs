@@ -172,8 +172,9 @@ pub struct VolumeInfo {
     pub blocks_written: u64,
     /// Whether the current key has sealed so many that a rotation goes on under another only.
     pub key_used_up: bool,
-    /// Blocks that the last rotation since it was opened left under older keys, because they, or the pages of the map that lead to them,
-    /// don't verify; of such a page all blocks are counted, those too that hold nothing.
+    /// Blocks that the last rotation since it was opened left under older keys, because they, or the pages of the map that lead to them, or
+    /// those of the free-space map that call them used, don't verify; of such a page of the map, or of a leaf that needs such a page of the
+    /// free-space map, all blocks are counted, those too that hold nothing.
     pub not_renewed: u64,
     /// Unacknowledged writes that the last recovery found incomplete and dropped.
     pub dropped_writes: u64,

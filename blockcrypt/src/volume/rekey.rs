@@ -107,7 +107,8 @@ impl Shared {
         }
     }
 
-    /// What hangs from a damaged page keeps its keys, for it can't be told what that is.
+    /// What hangs from a damaged page keeps its keys, for it can't be told what that is; and so do the blocks of a leaf of which some lie where
+    /// a damaged page says what is free, for they could not be freed.
     fn pass_over(&self, page: PageId, damaged: &mut bool) -> Result<(), VolumeError> {
         *damaged = true;
         if page.tree == Tree::Map {

@@ -64,7 +64,8 @@ pub(super) fn find_superblocks(store: &dyn Store) -> Result<Superblocks, VolumeE
     while next < places.len() {
         let (at, slot) = places[next];
         next += 1;
-        if at >= blocks {
+        // Ends that are one block apart name one block twice.
+        if at >= blocks || found.iter().any(|found| found.at == at) {
             continue;
         }
         let mut block = zero_block();

@@ -2,6 +2,7 @@
 
 mod anchors;
 mod batches;
+mod bitmaps;
 mod common;
 mod device;
 mod faults;
@@ -22,5 +23,6 @@ mod room;
 mod slots;
 mod snapshots;
 mod sparse;
+mod superblocks;
 mod tamper;
 mod unreadable;

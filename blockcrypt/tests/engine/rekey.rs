@@ -11,7 +11,7 @@ use std::sync::{Arc, Mutex, mpsc};
 
 pub(crate) const BLOCKS: u64 = 200;
 
-fn content(lba: u64) -> Vec<u8> {
+pub(crate) fn content(lba: u64) -> Vec<u8> {
     let mut block = vec![0; 4096];
     Random(lba).fill(&mut block);
     block
@@ -19,7 +19,11 @@ fn content(lba: u64) -> Vec<u8> {
 
 /// A volume with data under three keys.
 pub(crate) fn made() -> (Arc<Provider>, Arc<SimStore>) {
-    let (provider, store) = (Provider::new(AnchorMode::Close), SimStore::new());
+    made_with(AnchorMode::Close)
+}
+
+pub(crate) fn made_with(mode: AnchorMode) -> (Arc<Provider>, Arc<SimStore>) {
+    let (provider, store) = (Provider::new(mode), SimStore::new());
     provider.create(store.clone(), MIB).expect("a volume").close().expect("closed");
     for key in 1..4 {
         *lock(&provider.key_id) = key;

@@ -7,10 +7,11 @@ use std::collections::BTreeSet;
 use std::io;
 use std::sync::{Arc, Mutex};
 
-/// Fails to read some blocks, reads others wrong once, and becomes no longer than it may.
+/// Fails to read some blocks, for good or once, reads others wrong once, and becomes no longer than it may.
 struct Worn {
     inner: MemoryStore,
     unreadable: Mutex<Vec<u64>>,
+    refused: Mutex<BTreeSet<u64>>,
     /// Blocks that were read.
     read: Mutex<BTreeSet<u64>>,
     misread: Mutex<BTreeSet<u64>>,
@@ -19,9 +20,9 @@ struct Worn {
 
 impl Worn {
     fn new(longest: u64) -> Arc<Self> {
-        let (inner, unreadable, read, misread) =
-            (MemoryStore::default(), Mutex::default(), Mutex::default(), Mutex::default());
-        Arc::new(Self { inner, unreadable, read, misread, longest })
+        let (inner, unreadable, refused) = (MemoryStore::default(), Mutex::default(), Mutex::default());
+        let (read, misread) = (Mutex::default(), Mutex::default());
+        Arc::new(Self { inner, unreadable, refused, read, misread, longest })
     }
 }
 
@@ -32,7 +33,8 @@ impl Store for Worn {
     fn read_at(&self, buffer: &mut [u8], offset: u64) -> io::Result<()> {
         let blocks = offset / 4096..(offset + buffer.len() as u64).div_ceil(4096);
         lock(&self.read).extend(blocks.clone());
-        if lock(&self.unreadable).iter().any(|block| blocks.contains(block)) {
+        let refused = blocks.clone().filter(|block| lock(&self.refused).remove(block)).count() > 0;
+        if refused || lock(&self.unreadable).iter().any(|block| blocks.contains(block)) {
             return Err(rustix::io::Errno::IO.into());
         }
         self.inner.read_at(buffer, offset)?;
@@ -233,6 +235,31 @@ fn a_check_goes_on_past_what_can_not_be_read() {
     assert_eq!(seen.len(), 5, "{seen:?}");
     // A root and the nodes below it, of the volume and of its snapshot; the first leaf of both.
     assert!(under >= 2 && leaves == 2, "{under} {leaves}");
+}
+
+/// As everything that a check looks at: what a store reads wrong, or not at all, once is not damaged.
+#[test]
+fn a_check_reads_superblocks_again_before_it_gives_them_up() {
+    let (provider, store) = (Provider::new(AnchorMode::Close), Worn::new(u64::MAX));
+    let volume = provider.create(store.clone(), 2 * MIB).expect("a volume");
+    volume.write(4096, &[7; 4096]).expect("written");
+    volume.close().expect("closed");
+    drop(volume);
+    let end = store.len().expect("known") / 4096;
+    let copies = BTreeSet::from([0, 1, end - 2, end - 1]);
+    for read_only in [true, false] {
+        let options = OpenOptions { read_only, ..OpenOptions::default() };
+        let volume = provider.open_with(store.clone(), &provider.grant(), options).expect("opens");
+        provider.heard();
+        for set in [&store.misread, &store.refused] {
+            *lock(set) = copies.clone();
+            check_good(&volume);
+            // Of the one that is not the newest there is nothing to say.
+            assert_eq!(std::mem::take(&mut *lock(set)).len(), 2);
+            assert_eq!(provider.heard(), [] as [&str; 0]);
+        }
+        volume.close().expect("closed");
+    }
 }
 
 /// What is read to open it: without a page of the snapshots the rest is seen, and nothing is written; without the log nothing is known.

@@ -115,7 +115,8 @@ pub(super) fn rekeyed(report: Reporter, info: &VolumeInfo, goes_on: bool) -> Res
     let left = match not_renewed {
         0 => String::new(),
         blocks => format!(
-            "; up to {blocks} blocks are damaged, they or what leads to them, and were left as they are: `check` names them"
+            "; up to {blocks} blocks were left as they are, for they, or a page that leads to them or calls them used, are damaged: `check` names \
+             what is"
         ),
     };
     let since = match goes_on {

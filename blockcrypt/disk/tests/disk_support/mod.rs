@@ -17,6 +17,7 @@ use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread::JoinHandle;
+use std::time::Duration;
 
 /// The key-encryption key of a clone.
 const CLONE_KEK: [u8; 32] = [0x4c; 32];
@@ -54,6 +55,8 @@ pub(crate) enum Manner {
     KillsAtAnchor,
     /// Refuses every event.
     Deaf,
+    /// Takes its time for each event.
+    Slow,
     /// Permits no operation.
     Forbids,
 }
@@ -265,6 +268,9 @@ fn hold(
             }
             ToolMessage::Event(text) => {
                 events.push(text);
+                if matches!(manner, Manner::Slow) {
+                    std::thread::sleep(Duration::from_millis(300));
+                }
                 if matches!(manner, Manner::Deaf) { refusal } else { HolderAnswer::Kept }
             }
             ToolMessage::Operation(request) => {
