@@ -55,7 +55,7 @@ fn an_image_of_many_pieces_comes_back_in_order() {
         assert!(keeper.good(&["export", &volume, "-"]) == content, "as a stream");
         keeper.good(&["export", &volume, &to, "--force"]);
         assert!(fs::read(&to).expect("there") == content, "as a file");
-        // Nothing takes it: all of them stop.
+        // Nobody takes it: all of them stop.
         let failed = keeper.run_with(&["export", &volume, "-"], Manner::Good, "exec >/dev/full");
         assert!(failed.code == 1 && failed.error.contains("can't be written"), "{}", failed.error);
     }

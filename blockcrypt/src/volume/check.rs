@@ -70,7 +70,7 @@ struct Check<'a> {
     former: HashSet<u64>,
     /// One bit for each block of the store that something points to.
     used: Vec<u64>,
-    /// Part of what points to them could not be looked at.
+    /// Part of what points to them, or calls them used, could not be looked at.
     blind: bool,
 }
 

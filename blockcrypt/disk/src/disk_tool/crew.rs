@@ -12,41 +12,66 @@ pub(crate) fn size() -> usize {
 }
 
 /// Does `work`, which takes piece after piece until none is left, on so many threads: on fewer where the system has no more to give, and
-/// on this one in any case.
-///
-/// # Errors
-/// The first thread's that has one. Others go on until they find no piece: whoever hands them out sees to it that there is none.
-pub(crate) fn together<E: Send>(threads: usize, work: impl Fn() -> Result<(), E> + Sync) -> Result<(), E> {
+/// on this one in any case. Errors are the job's own: whoever hands out pieces has none after one, and none once `give_up` was called,
+/// which is where a thread panics.
+pub(crate) fn together(threads: usize, work: impl Fn() + Sync, give_up: impl Fn() + Sync) {
+    let work = || {
+        let _guard = InPanic(&give_up);
+        work();
+    };
     thread::scope(|scope| {
-        let spawn = |_| thread::Builder::new().name("crew".to_owned()).spawn_scoped(scope, &work).ok();
+        let spawn = |_| thread::Builder::new().name("crew".to_owned()).spawn_scoped(scope, work).ok();
         let others: Vec<_> = (1..threads).map_while(spawn).collect();
-        let own = work();
-        others.into_iter().map(|other| other.join().unwrap_or_else(|panic| resume_unwind(panic))).fold(own, Result::and)
-    })
+        work();
+        others.into_iter().for_each(|other| other.join().unwrap_or_else(|panic| resume_unwind(panic)));
+    });
+}
+
+/// Does something if its thread panics, lest others wait for it.
+struct InPanic<'a, F: Fn()>(&'a F);
+
+impl<F: Fn()> Drop for InPanic<'_, F> {
+    fn drop(&mut self) {
+        if thread::panicking() {
+            (self.0)();
+        }
+    }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
     use std::collections::HashSet;
+    use std::panic::{AssertUnwindSafe, catch_unwind};
+    use std::sync::atomic::{AtomicBool, Ordering};
     use std::sync::{Barrier, Mutex};
 
     #[test]
-    fn all_of_them_work_and_every_error_is_heard() {
+    fn all_of_them_work() {
         let (here, all) = (Mutex::new(HashSet::new()), Barrier::new(3));
         let work = || {
             here.lock().expect("no panic").insert(thread::current().id());
             // Ends only if there are three of them at once.
             all.wait();
-            Ok::<(), ()>(())
         };
-        together(3, work).expect("good");
+        together(3, work, || panic!("nobody panicked"));
         let here = here.into_inner().expect("no panic");
         assert!(here.len() == 3 && here.contains(&thread::current().id()));
+    }
+
+    #[test]
+    fn who_panics_ends_the_others() {
         let main = thread::current().id();
-        let fails = |fails: bool| if fails { Err("an error") } else { Ok(()) };
-        assert!(together(2, || fails(thread::current().id() == main)).is_err());
-        assert!(together(2, || fails(thread::current().id() != main)).is_err());
-        assert!(together(1, || fails(thread::current().id() != main)).is_ok());
+        for panics_here in [false, true] {
+            let over = AtomicBool::new(false);
+            let work = || {
+                assert!((thread::current().id() == main) != panics_here, "its own");
+                while !over.load(Ordering::Relaxed) {
+                    thread::yield_now();
+                }
+            };
+            let give_up = || over.store(true, Ordering::Relaxed);
+            assert!(catch_unwind(AssertUnwindSafe(|| together(2, work, give_up))).is_err());
+        }
     }
 }

@@ -97,22 +97,13 @@ struct Copied<'a> {
     written: u64,
     /// Bytes that were not zero.
     data: u64,
-    /// There was an error.
-    over: bool,
+    /// From here on nothing is written.
+    end: u64,
+    /// Why it ends there.
+    failed: Option<ToolError>,
 }
 
-/// Does something if its thread panics, lest others wait for it.
-struct InPanic<F: Fn()>(F);
-
-impl<F: Fn()> Drop for InPanic<F> {
-    fn drop(&mut self) {
-        if std::thread::panicking() {
-            self.0();
-        }
-    }
-}
-
-/// Copies everything; how many bytes were not zero.
+/// Copies everything; how many bytes were not zero. After an error what lies before it is written.
 fn copy(
     reader: &Reader<'_>,
     words: &Export,
@@ -120,21 +111,22 @@ fn copy(
     holder: &Holder,
     progress: &mut Progress,
 ) -> Result<u64, ToolError> {
-    let size = reader.volume.size();
-    let (copied, turn) = (Mutex::new(Copied { progress, read: 0, written: 0, data: 0, over: false }), Condvar::new());
+    let end = reader.volume.size();
+    let (copied, turn) =
+        (Mutex::new(Copied { progress, read: 0, written: 0, data: 0, end, failed: None }), Condvar::new());
     let lock = || copied.lock().unwrap_or_else(PoisonError::into_inner);
     let next = || {
         let mut copied = lock();
-        let at = copied.read;
-        copied.read = size.min(at + PIECE as u64);
-        (at < size && !copied.over).then_some(at)
+        let (at, end) = (copied.read, copied.end);
+        copied.read = end.min(at + PIECE as u64);
+        (at < end).then(|| (at, (copied.read - at) as usize))
     };
-    let copy = |at: u64, piece: &mut [u8]| -> Result<(), ToolError> {
+    let copy = |at: u64, piece: &mut [u8]| {
         holder.still_there()?;
         reader.read(at, piece).map_err(|e| ToolError::Volume(words.volume.clone(), e))?;
         let data: u64 = filled(piece).map(|(_, run)| run.len() as u64).sum();
-        let earlier = |copied: &mut Copied| copied.written < at && !copied.over;
-        if turn.wait_while(lock(), earlier).unwrap_or_else(PoisonError::into_inner).over {
+        let earlier = |copied: &mut Copied| copied.written < at.min(copied.end);
+        if turn.wait_while(lock(), earlier).unwrap_or_else(PoisonError::into_inner).end <= at {
             return Ok(());
         }
         sink.write(at, piece).map_err(|e| write_failed(&words.image, e))?;
@@ -145,23 +137,26 @@ fn copy(
         copied.progress.at(written);
         Ok(())
     };
-    let end = || {
-        lock().over = true;
+    let work = || {
+        let mut buffer = vec![0; PIECE];
+        while let Some((at, length)) = next() {
+            if let Err(error) = copy(at, &mut buffer[..length]) {
+                let mut copied = lock();
+                if at < copied.end {
+                    (copied.end, copied.failed) = (at, Some(error));
+                }
+            }
+            turn.notify_all();
+        }
+    };
+    let give_up = || {
+        lock().end = 0;
         turn.notify_all();
     };
     // What salvage can't read is told of in order.
-    let threads = if words.salvage { 1 } else { crew::size() };
-    crew::together(threads, || {
-        let (mut buffer, _panics) = (vec![0; PIECE], InPanic(end));
-        while let Some(at) = next() {
-            let length = usize::try_from(size - at).unwrap_or(PIECE).min(PIECE);
-            copy(at, &mut buffer[..length]).inspect_err(|_| end())?;
-            turn.notify_all();
-        }
-        Ok::<_, ToolError>(())
-    })?;
-    let data = lock().data;
-    Ok(data)
+    crew::together(if words.salvage { 1 } else { crew::size() }, work, give_up);
+    let Copied { data, failed, .. } = copied.into_inner().unwrap_or_else(PoisonError::into_inner);
+    failed.map_or(Ok(data), Err)
 }
 
 impl Sink {

@@ -1,6 +1,6 @@
 //! The raw image that an import reads: from a file or a device at places, from a pipe in order.
 
-use super::blocks::{BLOCK, PIECE};
+use super::blocks::BLOCK;
 use super::size::Bytes;
 use rustix::fs::{FileType, SeekFrom, fstat, seek};
 use rustix::io::Errno;
@@ -90,9 +90,14 @@ impl Image {
         self.volume
     }
 
-    /// Reads the next piece into `buffer`, whole sectors; holes of a file are passed over. Where it belongs and how many bytes
-    /// it has; `None` at the end. A piece begins at a multiple of the block size.
-    pub(crate) fn next(&mut self, buffer: &mut [u8; PIECE]) -> Result<Option<(u64, usize)>, ImageError> {
+    /// Whether reading never waits for somebody else.
+    pub(crate) fn is_seekable(&self) -> bool {
+        self.seekable
+    }
+
+    /// Reads the next piece into `buffer`; both are whole sectors. Holes of a file are passed over. Where it belongs and how many bytes it
+    /// has; `None` at the end. A piece begins at a multiple of the block size.
+    pub(crate) fn next(&mut self, buffer: &mut [u8]) -> Result<Option<(u64, usize)>, ImageError> {
         if self.seekable {
             self.at = self.data_from(self.at);
         }
@@ -100,7 +105,7 @@ impl Image {
             return self.end().map(|()| None);
         }
         let at = self.at;
-        let length = usize::try_from(self.size - at).unwrap_or(PIECE).min(PIECE);
+        let length = usize::try_from(self.size - at).unwrap_or(usize::MAX).min(buffer.len());
         self.fill(at, &mut buffer[..length])?;
         self.at += length as u64;
         let whole = length.next_multiple_of(SECTOR as usize);
@@ -169,6 +174,7 @@ fn read_whole(buffer: &mut [u8], mut read: impl FnMut(&mut [u8], u64) -> io::Res
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::disk_tool::blocks::PIECE;
     use std::io::Write;
 
     fn file(content: &[u8]) -> tempfile::NamedTempFile {
@@ -179,7 +185,7 @@ mod tests {
 
     fn all(image: &mut Image) -> Result<Vec<u8>, ImageError> {
         let mut out = vec![0; usize::try_from(image.volume_size()).expect("small")];
-        let mut buffer = Box::new([0xee; PIECE]);
+        let mut buffer = vec![0xee; PIECE];
         while let Some((at, length)) = image.next(&mut buffer)? {
             out[at as usize..at as usize + length].copy_from_slice(&buffer[..length]);
         }
@@ -205,7 +211,7 @@ mod tests {
         file.as_file().set_len(1 << 40).expect("sparse");
         file.as_file().write_all_at(b"data", (1 << 39) + 5).expect("written");
         let mut image = Image::open(file.path(), None).expect("opens");
-        let mut buffer = Box::new([0; PIECE]);
+        let mut buffer = vec![0; PIECE];
         let mut seen = 0;
         while let Some((at, length)) = image.next(&mut buffer).expect("reads") {
             assert!(at.is_multiple_of(BLOCK as u64));

@@ -90,22 +90,29 @@ fn import_raw(context: &Context, words: &Import) -> Result<(), ToolError> {
     }
     let size = image.volume_size();
     make_from_image(context, words, size, |volume, holder, progress| {
-        let source = Mutex::new(Source { image: &mut image, progress, data: 0, furthest: 0, over: false });
-        let next = |buffer: &mut [u8; PIECE]| Source::of(&source).next(buffer, holder);
-        crew::together(crew::size(), || {
-            let mut buffer = Box::new([0; PIECE]);
-            while let Some((at, length)) = next(&mut buffer)? {
+        // Whoever waits for a pipe waits alone.
+        let threads = if image.is_seekable() { crew::size() } else { 1 };
+        let source = Mutex::new(Source { image: &mut image, progress, data: 0, at: 0, failed: None, over: false });
+        let lock = || source.lock().unwrap_or_else(PoisonError::into_inner);
+        let next = |buffer: &mut [u8]| lock().next(buffer, holder);
+        let work = || {
+            let mut buffer = vec![0; PIECE];
+            while let Some((at, length)) = next(&mut buffer) {
                 let mut data = 0;
                 let written = filled(&buffer[..length]).try_for_each(|(offset, run)| {
                     data += run.len() as u64;
                     volume.write(at + offset as u64, run)
                 });
-                Source::of(&source).behind_us(at + length as u64, data, &written);
-                written.map_err(|e| ToolError::Volume(words.volume.clone(), e))?;
+                lock().written(
+                    at + length as u64,
+                    data,
+                    written.map_err(|e| ToolError::Volume(words.volume.clone(), e)),
+                );
             }
-            Ok::<_, ToolError>(())
-        })?;
-        Ok(Source::of(&source).data)
+        };
+        crew::together(threads, work, || lock().over = true);
+        let Source { data, failed, .. } = source.into_inner().unwrap_or_else(PoisonError::into_inner);
+        failed.map_or(Ok(data), Err)
     })
 }
 
@@ -115,32 +122,39 @@ struct Source<'a> {
     progress: &'a mut Progress,
     /// Bytes that were not zero.
     data: u64,
-    /// Where the piece ends that lies furthest behind.
-    furthest: u64,
-    /// There are no more pieces, or an error.
+    /// Where the last of the pieces that are written ends; some before it may be under way.
+    at: u64,
+    /// The first error.
+    failed: Option<ToolError>,
+    /// There are no more pieces.
     over: bool,
 }
 
-impl<'a> Source<'a> {
-    fn of<'s>(shared: &'s Mutex<Self>) -> MutexGuard<'s, Self> {
-        shared.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    fn next(&mut self, buffer: &mut [u8; PIECE], holder: &Holder) -> Result<Option<(u64, usize)>, ToolError> {
+impl Source<'_> {
+    /// The next piece, if there is one: where it belongs, and its bytes.
+    fn next(&mut self, buffer: &mut [u8], holder: &Holder) -> Option<(u64, usize)> {
         if self.over {
-            return Ok(None);
+            return None;
         }
-        let next = holder.still_there().map_err(ToolError::from).and_then(|()| Ok(self.image.next(buffer)?));
+        // Reading may have taken long.
+        let next = self.image.next(buffer).map_err(ToolError::from);
+        let next = next.and_then(|next| holder.still_there().map(|()| next).map_err(ToolError::from));
         self.over = !matches!(next, Ok(Some(_)));
-        next
+        next.unwrap_or_else(|error| {
+            self.failed.get_or_insert(error);
+            None
+        })
     }
 
-    /// A piece is done, or has failed.
-    fn behind_us(&mut self, end: u64, data: u64, done: &Result<(), VolumeError>) {
-        self.over |= done.is_err();
+    /// A piece is written, or can't be.
+    fn written(&mut self, end: u64, data: u64, done: Result<(), ToolError>) {
+        if let Err(error) = done {
+            self.over = true;
+            self.failed.get_or_insert(error);
+        }
         self.data += data;
-        self.furthest = self.furthest.max(end);
-        self.progress.at(self.furthest);
+        self.at = self.at.max(end);
+        self.progress.at(self.at);
     }
 }
 

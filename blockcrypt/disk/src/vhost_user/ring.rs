@@ -128,7 +128,8 @@ impl VringT<Memory> for Ring {
     }
 
     /// A ring that starts begins behind what is used. Requests are done in order, so that where one was stopped is there too. Where its
-    /// back end died, requests may be under way: QEMU then says the same, but Cloud Hypervisor that all that are available are done.
+    /// back end died, requests may be under way: QEMU then says the same, but Cloud Hypervisor that all that are available are done. Both
+    /// say where a ring lies, and where it stands, before they start it.
     fn set_queue_ready(&self, ready: bool) {
         if ready && let Ok(used) = self.queue_used_idx() {
             self.set_queue_next_avail(used);

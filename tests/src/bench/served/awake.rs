@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
 
 /// A thread for each processor that does nothing without end, and that every other thread displaces at once (SCHED_IDLE), as long as
-/// this lives.
+/// this lives. Where processors are two threads of one core, or their time is rationed, it takes from what is measured.
 pub(super) struct Awake {
     over: Arc<AtomicBool>,
     threads: Vec<JoinHandle<()>>,

@@ -7,7 +7,7 @@
 //! volumes are, with half of them.
 //!
 //! Requests of 4 KiB at depth 32 are measured twice as well: on processors that sleep whenever nobody asks for anything, and on
-//! processors that something else would use else. On the first a client's requests come one by one to a server that has just woken up
+//! processors that something else uses meanwhile. On the first a client's requests come one by one to a server that has just woken up
 //! on another processor, whose caches hold none of them, and both count as the server's time; on the second they come in batches.
 
 mod awake;
