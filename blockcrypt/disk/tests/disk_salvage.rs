@@ -77,6 +77,30 @@ fn named(ended: &Ended) -> Vec<(u64, u64)> {
     said(ended.error.as_bytes()).into_iter().filter_map(bad).collect()
 }
 
+/// Several threads read; what is written, and what is told, is as if there were one.
+#[test]
+fn a_strict_export_ends_before_the_first_damage() {
+    const PIECE: usize = 1 << 20;
+    let (folder, blocks) = (Folder::new(), 12 * PIECE / 4096);
+    let content = image(blocks, &(0..blocks).collect::<Vec<_>>());
+    let (from, volume) = (folder.write("from.img", &content), folder.name("a.vol"));
+    let mut keeper = Keeper::new();
+    keeper.good(&["import", &from, &volume]);
+    let whole = fs::read(&volume).expect("there");
+    let middle = whole.len() / 4096 / 2;
+    fs::write(&volume, flipped(&whole, &[middle, middle + 600, middle + 1200])).expect("written");
+    let checked = keeper.run(&["check", &volume, "--json"]);
+    let bad: Vec<usize> =
+        said(&checked.out).iter().filter_map(|line| Some(line.get("bad")?["first"].as_u64()? as usize)).collect();
+    let first = *bad.iter().min().expect("damage");
+    assert!(bad.len() == 3 && first * 4096 > 2 * PIECE, "{bad:?}");
+    for _ in 0..5 {
+        let ended = keeper.run(&["export", &volume, "-"]);
+        assert!(ended.code == 3 && ended.error.contains(&format!("block {first}")), "{}", ended.error);
+        assert!(ended.out == content[..first * 4096 / PIECE * PIECE], "{} bytes", ended.out.len());
+    }
+}
+
 #[test]
 fn all_but_the_bad_blocks_is_saved() {
     let mut made = Made::new();
