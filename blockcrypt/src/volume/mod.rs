@@ -282,8 +282,8 @@ impl Volume {
     }
 
     /// Deletes a snapshot and frees what only it has; says on the way how many blocks of how many were looked at. Requests go on
-    /// between its steps. What a crash interrupts, the next call of this or of [`revert`](Self::revert), or the volume's own
-    /// thread, takes up again.
+    /// between its steps. Durable, and anchored as the mode asks. What a crash interrupts, the next call of this or of
+    /// [`revert`](Self::revert), or the volume's own thread, takes up again.
     pub fn delete_snapshot(&self, id: u64, heard: &mut dyn FnMut(u64, u64)) -> Result<(), VolumeError> {
         self.shared.delete_snapshot(id, heard)
     }
@@ -332,7 +332,8 @@ impl Volume {
 
     /// Seals all data and pages under the current key that are under an older one, while requests are served, and then forgets the older
     /// keys, unless snapshots need them. `heard` is told of how many blocks of how many were looked at, those of the map included, and ends
-    /// it by returning `false`; then, and after a crash, the next call goes on. Returns whether it came to its end.
+    /// it by returning `false`; then, and after a crash, the next call goes on. Returns whether it came to its end, which is durable, and
+    /// anchored as the mode asks.
     ///
     /// A new key comes with a grant that names its id: open the volume with it, then call this. Where one key can't seal so much, it ends
     /// with [`VolumeError::KeyExhausted`], and an eighth of what the key may seal is left for other writes: open the volume with

@@ -90,6 +90,7 @@ impl Shared {
         if !damaged && !self.drop_older_keys(&mut |leaf| heard(blocks + leaf.min(all - blocks), all))? {
             return Ok(false);
         }
+        self.anchoring.after_flush()?;
         heard(all, all);
         Ok(true)
     }

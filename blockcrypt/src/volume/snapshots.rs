@@ -127,7 +127,8 @@ impl Shared {
             self.step(&group, heard)?;
             break;
         }
-        self.finish_deletion(heard)
+        self.finish_deletion(heard)?;
+        self.anchoring.after_flush()
     }
 
     /// Goes on with a deletion that was begun, also by an earlier opener, to its end.

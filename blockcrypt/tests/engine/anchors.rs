@@ -34,6 +34,33 @@ fn a_new_volume_is_anchored_by_its_first_close_and_not_before() {
     }
 }
 
+/// In mode `flush` nothing that was done is undone by bringing back the store as it was before.
+#[test]
+fn what_is_done_without_a_flush_is_anchored_too() {
+    type Operation = fn(&mut Volume) -> Result<(), VolumeError>;
+    let operations: [(&str, Operation); 6] = [
+        ("take", |volume| volume.take_snapshot("another").map(drop)),
+        ("delete", |volume| volume.delete_snapshot(1, &mut |_, _| {})),
+        ("revert", |volume| volume.revert(1)),
+        ("grow", |volume| volume.grow(2 * MIB)),
+        ("shrink", |volume| volume.shrink(MIB / 2, true, &mut |_, _| {})),
+        ("rotate", |volume| volume.rotate(&mut |_, _| true).map(drop)),
+    ];
+    for (name, operation) in operations {
+        let (provider, store) = made(AnchorMode::Flush);
+        *lock(&provider.key_id) += 1;
+        let mut volume = provider.open(store.clone()).expect("opens");
+        volume.take_snapshot("one").expect("taken");
+        volume.write(0, &[2; 4096]).and_then(|()| volume.flush()).expect("written");
+        let before = store.bytes();
+        operation(&mut volume).unwrap_or_else(|error| panic!("{name}: {error}"));
+        drop(volume);
+        store.set(before);
+        let refused = provider.open(store).err();
+        assert!(matches!(refused, Some(VolumeError::RolledBack(_))), "{name}: {refused:?}");
+    }
+}
+
 #[test]
 fn each_mode_anchors_when_it_says() {
     let kept = |p: &Provider| *lock(&p.kept);

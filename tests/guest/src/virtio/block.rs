@@ -138,10 +138,11 @@ impl Disk {
         self.length
     }
 
-    /// Sleeps until the device says something: of a request, or of its configuration.
+    /// Sleeps until the device says something: of a request, or of its configuration. Not if it did so since the last time: whoever
+    /// sleeps has looked before it, and may have looked too early.
     pub fn sleep(&self) {
-        self.source.take();
         self.source.sleep();
+        self.source.take();
     }
 
     /// Queues in use.
