@@ -190,7 +190,8 @@ impl History {
         assert!(self.lied() && is_its_fault(error), "{context}: block {lba}: {error}");
         match error {
             VolumeError::Integrity { lba: named } => {
-                let event = noticed.iter().find(|event| event.lba == Some(lba));
+                let of_block = |event: &&Noticed| event.lba == Some(lba) && !event.reason.starts_with("the map page");
+                let event = noticed.iter().find(of_block);
                 let event = event.unwrap_or_else(|| panic!("{context}: nobody heard of block {lba}: {noticed:?}"));
                 assert_eq!(*named, lba);
                 match (event.reason.as_str(), event.physical) {
@@ -336,6 +337,8 @@ impl History {
     /// Reads one of the snapshots.
     fn look_at_a_snapshot(&mut self) {
         let Some(id) = self.snapshots.keys().next_back().copied() else { return };
+        // What was heard of before is of somebody else.
+        self.provider.noticed();
         let options = OpenOptions { snapshot: Some(id), ..self.options };
         let grant = self.provider.grant();
         let volume = match self.provider.open_with(self.store.clone(), &grant, options) {
