@@ -7,8 +7,9 @@ use policy::disk::{CipherSuite, VolumeGrant};
 use policy::{AnchorMode, KeyId, OpenNumber, VolumeAnchor, VolumeId};
 use secretmem::Secret;
 use std::collections::BTreeMap;
-use std::io;
+use std::io::{self, Write as _};
 use std::sync::{Arc, Mutex, MutexGuard};
+use std::time::{Duration, Instant};
 
 pub(crate) const MIB: u64 = 1 << 20;
 
@@ -174,17 +175,56 @@ impl Random {
     }
 }
 
-/// Seeds of random histories: so many from `first` on, and two hundred times as many with FEALTY_LONG=1. FEALTY_SEED=N is that
-/// one alone: what a failure names, again.
-pub(crate) fn seeds(first: u64, count: u64) -> std::ops::Range<u64> {
+/// Seeds of random histories, each handed out once.
+#[derive(Clone)]
+pub(crate) struct Seeds {
+    all: std::ops::Range<u64>,
+    next: u64,
+    /// Whose they are, and when a long run says next how far it is.
+    test: String,
+    tell: Option<Instant>,
+}
+
+/// Seeds: so many from `first` on, and two hundred times as many with FEALTY_LONG=1. FEALTY_SEED=N is that one alone: what a failure
+/// names, again.
+pub(crate) fn seeds(first: u64, count: u64) -> Seeds {
+    let test = std::thread::current().name().unwrap_or("a test").to_owned();
     if let Ok(seed) = std::env::var("FEALTY_SEED") {
         let seed = seed.parse().expect("FEALTY_SEED is a number");
-        return seed..seed + 1;
+        return Seeds { all: seed..seed + 1, next: seed, test, tell: None };
     }
     let long = std::env::var_os("FEALTY_LONG").is_some_and(|long| long == "1");
-    let end = first + if long { 200 * count } else { count };
-    println!("random histories of the seeds {first} to {}; FEALTY_SEED=N runs one alone", end - 1);
-    first..end
+    let all = first..first + if long { 200 * count } else { count };
+    println!("random histories of the seeds {first} to {}; FEALTY_SEED=N runs one alone", all.end - 1);
+    Seeds { all, next: first, test, tell: long.then(|| Instant::now() + A_MINUTE) }
+}
+
+const A_MINUTE: Duration = Duration::from_secs(60);
+
+impl Iterator for Seeds {
+    type Item = u64;
+
+    fn next(&mut self) -> Option<u64> {
+        let seed = self.next;
+        if seed == self.all.end {
+            return None;
+        }
+        self.next += 1;
+        if self.tell.is_some_and(|at| at < Instant::now()) {
+            self.tell = Some(Instant::now() + A_MINUTE);
+            let (test, done, all) = (&self.test, seed - self.all.start, self.count_of_all());
+            // Not by `eprintln`, which is kept back until the test has failed.
+            let _ = writeln!(std::io::stderr(), "{test}: {done} of {all} histories, seed {seed} is next");
+        }
+        Some(seed)
+    }
+}
+
+impl Seeds {
+    /// As many as it was made for.
+    pub(crate) fn count_of_all(&self) -> u64 {
+        self.all.end - self.all.start
+    }
 }
 
 /// Says how to replay a history that failed. What a failed assertion says is not always the history's own.

@@ -8,7 +8,6 @@ use crate::known::{Content, Known, content};
 use fealty_blockcrypt::{AnchorRefused, OpenOptions, Volume, VolumeError};
 use policy::AnchorMode;
 use std::collections::{BTreeMap, BTreeSet};
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
@@ -583,14 +582,10 @@ impl std::ops::AddAssign for Tally {
 
 /// Histories of so many seeds. Several at once, where they wait for the second that passes between two anchors.
 fn histories(mode: AnchorMode, first: u64, count: u64) {
-    let seeds = seeds(first, count);
-    let (next, all) = (AtomicU64::new(seeds.start), Mutex::new(Tally::default()));
+    let (seeds, all) = (Mutex::new(seeds(first, count)), Mutex::new(Tally::default()));
     let one_after_the_other = || {
         loop {
-            let seed = next.fetch_add(1, Ordering::Relaxed);
-            if seed >= seeds.end {
-                return;
-            }
+            let Some(seed) = lock(&seeds).next() else { return };
             let test = format!("owner::whatever_the_owner_does_{}", format!("{mode:?}").to_lowercase());
             let _replay = Replay { test, seed };
             let mut history = History::new(mode, seed, seed % 8 == 7);

@@ -446,7 +446,7 @@ fn superblocks_may_agree_with_each_other() {
             scene.look(&edits, &what);
             scene.change(&edits, &what);
         }
-        seeds.end - seeds.start
+        seeds.count_of_all()
     });
 }
 

@@ -2,8 +2,12 @@
 //!
 //! The engine's one lock is held over memory only. If it, or anything else that requests share, kept them waiting, two threads on one
 //! volume would do less than two threads that have nothing in common.
+//!
+//! QEMU's LUKS driver encrypts in one thread whoever asks, so that what it does by its own clock, one large request after the other,
+//! is all that it does.
 
-use super::subject;
+use super::qemu::Luks;
+use super::{BY_LUKS, subject};
 use crate::bench::BenchError;
 use crate::bench::printer::Printer;
 use fealty_disk::bench::{Figure, HalfFull, MeasureError, Samples, Subject, Work, fill};
@@ -33,17 +37,26 @@ const WORKS: [Work; 4] = [
 pub(super) fn run(rounds: u32, folder: &Path, printer: &mut Printer) -> Result<(), BenchError> {
     let one = Volumes::new(folder, &["shared"])?;
     let two = Volumes::new(folder, &["first", "second"])?;
-    let mut all: Vec<[Samples; 2]> = WORKS.iter().map(|_| Default::default()).collect();
+    let luks = Luks::new(&folder.join("luks"), SIZE, false)?;
+    let mut all: Vec<[Samples; 3]> = WORKS.iter().map(|_| Default::default()).collect();
     for round in 0..rounds {
-        for (work, rates) in WORKS.iter().zip(&mut all) {
-            for (volumes, rates) in [&one, &two].into_iter().zip(rates) {
-                rates.add(work.rate(work.run(volumes, SIZE, u64::from(round))?.wall));
+        let seed = u64::from(round);
+        for (work, [for_one, for_two, for_luks]) in WORKS.iter().zip(&mut all) {
+            for (volumes, rates) in [(&one, for_one), (&two, for_two)] {
+                rates.add(work.rate(work.run(volumes, SIZE, seed)?.wall));
+            }
+            if work.batch == 1 {
+                let work = Work { threads: 1, ..*work };
+                for_luks.add(work.rate(luks.run(&work, SIZE, seed)?.wall));
             }
         }
     }
-    for (work, [one, two]) in WORKS.iter().zip(&all) {
-        let name = format!("two threads on one volume: {}, wall", work.name);
-        printer.add(Figure::new(name, work.unit(), one).at_least("a volume for each", two, None));
+    for (work, [one, two, luks]) in WORKS.iter().zip(&all) {
+        let figure = || Figure::new(format!("two threads on one volume: {}, wall", work.name), work.unit(), one);
+        printer.add(figure().at_least("a volume for each", two, None));
+        if work.batch == 1 {
+            printer.add(figure().at_least("qemu-io's LUKS", luks, Some(BY_LUKS)));
+        }
     }
     Ok(())
 }
