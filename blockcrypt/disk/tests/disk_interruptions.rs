@@ -2,11 +2,13 @@
 
 mod disk_support;
 
-use disk_support::{Folder, Keeper, Manner, Running, alone, image, room};
+use disk_support::{Folder, Keeper, Manner, Running, alone, image, room, with_small_store};
 use rustix::fs::{CWD, FileType, Mode};
 use rustix::process::Signal;
 use std::fs::{File, read};
 use std::io::Write;
+use std::os::unix::fs::MetadataExt;
+use std::path::Path;
 use std::time::{Duration, Instant};
 
 const BLOCKS: usize = 2048;
@@ -24,6 +26,11 @@ fn half_way(keeper: &mut Keeper, folder: &Folder, manner: Manner) -> (Running, F
 
 fn first_half() -> Vec<u8> {
     image(BLOCKS / 2, &(0..BLOCKS / 2).collect::<Vec<_>>())
+}
+
+/// Bytes that a file takes up, if it is there.
+fn written(path: &Path) -> u64 {
+    std::fs::metadata(path).map_or(0, |file| file.blocks() * 512)
 }
 
 fn names(folder: &Folder) -> Vec<String> {
@@ -126,6 +133,65 @@ fn what_was_ignored_stays_ignored() {
     drop(image_end);
     let ended = running.end();
     assert_eq!(ended.code, 0, "{}", ended.error);
+}
+
+#[test]
+fn a_holder_that_leaves_ends_what_waits_for_a_pipe() {
+    let folder = Folder::new();
+    let mut keeper = Keeper::new();
+    let (running, _image) = half_way(&mut keeper, &folder, Manner::Good);
+    let begun = Instant::now();
+    while written(&folder.path(".a.vol.partial")) < first_half().len() as u64 {
+        assert!(begun.elapsed() < Duration::from_secs(60), "the first half is not written");
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    running.holder_leaves();
+    let ended = running.end_by_itself();
+    let said = ended.failed(4);
+    assert!(said.contains("the key holder is gone") && said.contains("nothing was changed"), "{said}");
+    assert!(ended.anchors.is_empty() && names(&folder).is_empty());
+
+    // More than a pipe holds, and nobody reads it.
+    let from = folder.write("from.img", &first_half());
+    keeper.good(&["import", &from, &folder.name("a.vol")]);
+    let running = keeper.start(&["export", &folder.name("a.vol"), "-"], Manner::Good, "");
+    running.wait_for_output();
+    running.holder_leaves();
+    assert!(running.end_by_itself().failed(4).contains("the key holder is gone"));
+}
+
+/// What can't be written is said at once, whether or not more is to come.
+#[test]
+fn a_store_that_fills_up_ends_an_import_that_waits_for_a_pipe() {
+    let test = "a_store_that_fills_up_ends_an_import_that_waits_for_a_pipe";
+    // Full after little of a piece, and after most of one, never between two; twice, for the order of threads is chance.
+    with_small_store(test, 7 << 20, |small| (0..12).for_each(|part| store_that_fills_up(small, part % 6 * 40)));
+}
+
+/// In a store that has room for all but so many blocks.
+fn store_that_fills_up(small: &str, taken: usize) {
+    let (folder, mut keeper) = (Folder::new(), Keeper::new());
+    let other = format!("{small}other");
+    std::fs::write(&other, image(taken, &[])).expect("room");
+    let pipe = folder.path("pipe");
+    rustix::fs::mknodat(CWD, &pipe, FileType::Fifo, Mode::RUSR | Mode::WUSR, 0).expect("a pipe");
+    let words = ["import", &folder.name("pipe"), &format!("{small}a.vol"), "--size", "64M"];
+    let mut running = keeper.start(&words, Manner::Good, "");
+    let mut image_end = File::options().write(true).open(&pipe).expect("opens");
+    let free = || rustix::fs::statvfs(small).expect("known").f_bavail;
+    let piece = image(256, &(0..256).collect::<Vec<_>>());
+    let mut pieces = 0;
+    while !running.is_over() {
+        image_end.write_all(&piece).expect("the tool reads");
+        pieces += 1;
+        while !running.is_over() && !running.is_asleep() {}
+        assert!(running.is_over() || free() > 0, "it waits for more, and can't write what it has");
+    }
+    let ended = running.end();
+    assert!(ended.failed(1).contains("full") && ended.anchors.is_empty(), "{ended:?}");
+    assert!((2..6).contains(&pieces), "{pieces}");
+    std::fs::remove_file(&other).expect("there");
+    assert_eq!(std::fs::read_dir(small).expect("there").count(), 0);
 }
 
 #[test]

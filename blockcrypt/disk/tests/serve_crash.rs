@@ -3,8 +3,8 @@
 mod disk_support;
 
 use disk_support::nbd::{Client, FLUSH, WRITE};
-use disk_support::server::{Server, system};
-use disk_support::{Folder, Keeper};
+use disk_support::server::Server;
+use disk_support::{Folder, Keeper, with_small_store};
 use rustix::process::Signal;
 use std::collections::HashMap;
 
@@ -97,27 +97,12 @@ fn a_server_killed_under_load_loses_nothing_that_was_flushed() {
     }
 }
 
-const INSIDE: &str = "FEALTY_TEST_SMALL_STORE";
-
-/// In a mount namespace of its own, on a tmpfs of 6 MiB.
 #[test]
 fn a_full_store_is_no_space_left_and_loses_nothing() {
-    let Some(small) = std::env::var_os(INSIDE) else {
-        let folder = Folder::new();
-        let me = std::env::current_exe().expect("this test");
-        let words = ["-rm", me.to_str().expect("text"), "--exact", "a_full_store_is_no_space_left_and_loses_nothing"];
-        let output = std::process::Command::new("unshare").args(words).env(INSIDE, folder.name("")).output();
-        let output = output.expect("unshare runs");
-        let said = String::from_utf8_lossy(&output.stdout);
-        assert!(
-            output.status.success() && said.contains("1 passed"),
-            "{said}\n{}",
-            String::from_utf8_lossy(&output.stderr)
-        );
-        return;
-    };
-    let small = small.to_str().expect("text");
-    system("mount", &["-t", "tmpfs", "-o", "size=6m", "tmpfs", small]);
+    with_small_store("a_full_store_is_no_space_left_and_loses_nothing", 6 << 20, full_store);
+}
+
+fn full_store(small: &str) {
     let (folder, mut keeper) = (Folder::new(), Keeper::new());
     let volume = format!("{small}a.vol");
     keeper.good(&["create", &volume, "--size", "64M"]);

@@ -3,7 +3,7 @@
 
 use super::cli::{Erase, Rekey, Resize, Rewrap};
 use super::error::ToolError;
-use super::holder::{Handover, Holder, HolderError, Leave};
+use super::holder::{Handover, Holder, Leave};
 use super::info::Look;
 use super::progress::Progress;
 use super::report::{self, Reporter};
@@ -199,7 +199,7 @@ impl Change<'_> {
             let volume = Volume::open(store, grant, &kek, OpenOptions::default(), holder.clone(), holder.clone());
             let mut volume = volume.map_err(failed)?;
             let keys = Keys { kek: &kek, next: next.as_ref(), goes_on };
-            let done = holder.while_there(|| work(&mut volume, keys), cut_off);
+            let done = self.context.while_there(&holder, || work(&mut volume, keys));
             // Also after a refusal: the volume was opened, and is anchored as it is now.
             let closed = volume.close();
             let (id, found) = (volume.id(), volume.size());
@@ -227,12 +227,6 @@ impl Change<'_> {
         self.context.interrupts.done();
         Ok(done)
     }
-}
-
-/// What is cut off is whole.
-fn cut_off(gone: &HolderError) {
-    report::end(1, &gone.to_string());
-    std::process::exit(1);
 }
 
 /// Asks for leave, does `work` with it, and says how it ended.

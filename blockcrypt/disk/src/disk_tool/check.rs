@@ -44,11 +44,12 @@ pub(super) fn check(context: &Context, words: &Check) -> Result<(), ToolError> {
     let volume = open_volume(&words.volume, file, &handover)?;
     let mut progress = Progress::of("check", volume.size(), context.report.json);
     let mut findings = Findings::new(context.report);
-    let report = volume.check(&mut |step| match step {
+    let mut step = |step| match step {
         CheckStep::Progress { done, .. } => progress.at(done * BLOCK as u64),
         CheckStep::Bad { lba, physical, reason } => findings.add(Finding::bad(lba, physical, reason)),
         CheckStep::Problem(text) => findings.tell(Finding::Problem(text)),
-    });
+    };
+    let report = context.while_there(&handover.holder, || volume.check(&mut step));
     findings.end()?;
     let report = report.map_err(|e| ToolError::Volume(words.volume.clone(), e))?;
     let (seconds, size, id) = (progress.seconds(), volume.size(), volume.id());

@@ -62,7 +62,7 @@ pub(super) fn export(context: &Context, words: &Export) -> Result<(), ToolError>
         }
         _ => {
             sink.prepare(&words.image, volume.size())?;
-            copy(&reader, words, &sink, &holder, &mut progress)?
+            context.while_there(&holder, || copy(&reader, words, &sink, &holder, &mut progress))?
         }
     };
     let (size, seconds) = (volume.size(), progress.seconds());

@@ -201,7 +201,7 @@ impl Holder {
 
     /// Does `work`, which may be long and tell the holder nothing, and has it `cut_off` if the holder leaves meanwhile: the volume
     /// may be another's then, and what he writes would be written over.
-    pub(crate) fn while_there<R>(&self, work: impl FnOnce() -> R, cut_off: impl FnOnce(&HolderError) + Send) -> R {
+    pub(crate) fn while_there<R>(&self, work: impl FnOnce() -> R, cut_off: impl FnOnce(HolderError) + Send) -> R {
         let over = AtomicBool::new(false);
         thread::scope(|scope| {
             let watch = scope.spawn(|| {
@@ -211,7 +211,7 @@ impl Holder {
                     // Work that ends by itself says how.
                     thread::park_timeout(GRACE);
                     if !over.load(Ordering::Acquire) {
-                        cut_off(&gone);
+                        cut_off(gone);
                     }
                     return;
                 }
@@ -680,7 +680,7 @@ mod tests {
         let (ours, theirs) = UnixStream::pair().expect("a pair");
         let holder = Holder::new(ours).expect("a holder");
         let (told, heard) = std::sync::mpsc::channel();
-        let cut_off = |gone: &HolderError| told.send(gone.to_string()).expect("somebody hears");
+        let cut_off = |gone: HolderError| told.send(gone.to_string()).expect("somebody hears");
         let pause = 2 * (LOOK + GRACE);
         assert_eq!(holder.while_there(|| heard.recv_timeout(pause), cut_off), Err(RecvTimeoutError::Timeout));
         drop(theirs);

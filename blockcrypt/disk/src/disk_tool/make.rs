@@ -110,7 +110,7 @@ fn import_raw(context: &Context, words: &Import) -> Result<(), ToolError> {
                 );
             }
         };
-        crew::together(threads, work, || lock().over = true);
+        context.while_there(holder, || crew::together(threads, work, || lock().over = true));
         let Source { data, failed, .. } = source.into_inner().unwrap_or_else(PoisonError::into_inner);
         failed.map_or(Ok(data), Err)
     })
@@ -252,7 +252,8 @@ pub(super) fn clone(context: &Context, words: &Clone) -> Result<(), ToolError> {
             let of = |e: &VolumeError| if e.is_integrity() { &words.volume } else { &words.clone };
             let named = |e: VolumeError| ToolError::Volume(of(&e).clone(), e);
             make_room(&store, source.size(), &words.more).map_err(named)?;
-            let made = Volume::create_clone(store, &source, grant, &kek, first, holder.clone(), &mut heard);
+            let copy = || Volume::create_clone(store, &source, grant, &kek, first, holder.clone(), &mut heard);
+            let made = context.while_there(holder, copy);
             made.map_err(named)
         });
         if id.is_err() {

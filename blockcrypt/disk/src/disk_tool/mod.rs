@@ -121,6 +121,15 @@ impl Context {
         let _ = self.holder.set(handover.holder.clone());
         Ok(handover)
     }
+
+    /// Does `work`, which may be long, or wait for somebody else; the process ends if the key holder leaves meanwhile.
+    fn while_there<R>(&self, holder: &Holder, work: impl FnOnce() -> R) -> R {
+        let cut_off = |gone| {
+            let gone = ToolError::from(gone);
+            self.interrupts.cut_off(gone.code(), &gone.to_string())
+        };
+        holder.while_there(work, cut_off)
+    }
 }
 
 /// The file or device at `path`, for reading; one that is a pipe is not waited for.

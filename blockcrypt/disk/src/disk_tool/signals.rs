@@ -99,40 +99,53 @@ impl Interrupts {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// Ends the process, whatever its other threads wait for; leaves behind what an interruption would.
+    pub(crate) fn cut_off(&self, code: u8, why: &str) -> ! {
+        end(self.stage(), code, why)
+    }
+
     fn interrupted(&self, signal: c_int) {
-        // Held until the process has ended, so that no other thread goes on to the next stage.
         let mut stage = self.stage();
-        let end = match &mut *stage {
-            Stage::Nothing => UNCHANGED.to_owned(),
-            Stage::Draft(temporary, rest) => match std::fs::remove_file(&*temporary) {
-                Ok(()) => (*rest).to_owned(),
-                Err(error) => format!("{} is left, remove it: {error}; {rest}", temporary.display()),
-            },
-            Stage::Device(device) => format!("{} may be overwritten in part", device.display()),
-            Stage::Changing(cut_off) => (*cut_off).to_owned(),
+        match &mut *stage {
             Stage::Committing(asked @ false) => {
                 *asked = true;
-                return report::line(
+                report::line(
                     "interrupted while the work is being committed: it ends at once; a second time leaves it open",
                 );
             }
-            Stage::Committing(true) => {
-                "the file is in its place, but whether its anchor is kept is not known".to_owned()
-            }
             Stage::Serving(asked @ Some(_)) => {
                 *asked = None;
-                return report::line(
+                report::line(
                     "ending: requests in flight are finished, then the volume is closed; a second time ends at once",
                 );
             }
-            Stage::Serving(None) => {
-                "the volume was not closed in order, which loses nothing that was flushed".to_owned()
-            }
-            Stage::Done => return,
-        };
-        let code = 128 + signal;
-        report::end(code as u8, &format!("interrupted; {end}"));
-        std::process::exit(code);
+            Stage::Done => {}
+            _ => end(stage, (128 + signal) as u8, "interrupted"),
+        }
+    }
+}
+
+/// Ends the process at this stage. It is locked until then, so that no other thread goes on to the next one.
+fn end(stage: MutexGuard<'_, Stage>, code: u8, why: &str) -> ! {
+    report::end(code, &format!("{why}; {}", stage.left()));
+    std::process::exit(code.into())
+}
+
+impl Stage {
+    /// Removes what is not complete, and says what is left if the process ends at this stage.
+    fn left(&self) -> String {
+        match self {
+            Self::Nothing => UNCHANGED.to_owned(),
+            Self::Draft(temporary, rest) => match std::fs::remove_file(temporary) {
+                Ok(()) => (*rest).to_owned(),
+                Err(error) => format!("{} is left, remove it: {error}; {rest}", temporary.display()),
+            },
+            Self::Device(device) => format!("{} may be overwritten in part", device.display()),
+            Self::Changing(cut_off) => (*cut_off).to_owned(),
+            Self::Committing(_) => "the file is in its place, but whether its anchor is kept is not known".to_owned(),
+            Self::Serving(_) => "the volume was not closed in order, which loses nothing that was flushed".to_owned(),
+            Self::Done => "the work is done".to_owned(),
+        }
     }
 }
 

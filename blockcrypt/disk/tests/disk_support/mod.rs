@@ -17,7 +17,7 @@ use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread::JoinHandle;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// The key-encryption key of a clone.
 const CLONE_KEK: [u8; 32] = [0x4c; 32];
@@ -211,6 +211,41 @@ impl Running {
         self.child.try_wait().expect("known").is_some()
     }
 
+    /// Whether none of its threads does anything, for a while.
+    pub(crate) fn is_asleep(&self) -> bool {
+        let tasks = format!("/proc/{}/task", self.child.id());
+        let sleeps = |task: std::io::Result<std::fs::DirEntry>| {
+            let stat = task.and_then(|task| std::fs::read_to_string(task.path().join("stat")));
+            // PID (NAME) STATE ...
+            stat.is_ok_and(|stat| stat.rsplit_once(") ").is_some_and(|(_, rest)| rest.starts_with('S')))
+        };
+        (0..20).all(|_| {
+            std::thread::sleep(Duration::from_millis(1));
+            std::fs::read_dir(&tasks).is_ok_and(|mut tasks| tasks.all(sleeps))
+        })
+    }
+
+    /// Until something stands in standard output, which is taken when it ends.
+    pub(crate) fn wait_for_output(&self) {
+        let out = self.child.stdout.as_ref().expect("a pipe");
+        let mut out = [rustix::event::PollFd::new(out, rustix::event::PollFlags::IN)];
+        rustix::event::poll(&mut out, None).expect("polled");
+    }
+
+    /// It must end although nobody gives it anything, nor takes anything from it.
+    #[track_caller]
+    pub(crate) fn end_by_itself(mut self) -> Ended {
+        let begun = Instant::now();
+        while !self.is_over() {
+            if begun.elapsed() > Duration::from_secs(60) {
+                self.signal(rustix::process::Signal::KILL);
+                panic!("it waits for ever");
+            }
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        self.end()
+    }
+
     pub(crate) fn end(self) -> Ended {
         let output = self.child.wait_with_output().expect("ends");
         let (anchors, events) = self.holder.join().expect("the holder ends");
@@ -380,6 +415,26 @@ impl Folder {
         std::fs::write(self.path(name), content).expect("written");
         self.name(name)
     }
+}
+
+/// Where a part of a test runs in a mount namespace of its own, with a store that has little room.
+const SMALL: &str = "FEALTY_TEST_SMALL_STORE";
+
+/// Has the calling `test` do `part` with a folder in a file system of `bytes`.
+pub(crate) fn with_small_store(test: &str, bytes: u64, part: impl FnOnce(&str)) {
+    if let Some(small) = std::env::var_os(SMALL) {
+        let small = small.to_str().expect("text");
+        let words = ["-t", "tmpfs", "-o", &format!("size={bytes}"), "tmpfs", small];
+        let status = Command::new("mount").args(words).status().expect("mount runs");
+        assert!(status.success(), "{status}");
+        return part(small);
+    }
+    let (folder, me) = (Folder::new(), std::env::current_exe().expect("this test"));
+    let words = ["-rm", me.to_str().expect("text"), "--exact", test];
+    let output = Command::new("unshare").args(words).env(SMALL, folder.name("")).output().expect("unshare runs");
+    let said = String::from_utf8_lossy(&output.stdout);
+    let passed = output.status.success() && said.contains("1 passed");
+    assert!(passed, "{said}\n{}", String::from_utf8_lossy(&output.stderr));
 }
 
 /// `blocks` blocks of 4096 bytes: those in `filled` hold a text of their own, the others nothing.
