@@ -102,14 +102,6 @@ impl Anchoring {
         self.changed.notify_all();
     }
 
-    /// Sleeps for `time`; false once it is to stop.
-    pub(crate) fn sleep(&self, time: Duration) -> bool {
-        let state = self.state();
-        let (state, _) =
-            self.changed.wait_timeout_while(state, time, |s| !s.stopped).unwrap_or_else(PoisonError::into_inner);
-        !state.stopped
-    }
-
     /// What FLUSH owes to the mode, after its data is durable.
     pub(crate) fn after_flush(&self) -> Result<(), VolumeError> {
         match self.mode {

@@ -32,6 +32,15 @@ pub(super) enum Occasion {
     Closing,
 }
 
+/// When a checkpoint is to be made.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) enum Due {
+    NotYet,
+    /// Requests may go on until it is made.
+    Soon,
+    Now,
+}
+
 impl Occasion {
     /// Whether nothing that the superblock before leads to may go before the anchor is kept.
     fn waits_for_the_anchor(self) -> bool {
@@ -187,7 +196,28 @@ impl Shared {
     pub(super) fn checkpoint_if_due(&self) -> Result<(), VolumeError> {
         self.ready()?;
         let group = self.flushing();
-        if self.core()?.wants_checkpoint(&self.backing) { self.checkpoint_if_changed(&group) } else { Ok(()) }
+        let due = self.core()?.due(&self.backing);
+        if due == Due::NotYet { Ok(()) } else { self.checkpoint_if_changed(&group) }
+    }
+
+    /// The volume's own thread was asked for one. If that comes to nothing it is not asked again: whoever needs one next, needs it at once
+    /// and makes it himself.
+    pub(super) fn asked_checkpoint(&self) {
+        match self.checkpoint_if_due() {
+            Ok(()) | Err(VolumeError::NoKeys | VolumeError::Closed) => {
+                if let Ok(mut core) = self.core() {
+                    core.asked = false;
+                }
+            }
+            Err(error) => self.fruitless(&error),
+        }
+    }
+
+    /// A checkpoint that no request waits for came to nothing. That the volume takes no more writes is told where it is found.
+    fn fruitless(&self, error: &VolumeError) {
+        if self.core().is_ok_and(|core| core.writable().is_ok()) {
+            self.backing.events.note(&format!("a checkpoint came to nothing: {error}"));
+        }
     }
 
     fn checkpoint_if_changed(&self, group: &MutexGuard<'_, ()>) -> Result<(), VolumeError> {
@@ -211,7 +241,7 @@ impl Shared {
             && let Err(error) = self.checkpoint()
             && !matches!(error, VolumeError::NoKeys | VolumeError::Closed)
         {
-            self.backing.events.note(&format!("a checkpoint came to nothing: {error}"));
+            self.fruitless(&error);
         }
     }
 
@@ -356,18 +386,21 @@ pub(super) fn spares(from: &Backing) -> usize {
 
 impl Core {
     /// Whether a checkpoint is due before more is written.
-    pub(super) fn wants_checkpoint(&self, from: &Backing) -> bool {
-        if self.superblock.clean {
-            return true;
+    pub(super) fn due(&self, from: &Backing) -> Due {
+        let (dirty, full) = (self.forest.dirty(), self.log.free() < 2 * super::write::LOG_ROOM);
+        // Once one is under way, only a log that is nearly full waits for it.
+        let now = full
+            || !self.checkpointing
+                && (dirty >= 2 * DIRTY_PAGES
+                    || (self.tight && dirty >= DIRTY_PAGES / 32)
+                    || self.written - self.superblock.slot.written >= unlogged_bound(from));
+        if now || self.superblock.clean {
+            Due::Now
+        } else if !self.checkpointing && (self.log.wants_checkpoint() || dirty >= DIRTY_PAGES) {
+            Due::Soon
+        } else {
+            Due::NotYet
         }
-        if self.checkpointing {
-            // One is under way. Only a log that is nearly full waits for it.
-            return self.log.free() < 2 * super::write::LOG_ROOM;
-        }
-        self.log.wants_checkpoint()
-            || self.forest.dirty() >= DIRTY_PAGES
-            || (self.tight && self.forest.dirty() >= DIRTY_PAGES / 32)
-            || self.written - self.superblock.slot.written >= unlogged_bound(from)
     }
 
     /// Whether there is anything that the newest superblock does not say.
@@ -378,7 +411,7 @@ impl Core {
     /// A checkpoint is durable; its anchor.
     fn settle(&mut self, plan: Plan, from: &Backing, occasion: Occasion) -> Result<VolumeAnchor, VolumeError> {
         self.place = plan.place;
-        self.checkpointing = false;
+        (self.checkpointing, self.asked) = (false, false);
         let key = plan.next.key();
         plan.settle_pages(&mut self.forest, key);
         // The head may be further on by now, with blocks that are not durable.

@@ -16,13 +16,14 @@
 //! | `durable`, `plan` | FLUSH and checkpoint |
 //! | `log` | the ring of records |
 //! | `anchoring` | anchors, kept at the provider |
+//! | `housekeeping` | the volume's own thread |
 //! | `clone` | the same data under another UUID |
 //! | `check` | verifies all of it |
 //!
 //! Locks, in the order in which they are taken: `gate` (held by each request that changes something, shared; and alone by what
 //! must not meet one: a snapshot, a resize, `close`), `ranges` (two requests that change the same blocks follow each other),
 //! `flushing` (one FLUSH or checkpoint at a time), `logging` (one writer of the log), `core` (map, free space, log), then either the keys' (over a computation, never
-//! over I/O) or the anchors'. [`Volume::wipe_keys`] takes only the last two, so that no store and no provider can delay it.
+//! over I/O) or the anchors'. The volume's own thread holds one more over its checkpoints, before all others. [`Volume::wipe_keys`] takes only the last two, so that no store and no provider can delay it.
 //!
 //! Requests share `core` alone, and hold it over look-ups in memory: neither a cipher nor the store is used under it. Where
 //! memory misses a page of the map, the lock is let go, the page fetched and verified, and the request tries again.
@@ -33,6 +34,7 @@ mod check;
 mod clone;
 mod discard;
 mod durable;
+mod housekeeping;
 mod log;
 mod open;
 mod plan;
@@ -58,12 +60,11 @@ use crate::keys::KeyRing;
 use crate::space::Space;
 use crate::tree::{Forest, Halt, PageId};
 use crate::{Kek, VolumeError};
-use anchoring::{Anchoring, INTERVAL};
 use log::Log;
 use policy::{KeyId, VolumeAnchor, VolumeId};
 use serde::Serialize;
 use shared::Shared;
-use std::sync::{Arc, Weak};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 pub use check::{CheckReport, CheckStep};
@@ -71,18 +72,15 @@ pub use open::{OpenOptions, PlainInfo, inspect, make_room};
 pub use slots::erase;
 pub use snapshots::SnapshotInfo;
 
-/// Dirty pages at which a checkpoint is due: 4 MiB of them.
+/// Dirty pages at which a checkpoint is due: 4 MiB of them. At twice as many requests don't wait for others to make it.
 const DIRTY_PAGES: usize = 1024;
 /// Time after which a checkpoint is due.
 const CHECKPOINT_EVERY: Duration = Duration::from_secs(60);
 
-/// Rounds of the volume's own thread between two tries at a deletion that fails, at most: five minutes.
-const LONGEST_PAUSE: u32 = 300;
-
 /// An open volume. Everything takes `&self`; requests may come from several threads.
 ///
-/// In a writable volume a thread of its own keeps anchors (mode `interval`) and makes a checkpoint each minute. It runs
-/// under the seccomp filter of the thread that opened the volume, and opens no files.
+/// In a writable volume a thread of its own keeps anchors (mode `interval`) and makes the checkpoints that are due
+/// ([`OpenOptions::background`]), one each minute at least. It runs under the seccomp filter of the thread that opened the volume, and opens no files.
 ///
 /// Buffers must be private memory, not memory of a guest: a block is read, verified and decrypted in place.
 pub struct Volume {
@@ -128,6 +126,8 @@ pub(crate) struct Core {
     tight: bool,
     /// A checkpoint is under way.
     checkpointing: bool,
+    /// The volume's own thread was asked for one, and has not begun it; or it came to nothing.
+    asked: bool,
     /// The map is a snapshot's.
     is_snapshot: bool,
     state: Condition,
@@ -186,9 +186,7 @@ impl Volume {
     fn new(shared: Shared) -> Result<Self, VolumeError> {
         let shared = Arc::new(shared);
         if !shared.read_only {
-            let (anchoring, volume) = (shared.anchoring.clone(), Arc::downgrade(&shared));
-            let thread = std::thread::Builder::new().name("volume".to_owned()).stack_size(256 * 1024);
-            thread.spawn(move || housekeeping(&anchoring, &volume)).map_err(|_| VolumeError::System("thread"))?;
+            housekeeping::start(&shared)?;
         }
         Ok(Self { shared })
     }
@@ -264,7 +262,7 @@ impl Volume {
     /// is still open, and this can be called again. Returns the anchor, also when it was closed already.
     pub fn close(&self) -> Result<VolumeAnchor, VolumeError> {
         let anchor = self.shared.close()?;
-        self.shared.anchoring.stop();
+        self.shared.stop();
         self.shared.backing.set_keys(None);
         Ok(anchor)
     }
@@ -375,8 +373,8 @@ impl Volume {
 
 impl Drop for Volume {
     fn drop(&mut self) {
-        self.shared.anchoring.stop();
         self.shared.backing.set_keys(None);
+        self.shared.stop();
     }
 }
 
@@ -450,22 +448,4 @@ fn end_of(id: PageId) -> u64 {
 pub(crate) fn leaf(lba: u64) -> (PageId, usize) {
     let entries = crate::format::page::ENTRIES as u64;
     (PageId { tree: Tree::Map, level: 0, index: lba / entries }, (lba % entries) as usize)
-}
-
-/// The volume's own thread. Holds the volume itself only while it makes a checkpoint, so that a provider who does not answer
-/// keeps no store locked.
-fn housekeeping(anchoring: &Anchoring, volume: &Weak<Shared>) {
-    // Rounds without a try at a deletion that failed, and how many of them are left.
-    let (mut pause, mut left) = (0, 0);
-    while anchoring.sleep(INTERVAL) {
-        anchoring.tick();
-        let Some(shared) = volume.upgrade() else { return };
-        shared.timed_checkpoint();
-        if left > 0 {
-            left -= 1;
-        } else {
-            pause = if shared.timed_deletion(pause > 0) { 0 } else { (2 * pause + 1).min(LONGEST_PAUSE) };
-            left = pause;
-        }
-    }
 }

@@ -45,17 +45,20 @@ pub struct OpenOptions {
     /// call of [`write_many`](Volume::write_many), less where several wait for it. Without it, what no FLUSH has acknowledged dies
     /// with the process.
     pub outlive: bool,
+    /// A checkpoint that is due is made by the volume's own thread, and requests go on meanwhile, as far as log and memory last. Without it,
+    /// by the request that finds it due, so that the same requests do the same things to the store.
+    pub background: bool,
 }
 
 impl OpenOptions {
-    fn writes(&self) -> bool {
+    pub(super) fn writes(&self) -> bool {
         !self.read_only && self.snapshot.is_none()
     }
 }
 
 impl Default for OpenOptions {
     fn default() -> Self {
-        Self { read_only: false, map_cache: 64 << 20, snapshot: None, outlive: false }
+        Self { read_only: false, map_cache: 64 << 20, snapshot: None, outlive: false, background: true }
     }
 }
 
@@ -117,7 +120,7 @@ impl Volume {
         let mut core = Core::new(superblock, 1, log, lists, &backing, options);
         core.run(&backing, |core| core.space.fence(&mut core.forest))?;
         let anchoring = Anchoring::new(anchors, events, grant.anchor_mode, None);
-        let shared = Shared::new(backing, grant, (false, options.outlive), core, anchoring);
+        let shared = Shared::new(backing, grant, options, core, anchoring);
         shared.finish_creation()?;
         Self::new(shared)
     }
@@ -190,7 +193,7 @@ impl Volume {
         if let Some(id) = options.snapshot {
             core.show_snapshot(id, &backing)?;
         }
-        let shared = Shared::new(backing, grant, (!options.writes(), options.outlive), core, anchoring);
+        let shared = Shared::new(backing, grant, options, core, anchoring);
         if options.snapshot.is_none() {
             shared.take_over(&replayed, grant, kek)?;
         }
@@ -314,6 +317,7 @@ impl Core {
             dropped: 0,
             tight: false,
             checkpointing: false,
+            asked: false,
             is_snapshot: false,
             superblock,
             state: Condition::Good,

@@ -1,7 +1,8 @@
 //! What all requests of a volume share.
 
 use super::anchoring::Anchoring;
-use super::{Core, VolumeInfo};
+use super::housekeeping::Housekeeper;
+use super::{Core, OpenOptions, VolumeInfo};
 use crate::VolumeError;
 use crate::backing::Backing;
 use crate::tree::{Halt, PageId};
@@ -15,8 +16,10 @@ pub(crate) struct Shared {
     pub(crate) backing: Backing,
     pub(super) customer: CustomerId,
     pub(super) read_only: bool,
-    /// What is acknowledged outlives this process: see [`OpenOptions::outlive`](super::OpenOptions::outlive).
+    /// What is acknowledged outlives this process: see [`OpenOptions::outlive`].
     pub(super) outlive: bool,
+    /// See [`OpenOptions::background`].
+    pub(super) background: bool,
     pub(super) closed: AtomicBool,
     /// The last checkpoint is made, and only its anchor is still to be kept. Changed by whoever is alone, or closes.
     pub(super) closing: AtomicBool,
@@ -28,21 +31,23 @@ pub(crate) struct Shared {
     logging: Mutex<()>,
     core: Mutex<Core>,
     pub(super) anchoring: Arc<Anchoring>,
+    pub(super) housekeeper: Arc<Housekeeper>,
 }
 
 impl Shared {
     pub(super) fn new(
         backing: Backing,
         grant: &VolumeGrant,
-        (read_only, outlive): (bool, bool),
+        options: OpenOptions,
         core: Core,
         anchoring: Anchoring,
     ) -> Self {
         Self {
             backing,
             customer: grant.customer.clone(),
-            read_only,
-            outlive,
+            read_only: !options.writes(),
+            outlive: options.outlive,
+            background: options.background,
             closed: AtomicBool::new(false),
             closing: AtomicBool::new(false),
             closer: Mutex::new(()),
@@ -52,6 +57,7 @@ impl Shared {
             logging: Mutex::new(()),
             core: Mutex::new(core),
             anchoring: Arc::new(anchoring),
+            housekeeper: Arc::default(),
         }
     }
 
@@ -120,6 +126,12 @@ impl Shared {
     /// Nobody else changes these blocks as long as this lives.
     pub(super) fn lock_blocks(&self, blocks: impl IntoIterator<Item = Range<u64>>) -> Locked<'_> {
         self.ranges.lock(blocks.into_iter().collect())
+    }
+
+    /// The volume's own thread ends.
+    pub(super) fn stop(&self) {
+        self.anchoring.stop();
+        self.housekeeper.stop();
     }
 
     /// An error once it is closed.

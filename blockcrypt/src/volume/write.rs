@@ -2,6 +2,7 @@
 //! under the lock map and log learn of them.
 
 use super::batch::{CHUNK, Group, LARGE, Piece, cut, lead};
+use super::durable::Due;
 use super::read::Done;
 use super::reserve::Wants;
 use super::shared::Shared;
@@ -177,12 +178,17 @@ impl Shared {
 
     /// Sees to it that a chunk finds room in log, pool and memory.
     pub(super) fn make_room(&self) -> Result<(), VolumeError> {
-        let (checkpoint, flush) = {
-            let core = self.core()?;
+        let (due, ask, flush) = {
+            let mut core = self.core()?;
             let full = core.free_for_data(&self.backing) < self.at_once() && core.space.frees_more();
-            (core.wants_checkpoint(&self.backing), full)
+            let due = core.due(&self.backing);
+            let ask = due == Due::Soon && self.background && !core.asked;
+            core.asked |= ask;
+            (due, ask, full)
         };
-        if checkpoint {
+        if ask {
+            self.housekeeper.ask_for_checkpoint();
+        } else if due == Due::Now || due == Due::Soon && !self.background {
             self.checkpoint_if_due()?;
         }
         if flush {

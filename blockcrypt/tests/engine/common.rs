@@ -35,6 +35,11 @@ pub(crate) struct Provider {
     pub(crate) refuse: Mutex<Option<AnchorRefused>>,
 }
 
+/// Those of a volume that does the same again with the same seed.
+pub(crate) fn options() -> OpenOptions {
+    OpenOptions { background: false, ..OpenOptions::default() }
+}
+
 impl Provider {
     pub(crate) fn new(mode: AnchorMode) -> Arc<Self> {
         Arc::new(Self {
@@ -82,7 +87,7 @@ impl Provider {
     }
 
     pub(crate) fn open(self: &Arc<Self>, store: impl Store + 'static) -> Result<Volume, VolumeError> {
-        self.open_with(store, &self.grant(), OpenOptions::default())
+        self.open_with(store, &self.grant(), options())
     }
 
     pub(crate) fn open_read_only(self: &Arc<Self>, store: impl Store + 'static) -> Result<Volume, VolumeError> {

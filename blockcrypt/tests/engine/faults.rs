@@ -2,7 +2,7 @@
 //! syncs after which the kernel has given up what it could not write. The holder goes on as long as it can. No acknowledged FLUSH
 //! is lost, nothing is ever wrong, and nobody cries tampering.
 
-use crate::common::{Provider, Random, Replay, SimStore, check_good, lock, seeds, write_out_of_order};
+use crate::common::{Provider, Random, Replay, SimStore, check_good, lock, options, seeds, write_out_of_order};
 use crate::hostile::BLOCK;
 use crate::known::{Known, content};
 use fealty_blockcrypt::{Next, OpenOptions, Store, Volume, VolumeError};
@@ -330,13 +330,14 @@ impl History {
     }
 }
 
-fn histories(mode: AnchorMode, first: u64, count: u64) {
+/// Those with checkpoints in the background don't do the same again with the same seed.
+fn histories(mode: AnchorMode, background: bool, first: u64, count: u64) {
     let mut all = Tally::default();
     for seed in seeds(first, count) {
-        let _replay =
-            Replay { test: format!("faults::a_store_that_fails_{}", format!("{mode:?}").to_lowercase()), seed };
+        let name = if background { "in_background".to_owned() } else { format!("{mode:?}").to_lowercase() };
+        let _replay = Replay { test: format!("faults::a_store_that_fails_{name}"), seed };
         let (provider, disk) = (Provider::new(mode), SimStore::new());
-        let options = OpenOptions { outlive: seed % 2 == 1, ..OpenOptions::default() };
+        let options = OpenOptions { outlive: seed % 2 == 1, background, ..options() };
         if seed % 4 >= 2 {
             disk.overlap();
         }
@@ -398,15 +399,20 @@ fn a_block_of_the_log_that_was_given_up_is_not_replayed_over_a_newer_map() {
 
 #[test]
 fn a_store_that_fails_close() {
-    histories(AnchorMode::Close, 600_000, 40);
+    histories(AnchorMode::Close, false, 600_000, 40);
 }
 
 #[test]
 fn a_store_that_fails_interval() {
-    histories(AnchorMode::Interval, 700_000, 40);
+    histories(AnchorMode::Interval, false, 700_000, 40);
 }
 
 #[test]
 fn a_store_that_fails_flush() {
-    histories(AnchorMode::Flush, 800_000, 40);
+    histories(AnchorMode::Flush, false, 800_000, 40);
+}
+
+#[test]
+fn a_store_that_fails_in_background() {
+    histories(AnchorMode::Close, true, 1_200_000, 40);
 }

@@ -1,6 +1,6 @@
 //! Random work on a full volume with snapshots: requests are refused there, and nothing else ever is.
 
-use crate::common::{MIB, Provider, Random, Replay, SimStore, check_good, filled, seeds};
+use crate::common::{MIB, Provider, Random, Replay, SimStore, check_good, filled, options, seeds};
 use crate::model::{Model, outlives, request};
 use fealty_blockcrypt::{OpenOptions, Volume, VolumeError};
 use policy::AnchorMode;
@@ -173,7 +173,7 @@ fn history(seed: u64, steps: u32) -> u32 {
     let mut run = Run {
         provider,
         store,
-        options: OpenOptions { outlive: outlives(seed), ..Default::default() },
+        options: OpenOptions { outlive: outlives(seed), ..options() },
         model,
         random: Random(seed),
         context: String::new(),

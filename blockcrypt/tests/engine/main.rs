@@ -1,6 +1,7 @@
 //! The engine as its users see it, over stores that are honest, lose power, run full, hang, or lie.
 
 mod anchors;
+mod background;
 mod batches;
 mod bitmaps;
 mod common;

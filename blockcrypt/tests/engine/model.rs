@@ -1,6 +1,6 @@
 //! Random work with crashes, against a plain vector: no acknowledged FLUSH is lost, nothing is ever wrong.
 
-use crate::common::{Provider, Random, Replay, SimStore, check_good, lock, seeds};
+use crate::common::{Provider, Random, Replay, SimStore, check_good, lock, options, seeds};
 use fealty_blockcrypt::{OpenOptions, Volume, VolumeError};
 use policy::AnchorMode;
 use std::collections::{BTreeMap, HashSet};
@@ -409,16 +409,23 @@ struct Kind {
     outlive: bool,
     /// The store takes lots while later ones are sealed.
     overlaps: bool,
+    /// Checkpoints are made by the volume's own thread, so that the same seed does not do the same again.
+    background: bool,
+}
+
+fn kind(seed: u64) -> Kind {
+    Kind { shrinks: true, outlive: outlives(seed), overlaps: seed % 4 >= 2, background: false }
 }
 
 /// A history of `lives` lives, of a kind that its seed says.
 fn history(mode: AnchorMode, size: usize, seed: u64, lives: u64) {
-    run(mode, size, seed, lives, Kind { shrinks: true, outlive: outlives(seed), overlaps: seed % 4 >= 2 });
+    run(mode, size, seed, lives, kind(seed));
 }
 
 fn run(mode: AnchorMode, size: usize, seed: u64, lives: u64, kind: Kind) {
-    let Kind { shrinks, outlive, overlaps } = kind;
-    let test = format!("crashes_lose_no_acknowledged_flush_{}", format!("{mode:?}").to_lowercase());
+    let Kind { shrinks, outlive, overlaps, background } = kind;
+    let name = if background { "in_background".to_owned() } else { format!("{mode:?}").to_lowercase() };
+    let test = format!("crashes_lose_no_acknowledged_flush_{name}");
     let _replay = Replay { test, seed };
     let (provider, store) = (Provider::new(mode), SimStore::new());
     if overlaps {
@@ -438,7 +445,7 @@ fn run(mode: AnchorMode, size: usize, seed: u64, lives: u64, kind: Kind) {
         half_deleted: None,
         half_resized: None,
         shrinks,
-        options: OpenOptions { outlive, ..Default::default() },
+        options: OpenOptions { outlive, background, ..options() },
         acknowledged: true,
     };
     for life in 0..lives {
@@ -507,7 +514,7 @@ pub(crate) fn outlives(seed: u64) -> bool {
 #[test]
 fn histories_that_once_failed() {
     for overlaps in [false, true] {
-        let kind = || Kind { shrinks: false, outlive: false, overlaps };
+        let kind = || Kind { shrinks: false, outlive: false, overlaps, background: false };
         run(AnchorMode::Close, 700 * 1024 + 512, 267, 10, kind());
         run(AnchorMode::Interval, 96 * 1024, 100_349, 12, kind());
     }
@@ -531,5 +538,13 @@ fn crashes_lose_no_acknowledged_flush_interval() {
 fn crashes_lose_no_acknowledged_flush_flush() {
     for seed in seeds(200_000, 12) {
         history(AnchorMode::Flush, 1200 * 1024, seed, 10);
+    }
+}
+
+#[test]
+fn crashes_lose_no_acknowledged_flush_in_background() {
+    for seed in seeds(1_100_000, 16) {
+        let mode = [AnchorMode::Close, AnchorMode::Flush][seed as usize / 8 % 2];
+        run(mode, 700 * 1024 + 512, seed, 10, Kind { background: true, ..kind(seed) });
     }
 }

@@ -2,7 +2,7 @@
 //! what may be seen: an error, or, while the volume stays open, exactly what was written last; after it was opened
 //! again, nothing older than the anchor. And the audit log hears of each error.
 
-use crate::common::{Noticed, Provider, Random, Replay, lock, seeds};
+use crate::common::{Noticed, Provider, Random, Replay, lock, options, seeds};
 use crate::hostile::{BLOCK, HostileStore};
 use crate::known::{Content, Known, content};
 use fealty_blockcrypt::{AnchorRefused, OpenOptions, Volume, VolumeError};
@@ -76,7 +76,7 @@ impl History {
             known,
             snapshots: BTreeMap::new(),
             random: Random(seed),
-            options: OpenOptions { map_cache: if sparse { 0 } else { 64 << 20 }, ..OpenOptions::default() },
+            options: OpenOptions { map_cache: if sparse { 0 } else { 64 << 20 }, ..options() },
             context: format!("{mode:?} seed {seed}"),
             pure: true,
             tally: Tally::default(),

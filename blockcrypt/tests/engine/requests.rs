@@ -188,7 +188,7 @@ fn after_a_failed_sync_nothing_more_is_acknowledged() {
 }
 
 /// A store whose syncs, and writes if asked, wait until they are let through.
-struct Hanging {
+pub(crate) struct Hanging {
     inner: Arc<SimStore>,
     hangs: Mutex<Hangs>,
     /// Requests that wait.
@@ -197,18 +197,18 @@ struct Hanging {
 }
 
 #[derive(Clone, Copy, PartialEq)]
-enum Hangs {
+pub(crate) enum Hangs {
     Not,
     Syncs,
     All,
 }
 
 impl Hanging {
-    fn over(inner: Arc<SimStore>) -> Arc<Self> {
+    pub(crate) fn over(inner: Arc<SimStore>) -> Arc<Self> {
         Arc::new(Self { inner, hangs: Mutex::new(Hangs::Not), waiting: Mutex::new(0), changed: Condvar::new() })
     }
 
-    fn hang(&self, hangs: Hangs) {
+    pub(crate) fn hang(&self, hangs: Hangs) {
         *lock(&self.hangs) = hangs;
         self.changed.notify_all();
     }
@@ -223,7 +223,7 @@ impl Hanging {
     }
 
     /// Returns when a request waits here, however long whoever makes it takes to begin.
-    fn wait_until_one_hangs(&self) {
+    pub(crate) fn wait_until_one_hangs(&self) {
         let begun = std::time::Instant::now();
         while *lock(&self.waiting) == 0 {
             assert!(begun.elapsed() < std::time::Duration::from_secs(120), "no request came within 120 s");

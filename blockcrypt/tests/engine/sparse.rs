@@ -2,7 +2,7 @@
 //! grows, and its bitmap a second page. Snapshots, reverts, rotations and growth among requests, on a store that loses power or
 //! fails for a while and then works again. No acknowledged FLUSH is lost, snapshots hold what they held, nothing is ever wrong.
 
-use crate::common::{Provider, Random, Replay, SimStore, check_good, lock, seeds};
+use crate::common::{Provider, Random, Replay, SimStore, check_good, lock, options, seeds};
 use crate::faults::Faulty;
 use crate::hostile::BLOCK;
 use crate::known::{Content, Known, content};
@@ -342,7 +342,7 @@ fn histories(power: bool, first: u64, count: u64) {
         let outlive = random.chance(50);
         let mut history = History {
             provider: provider.clone(),
-            options: OpenOptions { outlive, map_cache: 0, ..OpenOptions::default() },
+            options: OpenOptions { outlive, map_cache: 0, ..options() },
             disk: disk.clone(),
             store,
             power,

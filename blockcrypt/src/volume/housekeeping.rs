@@ -1,0 +1,101 @@
+//! The volume's own thread: it keeps anchors, makes checkpoints, and goes on with deletions that nobody else goes on with.
+
+use super::anchoring::{Anchoring, INTERVAL};
+use super::shared::Shared;
+use crate::VolumeError;
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
+use std::thread;
+use std::time::Instant;
+
+/// Rounds between two tries at a deletion that fails, at most: five minutes.
+const LONGEST_PAUSE: u32 = 300;
+
+/// What the thread is told.
+#[derive(Default)]
+pub(super) struct Housekeeper {
+    orders: Mutex<Orders>,
+    changed: Condvar,
+    /// Held by the thread while it has the volume for a checkpoint.
+    checkpoint: Mutex<()>,
+}
+
+#[derive(Default)]
+struct Orders {
+    /// A checkpoint is to be made.
+    checkpoint: bool,
+    stop: bool,
+}
+
+/// Starts the thread of `shared`.
+pub(super) fn start(shared: &Arc<Shared>) -> Result<(), VolumeError> {
+    let (told, anchoring, volume) = (shared.housekeeper.clone(), shared.anchoring.clone(), Arc::downgrade(shared));
+    let thread = thread::Builder::new().name("volume".to_owned()).stack_size(256 * 1024);
+    thread.spawn(move || told.keep_house(&anchoring, &volume)).map_err(|_| VolumeError::System("thread"))?;
+    Ok(())
+}
+
+impl Housekeeper {
+    fn orders(&self) -> MutexGuard<'_, Orders> {
+        self.orders.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Has a checkpoint made.
+    pub(super) fn ask_for_checkpoint(&self) {
+        self.orders().checkpoint = true;
+        self.changed.notify_one();
+    }
+
+    /// The thread ends, and is at no checkpoint any more when this returns: whoever opens the store next finds it at rest and let go of.
+    /// It may wait for the provider's answer until then, but without the volume.
+    pub(super) fn stop(&self) {
+        self.orders().stop = true;
+        self.changed.notify_one();
+        drop(self.at_checkpoint());
+    }
+
+    fn at_checkpoint(&self) -> MutexGuard<'_, ()> {
+        self.checkpoint.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Sleeps until `round`, or until there is something else to do; no orders once it is to end.
+    fn sleep(&self, round: Instant) -> Option<Orders> {
+        let (orders, left) = (self.orders(), round.saturating_duration_since(Instant::now()));
+        let waited = self.changed.wait_timeout_while(orders, left, |orders| !orders.stop && !orders.checkpoint);
+        let (mut orders, _) = waited.unwrap_or_else(PoisonError::into_inner);
+        if orders.stop { None } else { Some(std::mem::take(&mut orders)) }
+    }
+
+    /// Holds the volume itself only while it works on it, so that a provider who does not answer keeps no store locked.
+    fn keep_house(&self, anchoring: &Anchoring, volume: &Weak<Shared>) {
+        // Rounds without a try at a deletion that failed, and how many of them are left.
+        let (mut pause, mut left) = (0, 0);
+        let mut round = Instant::now() + INTERVAL;
+        while let Some(orders) = self.sleep(round) {
+            if orders.checkpoint {
+                self.checkpoint(volume, Shared::asked_checkpoint);
+            }
+            if Instant::now() < round {
+                continue;
+            }
+            round = Instant::now() + INTERVAL;
+            anchoring.tick();
+            self.checkpoint(volume, Shared::timed_checkpoint);
+            let Some(shared) = volume.upgrade() else { return };
+            if left > 0 {
+                left -= 1;
+            } else {
+                pause = if shared.timed_deletion(pause > 0) { 0 } else { (2 * pause + 1).min(LONGEST_PAUSE) };
+                left = pause;
+            }
+        }
+    }
+
+    fn checkpoint(&self, volume: &Weak<Shared>, make: impl FnOnce(&Shared)) {
+        let _held = self.at_checkpoint();
+        if !self.orders().stop
+            && let Some(volume) = volume.upgrade()
+        {
+            make(&volume);
+        }
+    }
+}

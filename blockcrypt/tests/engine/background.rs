@@ -1,0 +1,203 @@
+//! Checkpoints that the volume's own thread makes while requests go on.
+
+use crate::common::{MIB, Provider, Random, SimStore, check_good, lock, options};
+use crate::requests::{Hanging, Hangs};
+use fealty_blockcrypt::{OpenOptions, Store, Volume};
+use policy::AnchorMode;
+use std::io;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+/// The smallest log there is serves this size: 64 blocks of 62 records. It has a block for each record, so that none waits to be freed.
+const SIZE: u64 = 16 * MIB;
+const BLOCK: usize = 4096;
+const LOG: u64 = 64 * 62;
+/// A checkpoint is due before so many writes.
+const DUE: u64 = LOG * 3 / 8 + 62;
+
+/// The volume of `provider` in `store`, for writing.
+fn open(provider: &Arc<Provider>, store: &Arc<impl Store + 'static>, options: OpenOptions) -> Volume {
+    provider.create(store.clone(), SIZE).expect("a volume").close().expect("closed");
+    provider.open_with(store.clone(), &provider.grant(), options).expect("opens")
+}
+
+/// Writes a block; `number` says where and what.
+fn write(volume: &Volume, number: u64) {
+    let at = number * 7 % (SIZE / BLOCK as u64);
+    volume.write(at * BLOCK as u64, &content(number)).expect("written");
+}
+
+fn content(number: u64) -> Vec<u8> {
+    number.to_le_bytes().repeat(BLOCK / 8)
+}
+
+/// The first `count` of them are there.
+fn check(volume: &Volume, count: u64) {
+    let blocks = SIZE / BLOCK as u64;
+    for number in count.saturating_sub(blocks)..count {
+        let mut found = vec![0; BLOCK];
+        volume.read(number * 7 % blocks * BLOCK as u64, &mut found).expect("read");
+        assert!(found == content(number), "{number}");
+    }
+    check_good(volume);
+}
+
+fn eventually(what: &str, is: impl Fn() -> bool) {
+    let begun = Instant::now();
+    while !is() {
+        assert!(begun.elapsed() < Duration::from_secs(120), "not within 120 s: {what}");
+        std::thread::sleep(Duration::from_millis(1));
+    }
+}
+
+/// Returns when a number has not changed for a while.
+fn settled(number: &AtomicU64) -> u64 {
+    let (mut last, mut same) = (number.load(Ordering::Relaxed), 0);
+    while same < 200 {
+        std::thread::sleep(Duration::from_millis(1));
+        let now = number.load(Ordering::Relaxed);
+        same = if now == last { same + 1 } else { 0 };
+        last = now;
+    }
+    last
+}
+
+#[test]
+fn writes_wait_for_no_checkpoint_as_long_as_the_log_lasts() {
+    const COUNT: u64 = 3 * LOG;
+    for outlive in [false, true] {
+        let (provider, sim) = (Provider::new(AnchorMode::Close), SimStore::new());
+        let store = Hanging::over(sim.clone());
+        let volume = open(&provider, &store, OpenOptions { outlive, ..OpenOptions::default() });
+        write(&volume, 0);
+        store.hang(Hangs::Syncs);
+        let written = AtomicU64::new(1);
+        std::thread::scope(|scope| {
+            let writer = scope.spawn(|| {
+                while written.load(Ordering::Relaxed) < COUNT {
+                    write(&volume, written.load(Ordering::Relaxed));
+                    written.fetch_add(1, Ordering::Relaxed);
+                }
+            });
+            // The checkpoint waits for the store.
+            store.wait_until_one_hangs();
+            let then = written.load(Ordering::Relaxed);
+            assert!(then <= DUE, "{then}");
+            eventually("writes go on", || written.load(Ordering::Relaxed) >= then + 500);
+            let most = settled(&written);
+            assert!(most < LOG, "{most} writes, and the log has room for {LOG}");
+            store.hang(Hangs::Not);
+            writer.join().expect("no panic");
+        });
+        volume.flush().expect("flushed");
+        check(&volume, COUNT);
+        drop(volume);
+        sim.crash(&mut Random(1));
+        check(&provider.open(sim).expect("opens"), COUNT);
+    }
+}
+
+/// What histories need that are to do the same again.
+#[test]
+fn without_it_the_request_that_finds_one_due_makes_it() {
+    let provider = Provider::new(AnchorMode::Close);
+    let store = Hanging::over(SimStore::new());
+    let volume = open(&provider, &store, options());
+    write(&volume, 0);
+    store.hang(Hangs::Syncs);
+    let written = AtomicU64::new(1);
+    std::thread::scope(|scope| {
+        let writer = scope.spawn(|| {
+            (1..DUE).for_each(|number| {
+                write(&volume, number);
+                written.fetch_add(1, Ordering::Relaxed);
+            })
+        });
+        store.wait_until_one_hangs();
+        let then = written.load(Ordering::Relaxed);
+        assert_eq!(settled(&written), then);
+        store.hang(Hangs::Not);
+        writer.join().expect("no panic");
+    });
+}
+
+/// A volume that is gone does nothing more to its store, and has let go of it.
+#[test]
+fn a_volume_that_is_dropped_leaves_its_store_at_rest() {
+    let (provider, sim) = (Provider::new(AnchorMode::Close), SimStore::new());
+    let store = Hanging::over(sim.clone());
+    let volume = open(&provider, &store, OpenOptions::default());
+    write(&volume, 0);
+    store.hang(Hangs::Syncs);
+    (1..DUE).for_each(|number| write(&volume, number));
+    store.wait_until_one_hangs();
+    let gone = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            drop(volume);
+            gone.store(true, Ordering::Release);
+        });
+        std::thread::sleep(Duration::from_millis(50));
+        assert!(!gone.load(Ordering::Acquire), "its thread is at the store");
+        store.hang(Hangs::Not);
+    });
+    assert_eq!(Arc::strong_count(&store), 1);
+    check_good(&provider.open(sim).expect("opens"));
+}
+
+/// A store that takes nothing from a volume's own thread.
+struct Shy {
+    inner: Arc<SimStore>,
+    refuses: Mutex<bool>,
+}
+
+impl Store for Shy {
+    fn len(&self) -> io::Result<u64> {
+        self.inner.len()
+    }
+    fn read_at(&self, buffer: &mut [u8], offset: u64) -> io::Result<()> {
+        self.inner.read_at(buffer, offset)
+    }
+    fn write_at(&self, bytes: &[u8], offset: u64) -> io::Result<()> {
+        match *lock(&self.refuses) && std::thread::current().name() == Some("volume") {
+            true => Err(io::Error::from_raw_os_error(5)),
+            false => self.inner.write_at(bytes, offset),
+        }
+    }
+    fn sync_data(&self) -> io::Result<()> {
+        self.inner.sync_data()
+    }
+    fn set_len(&self, bytes: u64) -> io::Result<()> {
+        self.inner.set_len(bytes)
+    }
+}
+
+#[test]
+fn one_that_fails_is_told_once_and_made_by_who_needs_it() {
+    let (provider, sim) = (Provider::new(AnchorMode::Close), SimStore::new());
+    let store = Arc::new(Shy { inner: sim.clone(), refuses: Mutex::new(true) });
+    let volume = open(&provider, &store, OpenOptions::default());
+    write(&volume, 0);
+    let epoch = volume.info().epoch;
+    let notes = || lock(&provider.events).iter().filter(|event| event.contains("came to nothing")).count();
+    (1..DUE).for_each(|number| write(&volume, number));
+    eventually("a note", || notes() == 1);
+    assert_eq!(volume.info().epoch, epoch);
+    let mut number = DUE;
+    while volume.info().epoch == epoch {
+        write(&volume, number);
+        number += 1;
+    }
+    assert!(number < LOG && notes() == 1, "{number} writes, {} notes", notes());
+    // It is asked again for the next one.
+    let epoch = volume.info().epoch;
+    *lock(&store.refuses) = false;
+    let end = number + DUE;
+    (number..end).for_each(|number| write(&volume, number));
+    eventually("a checkpoint", || volume.info().epoch > epoch);
+    volume.flush().expect("flushed");
+    drop(volume);
+    sim.crash(&mut Random(2));
+    check(&provider.open(sim).expect("opens"), end);
+}
