@@ -21,8 +21,9 @@ pub(super) struct Housekeeper {
 
 #[derive(Default)]
 struct Orders {
-    /// A checkpoint is to be made.
-    checkpoint: bool,
+    /// Checkpoints that were asked for, and how many of these are made, or came to nothing.
+    asked: u64,
+    answered: u64,
     stop: bool,
 }
 
@@ -41,15 +42,15 @@ impl Housekeeper {
 
     /// Has a checkpoint made.
     pub(super) fn ask_for_checkpoint(&self) {
-        self.orders().checkpoint = true;
-        self.changed.notify_one();
+        self.orders().asked += 1;
+        self.changed.notify_all();
     }
 
     /// The thread ends, and is at no checkpoint any more when this returns: whoever opens the store next finds it at rest and let go of.
     /// It may wait for the provider's answer until then, but without the volume.
     pub(super) fn stop(&self) {
         self.orders().stop = true;
-        self.changed.notify_one();
+        self.changed.notify_all();
         drop(self.at_checkpoint());
     }
 
@@ -57,12 +58,18 @@ impl Housekeeper {
         self.checkpoint.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Sleeps until `round`, or until there is something else to do; no orders once it is to end.
-    fn sleep(&self, round: Instant) -> Option<Orders> {
+    /// Returns when no checkpoint is asked for any more.
+    pub(super) fn rest(&self) {
+        let busy = |orders: &mut Orders| !orders.stop && orders.asked > orders.answered;
+        drop(self.changed.wait_while(self.orders(), busy));
+    }
+
+    /// Sleeps until `round`, or until there is something else to do: how many checkpoints were ever asked for. `None` once it is to end.
+    fn sleep(&self, round: Instant) -> Option<u64> {
         let (orders, left) = (self.orders(), round.saturating_duration_since(Instant::now()));
-        let waited = self.changed.wait_timeout_while(orders, left, |orders| !orders.stop && !orders.checkpoint);
-        let (mut orders, _) = waited.unwrap_or_else(PoisonError::into_inner);
-        if orders.stop { None } else { Some(std::mem::take(&mut orders)) }
+        let idle = |orders: &mut Orders| !orders.stop && orders.asked == orders.answered;
+        let (orders, _) = self.changed.wait_timeout_while(orders, left, idle).unwrap_or_else(PoisonError::into_inner);
+        (!orders.stop).then_some(orders.asked)
     }
 
     /// Holds the volume itself only while it works on it, so that a provider who does not answer keeps no store locked.
@@ -70,9 +77,11 @@ impl Housekeeper {
         // Rounds without a try at a deletion that failed, and how many of them are left.
         let (mut pause, mut left) = (0, 0);
         let mut round = Instant::now() + INTERVAL;
-        while let Some(orders) = self.sleep(round) {
-            if orders.checkpoint {
+        while let Some(asked) = self.sleep(round) {
+            if asked > self.orders().answered {
                 self.checkpoint(volume, Shared::asked_checkpoint);
+                self.orders().answered = asked;
+                self.changed.notify_all();
             }
             if Instant::now() < round {
                 continue;

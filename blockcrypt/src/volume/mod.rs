@@ -258,6 +258,11 @@ impl Volume {
         self.shared.checkpoint()
     }
 
+    /// Returns when the volume's own thread is at no checkpoint: what requests have cost is spent then.
+    pub fn rest(&self) {
+        self.shared.housekeeper.rest();
+    }
+
     /// Flushes, checkpoints, and waits (30 s at most) until the anchor is kept; then wipes the keys. After an error the volume
     /// is still open, and this can be called again. Returns the anchor, also when it was closed already.
     pub fn close(&self) -> Result<VolumeAnchor, VolumeError> {

@@ -2,7 +2,7 @@
 //! project's own benchmarks are built on it.
 //!
 //! Subjects are measured in turn, piece of work by piece of work, so that whatever else the machine does meets all of them; figures
-//! are medians with quartiles. Rates are taken twice: by the wall's clock, and by the processor time of the threads that ask ("per core"),
+//! are medians with quartiles. Rates are taken twice: by the wall's clock, and by the processor time of all this process ("per core"),
 //! which a busy machine disturbs less.
 //!
 //! What a piece of work costs a volume depends on what was done before: requests at random leave changed pages all over the map, and

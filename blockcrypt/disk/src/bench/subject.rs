@@ -23,6 +23,8 @@ pub trait Subject: Sync {
     fn flush(&self) -> Result<(), MeasureError>;
     /// Gets ready for requests of `bytes` from this thread.
     fn warm(&self, _bytes: usize) {}
+    /// Returns when it does nothing any more that nobody waits for.
+    fn rest(&self) {}
 }
 
 /// Writes all `size` bytes of it, once; `heard` is told of how many bytes each time.
@@ -68,6 +70,10 @@ impl Subject for HalfFull {
 
     fn flush(&self) -> Result<(), MeasureError> {
         self.0.flush().map_err(MeasureError::volume("flush"))
+    }
+
+    fn rest(&self) {
+        self.0.rest();
     }
 }
 

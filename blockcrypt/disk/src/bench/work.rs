@@ -61,7 +61,7 @@ pub struct Timing {
     pub core: f64,
 }
 
-/// What one piece of work gave one subject: its rates by the wall's clock, and by the processor time of the threads that ask.
+/// What one piece of work gave one subject: its rates by the wall's clock, and by processor time.
 #[derive(Default, Clone)]
 pub struct Rates {
     /// By the wall's clock.
@@ -139,9 +139,10 @@ impl Work {
         (0..self.requests).map(|i| place(i) * self.bytes as u64).collect()
     }
 
-    /// Does it with `subject`. Only what lies between the first thread's start and the last one's end counts.
+    /// Does it with `subject`. By the clock what lies between the first thread's start and the last one's end counts; of processor
+    /// time also what the subject does behind that.
     pub fn run(&self, subject: &dyn Subject, size: u64, seed: u64) -> Result<Timing, MeasureError> {
-        let ready = Barrier::new(self.threads);
+        let ready = Barrier::new(self.threads + 1);
         let each = |thread| {
             let offsets = self.offsets(thread, size, seed);
             // The same bytes from every subject, in memory that exists before the clock starts, at pages as a guest's buffers are.
@@ -150,23 +151,27 @@ impl Work {
             let buffers = &mut memory[buffers..buffers + self.batch * self.bytes];
             subject.warm(self.batch * self.bytes);
             ready.wait();
-            let (start, core) = (Instant::now(), thread_time());
+            let start = Instant::now();
             self.requests(subject, &offsets, buffers)?;
-            Ok::<_, MeasureError>((start, Instant::now(), thread_time() - core))
+            Ok::<_, MeasureError>((start, Instant::now()))
         };
-        let mut done = Vec::new();
+        let (mut done, mut core) = (Vec::new(), 0.0);
         thread::scope(|scope| {
             let each = &each;
             let threads: Vec<_> = (0..self.threads).map(|thread| scope.spawn(move || each(thread))).collect();
+            ready.wait();
+            core = process_time();
             for thread in threads {
                 done.push(thread.join().map_err(|_| MeasureError::Panicked)??);
             }
             Ok::<_, MeasureError>(())
         })?;
-        let start = done.iter().map(|(start, ..)| *start).min();
-        let end = done.iter().map(|(_, end, _)| *end).max();
+        subject.rest();
+        let core = process_time() - core;
+        let start = done.iter().map(|(start, _)| *start).min();
+        let end = done.iter().map(|(_, end)| *end).max();
         let wall = start.zip(end).map(|(start, end)| (end - start).as_secs_f64()).ok_or(MeasureError::Panicked)?;
-        Ok(Timing { wall, core: done.iter().map(|(.., core)| core).sum() })
+        Ok(Timing { wall, core })
     }
 
     fn requests(&self, subject: &dyn Subject, offsets: &[u64], buffers: &mut [u8]) -> Result<(), MeasureError> {
@@ -195,7 +200,16 @@ impl Work {
 
 /// Seconds of processor time of this thread.
 pub fn thread_time() -> f64 {
-    let time = clock_gettime(ClockId::ThreadCPUTime);
+    seconds(ClockId::ThreadCPUTime)
+}
+
+/// Seconds of processor time of this process: of a volume's own thread too, and of what the kernel does for it aside.
+fn process_time() -> f64 {
+    seconds(ClockId::ProcessCPUTime)
+}
+
+fn seconds(clock: ClockId) -> f64 {
+    let time = clock_gettime(clock);
     time.tv_sec as f64 + time.tv_nsec as f64 / 1e9
 }
 

@@ -4,7 +4,7 @@
 //!
 //! Each round does every piece of work twice with every subject in turn; the second time counts. Writes go to places that were
 //! written before, so that no subject pays for new pages of the file system. Rates are shown twice: by the wall's clock, and by the
-//! processor time of the threads that ask (`per core`), which a busy machine disturbs less.
+//! processor time of all this process (`per core`), which a busy machine disturbs less.
 
 mod opening;
 mod qemu;

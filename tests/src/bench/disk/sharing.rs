@@ -99,6 +99,10 @@ impl Subject for Volumes {
         self.own().flush()
     }
 
+    fn rest(&self) {
+        self.volumes.iter().for_each(Subject::rest);
+    }
+
     fn warm(&self, _bytes: usize) {
         OWN.set(self.taken.fetch_add(1, Ordering::Relaxed));
     }
