@@ -39,7 +39,7 @@
 //! | [`mod@format`] | the bytes on disk |
 //! | `keys` | from the key-encryption key to what seals blocks |
 //! | `crypto` | their ciphers, on the fastest path that the processor has |
-//! | `store`, `lock`, `uring`, `hooks` | what a volume stands on: bytes at offsets, anchors, events |
+//! | `store`, `hooks` | what a volume stands on: bytes at offsets, anchors, events |
 //! | `backing`, `room`, `tree`, `space`, `blockset` | verified blocks, memory for them, cached pages, free blocks |
 //! | `volume` | the engine |
 
@@ -54,20 +54,17 @@ pub mod format;
 pub mod fuzz;
 mod hooks;
 mod keys;
-mod lock;
 mod room;
 mod space;
 mod store;
 mod tree;
-mod uring;
 mod volume;
 
 pub use error::{AnchorRefused, VolumeError};
 pub use format::geometry::store_size;
 pub use hooks::{Anchors, Events, Nobody};
 pub use keys::Kek;
-pub use lock::lock;
-pub use store::{FileStore, MemoryStore, Next, Ready, Store};
+pub use store::{FileStore, MemoryStore, Next, Ready, Store, lock};
 pub use volume::{
     CheckReport, CheckStep, OpenOptions, PlainInfo, SnapshotInfo, Volume, VolumeInfo, erase, inspect, make_room,
 };

@@ -1,7 +1,7 @@
 //! Checkpoints that the volume's own thread makes while requests go on.
 
 use crate::common::{MIB, Provider, Random, SimStore, check_good, lock, options};
-use crate::requests::{Hanging, Hangs};
+use crate::hanging::{Hanging, Hangs};
 use fealty_blockcrypt::{OpenOptions, Store, Volume};
 use policy::AnchorMode;
 use std::io;

@@ -1,4 +1,5 @@
-//! Random work on a full volume with snapshots: requests are refused there, and nothing else ever is.
+//! A store that has not one block more, and random work on a full volume with snapshots: requests are refused there, and nothing
+//! else ever is.
 
 use crate::common::{MIB, Provider, Random, Replay, SimStore, check_good, filled, options, seeds};
 use crate::model::{Model, outlives, request};
@@ -219,4 +220,98 @@ fn what_is_full_refuses_requests_and_nothing_else() {
     let one = all.count_of_all() == 1;
     let refused: u32 = all.map(|seed| history(seed, 150)).sum();
     assert!(refused > 0 || one, "no discard was refused");
+}
+
+#[test]
+fn a_full_store_loses_nothing_acknowledged() {
+    let (provider, store) = (Provider::new(AnchorMode::Close), SimStore::new());
+    provider.create(store.clone(), 2 * MIB).expect("a volume").close().expect("closed");
+    let volume = provider.open(store.clone()).expect("opens");
+    let data = vec![5; 64 * 1024];
+    volume.write(0, &data).expect("written");
+    volume.flush().expect("flushed");
+    store.limit(Some(40));
+    let mut acknowledged = vec![true];
+    for i in 1..32 {
+        let written = volume.write(i * 64 * 1024, &data).and_then(|()| volume.flush());
+        assert!(written.is_ok() || matches!(written, Err(VolumeError::Full(_))), "{written:?}");
+        acknowledged.push(written.is_ok());
+    }
+    assert!(acknowledged.contains(&true) && acknowledged.contains(&false));
+    let check = |volume: &Volume| {
+        for (i, _) in acknowledged.iter().enumerate().filter(|(_, a)| **a) {
+            let mut found = vec![0; data.len()];
+            volume.read(i as u64 * 64 * 1024, &mut found).expect("read");
+            assert!(found == data, "{i}");
+        }
+    };
+    check(&volume);
+    drop(volume);
+    store.crash(&mut Random(1));
+    // The metadata of recovery may not find room either: then it does not open, and changes nothing.
+    if let Err(error) = provider.open(store.clone()) {
+        assert!(matches!(error, VolumeError::Full(_)), "{error}");
+    }
+    store.limit(None);
+    let volume = provider.open(store.clone()).expect("opens once there is room");
+    check(&volume);
+    volume.write(31 * 64 * 1024, &data).expect("goes on");
+    volume.close().expect("closed");
+}
+
+/// Not one block more: what is there can be discarded, made durable, opened again, and what that frees can be used.
+#[test]
+fn a_full_store_takes_discards_and_deletions_and_opens() {
+    let (provider, store) = (Provider::new(AnchorMode::Close), SimStore::new());
+    let piece = 64 * 1024;
+    provider.create(store.clone(), 8 * MIB).expect("a volume").close().expect("closed");
+    let volume = provider.open(store.clone()).expect("opens");
+    for i in 0..40 {
+        volume.write(i * piece, &vec![1; piece as usize]).expect("written");
+    }
+    let snapshot = volume.take_snapshot("before").expect("taken");
+    store.limit(Some(150));
+    let mut holds = vec![1; 40];
+    for i in 0..100u64 {
+        let written = volume.write(i % 128 * piece, &vec![2; piece as usize]).and_then(|()| volume.flush());
+        match written {
+            Ok(()) if i < 40 => holds[i as usize] = 2,
+            Ok(()) => holds.push(2),
+            Err(VolumeError::Full(_)) => {
+                assert!(i > 0);
+                break;
+            }
+            Err(other) => panic!("{other}"),
+        }
+    }
+    let check = |volume: &Volume, holds: &[u8]| {
+        for (i, value) in holds.iter().enumerate() {
+            let mut found = vec![9; piece as usize];
+            volume.read(i as u64 * piece, &mut found).expect("read");
+            assert!(found.iter().all(|b| b == value), "{i}");
+        }
+    };
+    store.limit(Some(0));
+    for (i, value) in holds.iter_mut().enumerate().skip(1).step_by(2) {
+        volume.discard(i as u64 * piece, piece).expect("discarded");
+        volume.flush().expect("flushed");
+        volume.checkpoint().expect("a checkpoint");
+        *value = 0;
+    }
+    drop(volume);
+    store.crash(&mut Random(8));
+    store.limit(Some(0));
+    let volume = provider.open(store.clone()).expect("opens on a full store");
+    check(&volume, &holds);
+    volume.discard(0, piece).expect("discarded");
+    holds[0] = 0;
+    volume.delete_snapshot(snapshot, &mut |_, _| {}).expect("deleted");
+    check(&volume, &holds);
+    check_good(&volume);
+    // The holes are room again.
+    for i in 0..16 {
+        volume.write(i * piece, &vec![3; piece as usize]).expect("written");
+        volume.flush().expect("flushed");
+    }
+    volume.close().expect("closed");
 }

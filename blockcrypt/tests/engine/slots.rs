@@ -2,7 +2,7 @@
 //! crash came in between.
 
 use crate::common::{MIB, Provider, Random, SimStore, lock};
-use crate::rekey::{BLOCKS, check, holds, made, wrapped};
+use crate::three_keys::{BLOCKS, check, holds, made, wrapped};
 use fealty_blockcrypt::{Store, Volume, VolumeError, erase, inspect};
 use policy::KeyId;
 use std::io;

@@ -3,7 +3,7 @@
 //! data, never more work or memory than the volume is worth.
 
 use crate::common::{Provider, Random, Replay, SimStore, check_good, lock, seeds};
-use crate::rekey;
+use crate::three_keys;
 use fealty_blockcrypt::{OpenOptions, Store, Volume, VolumeError, erase, inspect, make_room};
 use policy::{AnchorMode, VolumeAnchor};
 use rustix::time::{ClockId, clock_gettime};
@@ -168,13 +168,13 @@ fn is_superblock(block: &&Block) -> bool {
 impl Scene {
     /// Closed, or killed behind a FLUSH that its anchor knows of; in a store with `beyond` more blocks than it uses.
     fn new(closed: bool, beyond: usize) -> Self {
-        let (provider, store) = rekey::made_with(if closed { AnchorMode::Close } else { AnchorMode::Flush });
+        let (provider, store) = three_keys::made_with(if closed { AnchorMode::Close } else { AnchorMode::Flush });
         let mut others = superblocks(&store);
         let volume = provider.open(store.clone()).expect("opens");
         volume.take_snapshot("then").expect("taken");
         others.extend(superblocks(&store));
-        for lba in 0..rekey::BLOCKS / 2 {
-            volume.write(lba * BLOCK as u64, &rekey::content(lba)).expect("written");
+        for lba in 0..three_keys::BLOCKS / 2 {
+            volume.write(lba * BLOCK as u64, &three_keys::content(lba)).expect("written");
         }
         volume.flush().expect("flushed");
         if closed {
@@ -182,7 +182,7 @@ impl Scene {
         }
         drop(volume);
         others.extend(superblocks(&store));
-        let (_, foreign) = rekey::made_with(AnchorMode::Close);
+        let (_, foreign) = three_keys::made_with(AnchorMode::Close);
         let newest = *superblocks(&store).iter().max_by_key(|block| number(&block[..], 96)).expect("one");
         others.extend(superblocks(&foreign));
         others.sort_unstable();
@@ -301,10 +301,10 @@ impl Scene {
         match opened {
             Ok(volume) => {
                 assert!(sound, "{}: it opens", what());
-                let mut all = vec![0xee; rekey::BLOCKS as usize * BLOCK];
+                let mut all = vec![0xee; three_keys::BLOCKS as usize * BLOCK];
                 volume.read(0, &mut all).unwrap_or_else(|e| panic!("{}: {e}", what()));
                 for (lba, found) in (0..).zip(all.chunks(BLOCK)) {
-                    assert!(found == rekey::content(lba), "{}: block {lba}", what());
+                    assert!(found == three_keys::content(lba), "{}: block {lba}", what());
                 }
             }
             Err(error) => {

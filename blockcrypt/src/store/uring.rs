@@ -2,7 +2,7 @@
 //! little more time than one.
 #![allow(unsafe_code)]
 
-use crate::store::{Next, Ready};
+use super::{Next, Ready};
 use io_uring::types::Fd;
 use io_uring::{IoUring, opcode, squeue};
 use rustix::io::Errno;
@@ -11,22 +11,65 @@ use std::io;
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::FileExt;
 use std::process::abort;
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 /// Transfers under way at once, at most.
 const DEPTH: usize = 64;
 
+/// As many rings as there were calls at the same time; none where the kernel gives none.
+pub(super) struct Rings(Mutex<Option<Vec<Ring>>>);
+
+impl Rings {
+    /// They are made when they are needed.
+    pub(super) fn new() -> Self {
+        Self(Mutex::new(Some(vec![])))
+    }
+
+    /// As if the kernel gave none.
+    #[cfg(test)]
+    pub(super) fn none() -> Self {
+        Self(Mutex::new(None))
+    }
+
+    /// Whether there are any to be had, as far as is known.
+    pub(super) fn any(&self) -> bool {
+        self.held().is_some()
+    }
+
+    /// Does `f` with a ring of its own, if there is one to be had.
+    pub(super) fn with_one(&self, f: impl FnOnce(&mut Ring) -> io::Result<()>) -> Option<io::Result<()>> {
+        let idle = self.held().as_mut()?.pop();
+        let mut ring = match idle.map_or_else(Ring::new, Ok) {
+            Ok(ring) => ring,
+            Err(_) => {
+                *self.held() = None;
+                return None;
+            }
+        };
+        let done = f(&mut ring);
+        if let Some(rings) = self.held().as_mut() {
+            rings.push(ring);
+        }
+        Some(done)
+    }
+
+    fn held(&self) -> MutexGuard<'_, Option<Vec<Ring>>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
 /// An io_uring, empty between calls.
-pub(crate) struct Ring(IoUring);
+pub(super) struct Ring(IoUring);
 
 impl Ring {
-    pub(crate) fn new() -> io::Result<Self> {
+    fn new() -> io::Result<Self> {
         IoUring::new(DEPTH as u32).map(Self)
     }
 
     /// Fills each part from its offset, as `read_exact_at` does. `ready` is given the parts of a lot as soon as they are filled, while
     /// those of later lots are still under way; a lot goes from the end of the one before it to its own in `ends`, the last of which is
     /// the number of parts. After an error no later lot is given.
-    pub(crate) fn read(
+    pub(super) fn read(
         &mut self,
         file: &File,
         parts: &mut [(u64, &mut [u8])],
@@ -57,7 +100,7 @@ impl Ring {
 
     /// Writes each part at its offset, as `write_all_at` does. Parts come from `next`, which is asked for more while those that it gave
     /// before are under way, until it has none.
-    pub(crate) fn write<'a>(&mut self, file: &File, next: &mut Next<'a, '_>) -> io::Result<()> {
+    pub(super) fn write<'a>(&mut self, file: &File, next: &mut Next<'a, '_>) -> io::Result<()> {
         let fd = Fd(file.as_raw_fd());
         let mut parts: Vec<(u64, &'a [u8])> = Vec::new();
         let mut flight = Flight::new(&mut self.0, DEPTH);

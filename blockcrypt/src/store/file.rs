@@ -1,161 +1,19 @@
-//! Where a volume lies: bytes at offsets, hostile as far as the engine is concerned.
+//! A volume's file or block device, through the page cache or past it.
 
+use super::bounce::{self, ALIGN};
+use super::lock::lock;
+use super::uring::Rings;
+use super::{Next, Ready, Store, read_at_once, write_in_turn};
 use crate::VolumeError;
-use crate::lock::lock;
-use crate::uring::Ring;
 use rustix::fs::{
     Advice, AtFlags, FallocateFlags, FileType, OFlags, StatxFlags, fadvise, fcntl_getfl, fcntl_setfl, statx,
 };
 use rustix::io::{Errno, ReadWriteFlags, preadv2};
-use std::cell::Cell;
 use std::fs::File;
 use std::io::{self, IoSliceMut};
 use std::num::NonZeroU64;
 use std::os::unix::fs::FileExt;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
-
-/// Bytes at offsets. Nothing it returns is trusted; what [`sync_data`](Self::sync_data) acknowledged is hoped to be durable.
-pub trait Store: Send + Sync {
-    /// Its length in bytes.
-    fn len(&self) -> io::Result<u64>;
-
-    /// Whether it holds nothing at all.
-    fn is_empty(&self) -> io::Result<bool> {
-        Ok(self.len()? == 0)
-    }
-
-    /// Fills `buffer` from `offset`; an error where the store ends before.
-    fn read_at(&self, buffer: &mut [u8], offset: u64) -> io::Result<()>;
-
-    /// Fills several buffers, each from its offset; an error where one can't be filled. What has to be fetched is fetched at the same
-    /// time, where the store can do that.
-    fn read_many_at(&self, parts: &mut [(u64, &mut [u8])]) -> io::Result<()> {
-        parts.iter_mut().try_for_each(|(offset, buffer)| self.read_at(buffer, *offset))
-    }
-
-    /// Writes all of `bytes` at `offset`. Durable only after [`sync_data`](Self::sync_data).
-    fn write_at(&self, bytes: &[u8], offset: u64) -> io::Result<()>;
-
-    /// Writes several pieces, each at its offset, as [`write_at`](Self::write_at) does: at the same time, where the store can do that. After
-    /// an error any of them may have been written.
-    fn write_many_at(&self, parts: &[(u64, &[u8])]) -> io::Result<()> {
-        parts.iter().try_for_each(|(offset, bytes)| self.write_at(bytes, *offset))
-    }
-
-    /// Whether transfers go on while something else is computed, so that it pays to hand it many in lots.
-    fn overlaps(&self) -> bool {
-        false
-    }
-
-    /// As [`read_many_at`](Self::read_many_at), but gives `ready` each lot of parts when they are filled, in order: those of later lots
-    /// may still be under way then. A lot goes from the end of the one before it to its own in `ends`, which rise to the number of parts.
-    /// After an error no later lot is given.
-    fn read_lots_at(&self, parts: &mut [(u64, &mut [u8])], ends: &[usize], ready: &mut Ready) -> io::Result<()> {
-        read_at_once(self, parts, ends, ready)
-    }
-
-    /// As [`write_many_at`](Self::write_many_at), but takes pieces in lots, and asks `next` for more, until it has none, while those before
-    /// may be under way.
-    fn write_lots_at<'a>(&self, next: &mut Next<'a, '_>) -> io::Result<()> {
-        write_in_turn(self, next)
-    }
-
-    /// Returns when everything written before is durable.
-    fn sync_data(&self) -> io::Result<()>;
-
-    /// What is read from now on is what the store itself holds: after an fdatasync that failed, kernels keep what they could not write,
-    /// show it to readers, and call it durable. Where the store can't do that, it does nothing.
-    fn drop_cached(&self) -> io::Result<()> {
-        Ok(())
-    }
-
-    /// Makes it `bytes` long. A store whose length is given (a block device) must have as many, and keeps the rest.
-    fn set_len(&self, bytes: u64) -> io::Result<()>;
-
-    /// Sees to it that later writes to these bytes find room. Where the store can't promise that, it does nothing.
-    fn reserve(&self, offset: u64, bytes: u64) -> io::Result<()> {
-        let _ = (offset, bytes);
-        Ok(())
-    }
-
-    /// Gives these bytes' room back: they read as anything until they are written again. Where the store can't do that, it does
-    /// nothing.
-    fn punch(&self, offset: u64, bytes: u64) -> io::Result<()> {
-        let _ = (offset, bytes);
-        Ok(())
-    }
-}
-
-/// Is given a lot's parts: from which offset each was read, and what.
-pub type Ready<'r> = dyn FnMut(&mut [(u64, &mut [u8])]) + 'r;
-
-/// Gives the next lot of parts: at which offset each is written, and what.
-pub type Next<'a, 'n> = dyn FnMut() -> Option<Vec<(u64, &'a [u8])>> + 'n;
-
-fn read_at_once<S: Store + ?Sized>(
-    store: &S,
-    parts: &mut [(u64, &mut [u8])],
-    ends: &[usize],
-    ready: &mut Ready,
-) -> io::Result<()> {
-    store.read_many_at(parts)?;
-    let mut start = 0;
-    for end in ends {
-        ready(&mut parts[start..*end]);
-        start = *end;
-    }
-    Ok(())
-}
-
-fn write_in_turn<'a, S: Store + ?Sized>(store: &S, next: &mut Next<'a, '_>) -> io::Result<()> {
-    while let Some(parts) = next() {
-        store.write_many_at(&parts)?;
-    }
-    Ok(())
-}
-
-impl<S: Store + ?Sized> Store for Arc<S> {
-    fn len(&self) -> io::Result<u64> {
-        (**self).len()
-    }
-    fn read_at(&self, buffer: &mut [u8], offset: u64) -> io::Result<()> {
-        (**self).read_at(buffer, offset)
-    }
-    fn read_many_at(&self, parts: &mut [(u64, &mut [u8])]) -> io::Result<()> {
-        (**self).read_many_at(parts)
-    }
-    fn write_at(&self, bytes: &[u8], offset: u64) -> io::Result<()> {
-        (**self).write_at(bytes, offset)
-    }
-    fn write_many_at(&self, parts: &[(u64, &[u8])]) -> io::Result<()> {
-        (**self).write_many_at(parts)
-    }
-    fn overlaps(&self) -> bool {
-        (**self).overlaps()
-    }
-    fn read_lots_at(&self, parts: &mut [(u64, &mut [u8])], ends: &[usize], ready: &mut Ready) -> io::Result<()> {
-        (**self).read_lots_at(parts, ends, ready)
-    }
-    fn write_lots_at<'a>(&self, next: &mut Next<'a, '_>) -> io::Result<()> {
-        (**self).write_lots_at(next)
-    }
-    fn sync_data(&self) -> io::Result<()> {
-        (**self).sync_data()
-    }
-    fn drop_cached(&self) -> io::Result<()> {
-        (**self).drop_cached()
-    }
-    fn set_len(&self, bytes: u64) -> io::Result<()> {
-        (**self).set_len(bytes)
-    }
-    fn reserve(&self, offset: u64, bytes: u64) -> io::Result<()> {
-        (**self).reserve(offset, bytes)
-    }
-    fn punch(&self, offset: u64, bytes: u64) -> io::Result<()> {
-        (**self).punch(offset, bytes)
-    }
-}
 
 /// A file or a block device, locked with flock(2) for as long as this lives: for writing by one process, for reading by
 /// several.
@@ -168,20 +26,10 @@ pub struct FileStore {
     device: bool,
     /// Past the page cache.
     direct: bool,
-    /// Where several transfers are under way at once: as many as there were calls at the same time. Nothing where the kernel gives none.
-    rings: Mutex<Option<Vec<Ring>>>,
+    /// Where several transfers are under way at once.
+    rings: Rings,
     /// It can't say what it would have to fetch (RWF_NOWAIT): tmpfs, which fetches nothing, and some network file systems.
     unsaid: AtomicBool,
-}
-
-/// What O_DIRECT may ask for at most: that buffers in memory, offsets and lengths are multiples of this.
-const ALIGN: usize = 4096;
-/// Bytes that a buffer which lies badly is copied through at a time.
-const BOUNCE: usize = 256 << 10;
-
-thread_local! {
-    /// Where they are copied.
-    static BOUNCED: Cell<Vec<u8>> = const { Cell::new(Vec::new()) };
 }
 
 impl FileStore {
@@ -217,7 +65,7 @@ impl FileStore {
 
     /// Whether a transfer must go through memory that lies better.
     fn bounces(&self, buffer: &[u8]) -> bool {
-        self.direct && buffer.as_ptr().align_offset(ALIGN) != 0
+        self.direct && !bounce::lies_well(buffer)
     }
 
     fn locked(file: File, shared: bool) -> Result<Self, VolumeError> {
@@ -231,29 +79,11 @@ impl FileStore {
             io::ErrorKind::WouldBlock => VolumeError::Busy,
             _ => VolumeError::Store("be locked", error),
         })?;
-        Ok(Self { file, device, direct: false, rings: Mutex::new(Some(vec![])), unsaid: AtomicBool::new(false) })
+        Ok(Self { file, device, direct: false, rings: Rings::new(), unsaid: AtomicBool::new(false) })
     }
 }
 
 impl FileStore {
-    /// Does `f` with a ring of its own, if there is one to be had.
-    fn with_ring(&self, f: impl FnOnce(&mut Ring) -> io::Result<()>) -> Option<io::Result<()>> {
-        let rings = || self.rings.lock().unwrap_or_else(PoisonError::into_inner);
-        let idle = rings().as_mut()?.pop();
-        let mut ring = match idle.map_or_else(Ring::new, Ok) {
-            Ok(ring) => ring,
-            Err(_) => {
-                *rings() = None;
-                return None;
-            }
-        };
-        let done = f(&mut ring);
-        if let Some(rings) = rings().as_mut() {
-            rings.push(ring);
-        }
-        Some(done)
-    }
-
     /// Nothing, and nothing was done, where the page cache is used, the kernel gives no ring, or buffers lie badly.
     fn read_in_flight(
         &self,
@@ -264,7 +94,7 @@ impl FileStore {
         if !self.direct || parts.iter().any(|(_, buffer)| self.bounces(buffer)) {
             return None;
         }
-        self.with_ring(|ring| ring.read(&self.file, parts, ends, ready))
+        self.rings.with_one(|ring| ring.read(&self.file, parts, ends, ready))
     }
 
     /// Nothing, and nothing was done, where the page cache is used, or the kernel gives no ring. What lies badly is written before its lot.
@@ -272,7 +102,7 @@ impl FileStore {
         if !self.direct {
             return None;
         }
-        self.with_ring(|ring| {
+        self.rings.with_one(|ring| {
             let mut done = Ok(());
             let written = ring.write(&self.file, &mut || {
                 let mut parts = next()?;
@@ -309,17 +139,10 @@ impl Store for FileStore {
     }
 
     fn read_at(&self, buffer: &mut [u8], offset: u64) -> io::Result<()> {
-        if !self.bounces(buffer) {
-            return self.file.read_exact_at(buffer, offset);
+        match self.bounces(buffer) {
+            true => bounce::read(&self.file, buffer, offset),
+            false => self.file.read_exact_at(buffer, offset),
         }
-        bounced(|room| {
-            for (at, piece) in (offset..).step_by(BOUNCE).zip(buffer.chunks_mut(BOUNCE)) {
-                let room = &mut room[..piece.len()];
-                self.file.read_exact_at(room, at)?;
-                piece.copy_from_slice(room);
-            }
-            Ok(())
-        })
     }
 
     /// The device has all of them in hand together. What the kernel has is taken at once; the rest it is told of before the first of them
@@ -349,17 +172,10 @@ impl Store for FileStore {
     }
 
     fn write_at(&self, bytes: &[u8], offset: u64) -> io::Result<()> {
-        if !self.bounces(bytes) {
-            return self.file.write_all_at(bytes, offset);
+        match self.bounces(bytes) {
+            true => bounce::write(&self.file, bytes, offset),
+            false => self.file.write_all_at(bytes, offset),
         }
-        bounced(|room| {
-            for (at, piece) in (offset..).step_by(BOUNCE).zip(bytes.chunks(BOUNCE)) {
-                let room = &mut room[..piece.len()];
-                room.copy_from_slice(piece);
-                self.file.write_all_at(room, at)?;
-            }
-            Ok(())
-        })
     }
 
     fn write_many_at(&self, parts: &[(u64, &[u8])]) -> io::Result<()> {
@@ -373,7 +189,7 @@ impl Store for FileStore {
     }
 
     fn overlaps(&self) -> bool {
-        self.direct && self.rings.lock().unwrap_or_else(PoisonError::into_inner).is_some()
+        self.direct && self.rings.any()
     }
 
     fn read_lots_at(&self, parts: &mut [(u64, &mut [u8])], ends: &[usize], ready: &mut Ready) -> io::Result<()> {
@@ -423,70 +239,9 @@ impl Store for FileStore {
     }
 }
 
-/// Gives `f` [`BOUNCE`] bytes of memory that begin where O_DIRECT wants them.
-fn bounced(f: impl FnOnce(&mut [u8]) -> io::Result<()>) -> io::Result<()> {
-    let mut memory = BOUNCED.take();
-    memory.resize(BOUNCE + ALIGN, 0);
-    let start = memory.as_ptr().align_offset(ALIGN).min(ALIGN);
-    let done = f(&mut memory[start..start + BOUNCE]);
-    BOUNCED.set(memory);
-    done
-}
-
-/// Bytes in memory, gone with it: for tests.
-#[derive(Default)]
-pub struct MemoryStore(Mutex<Vec<u8>>);
-
-impl MemoryStore {
-    /// A store that holds `bytes`.
-    pub fn of(bytes: Vec<u8>) -> Self {
-        Self(Mutex::new(bytes))
-    }
-
-    /// What it holds now.
-    pub fn bytes(&self) -> Vec<u8> {
-        self.held().clone()
-    }
-
-    fn held(&self) -> std::sync::MutexGuard<'_, Vec<u8>> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-}
-
-impl Store for MemoryStore {
-    fn len(&self) -> io::Result<u64> {
-        Ok(self.held().len() as u64)
-    }
-
-    fn read_at(&self, buffer: &mut [u8], offset: u64) -> io::Result<()> {
-        let held = self.held();
-        buffer.copy_from_slice(held.get(range(offset, buffer.len())).ok_or(io::ErrorKind::UnexpectedEof)?);
-        Ok(())
-    }
-
-    fn write_at(&self, bytes: &[u8], offset: u64) -> io::Result<()> {
-        let mut held = self.held();
-        held.get_mut(range(offset, bytes.len())).ok_or(io::ErrorKind::StorageFull)?.copy_from_slice(bytes);
-        Ok(())
-    }
-
-    fn sync_data(&self) -> io::Result<()> {
-        Ok(())
-    }
-
-    fn set_len(&self, bytes: u64) -> io::Result<()> {
-        self.held().resize(usize::try_from(bytes).map_err(|_| io::ErrorKind::StorageFull)?, 0);
-        Ok(())
-    }
-}
-
-fn range(offset: u64, length: usize) -> std::ops::Range<usize> {
-    let start = usize::try_from(offset).unwrap_or(usize::MAX);
-    start..start.saturating_add(length)
-}
-
 #[cfg(test)]
 mod tests {
+    use super::super::bounce::BOUNCE;
     use super::*;
 
     #[test]
@@ -540,10 +295,10 @@ mod tests {
     fn past_the_page_cache_several_transfers_are_under_way_at_once() {
         let file = tempfile::tempfile_in(".").expect("a file");
         file.set_len(2 << 20).expect("room");
-        let Ok(store) = FileStore::exclusive(file).expect("free").direct() else { return };
+        let Ok(mut store) = FileStore::exclusive(file).expect("free").direct() else { return };
         for ringless in [false, true] {
             if ringless {
-                *store.rings.lock().expect("whole") = None;
+                store.rings = Rings::none();
             }
             // More than a ring holds, in no order, every other block.
             let at = |i: usize| (i * 37 % 100) as u64 * 8192;
@@ -568,8 +323,7 @@ mod tests {
                 [0, 2 << 20, 8192].into_iter().zip(blocks.chunks_mut(ALIGN)).collect();
             assert!(store.read_many_at(&mut parts).is_err());
         }
-        let rings = store.rings.lock().expect("whole");
-        assert!(rings.is_none(), "none is made where there is none to be had");
+        assert!(!store.rings.any(), "none is made where there is none to be had");
     }
 
     /// With and without an io_uring.
@@ -578,10 +332,10 @@ mod tests {
         const LOTS: [usize; 4] = [30, 31, 60, 100];
         let file = tempfile::tempfile_in(".").expect("a file");
         file.set_len(1 << 20).expect("room");
-        let Ok(store) = FileStore::exclusive(file).expect("free").direct() else { return };
+        let Ok(mut store) = FileStore::exclusive(file).expect("free").direct() else { return };
         for ringless in [false, true] {
             if ringless {
-                *store.rings.lock().expect("whole") = None;
+                store.rings = Rings::none();
             }
             assert_eq!(store.overlaps(), !ringless);
             let at = |i: usize| (i * 37 % 100) as u64 * 8192;
