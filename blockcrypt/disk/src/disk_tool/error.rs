@@ -39,7 +39,9 @@ pub(crate) enum ToolError {
     Qemu(#[from] QemuError),
     #[error("qcow2 can't be read from or written to {0}; name a file")]
     NotAFile(PathBuf),
-    #[error("{0} and {1} are the same file; name another one to make")]
+    #[error(
+        "{0} and {1} are the same file, or {0} has the name that {1} has before it is complete; name another one to make"
+    )]
     SameFile(PathBuf, PathBuf),
     #[error("{path} is not whole: {bad} bad blocks, {problems} other problems; restore it from a copy")]
     Bad { path: PathBuf, bad: u64, problems: u64 },
