@@ -8,9 +8,13 @@ use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
+use std::thread;
+use std::time::Duration;
 
 /// Connections that wait to be accepted.
 const BACKLOG: i32 = 16;
+/// How long no client is let in when the system has no descriptors or threads left.
+pub(crate) const BREATHER: Duration = Duration::from_millis(100);
 
 /// Why there is no socket.
 #[derive(Debug, thiserror::Error)]
@@ -64,10 +68,10 @@ impl Socket {
         Ok(new)
     }
 
-    /// The next connection; `None` once any of `until` has hung up.
+    /// The next connection; `None` once any of `until` has hung up. While the system has no descriptors left, clients wait.
     ///
     /// # Errors
-    /// The system's, also when it has no descriptors left.
+    /// The system's.
     pub fn accept(&self, until: &[BorrowedFd<'_>]) -> io::Result<Option<UnixStream>> {
         while self.wait(until)? {
             match self.listener.accept() {
@@ -75,6 +79,7 @@ impl Socket {
                 // It was gone again.
                 Err(error) if matches!(error.kind(), io::ErrorKind::ConnectionAborted | io::ErrorKind::Interrupted) => {
                 }
+                Err(error) if is_shortage(&error) => thread::sleep(BREATHER),
                 Err(error) => return Err(error),
             }
         }
@@ -112,6 +117,10 @@ impl Drop for Socket {
             let _ = unlink(&self.path);
         }
     }
+}
+
+fn is_shortage(error: &io::Error) -> bool {
+    matches!(error.raw_os_error(), Some(libc::EMFILE | libc::ENFILE | libc::ENOMEM | libc::ENOBUFS))
 }
 
 /// Removes a socket on which nobody listens.

@@ -194,6 +194,26 @@ fn a_refused_anchor_is_said_and_harms_nothing() {
     }
 }
 
+/// What is not in the audit log is an error, and no reason to do it again.
+#[test]
+fn what_is_done_and_not_logged_is_said_to_be_done() {
+    let (_folder, mut keeper, volume, _) = made();
+    keeper.good(&["snapshot", "take", &volume, "--name", "one"]);
+    let ended = keeper.run_with(&["snapshot", "delete", &volume, "1"], Manner::Deaf, "");
+    let said = ended.error.lines().last().expect("a line");
+    assert!(ended.code == 4 && said.contains("it is done") && said.contains("audit log"), "{ended:?}");
+    assert_eq!(keeper.json(&["info", &volume])["snapshots"], 0);
+}
+
+/// The key provider, which would make a volume of it, is not asked.
+#[test]
+fn a_snapshot_that_is_not_there_is_not_cloned() {
+    let (folder, mut keeper, volume, _) = made();
+    let words = ["clone", &volume, &folder.name("b.vol"), "--name", "copy", "--snapshot", "7"];
+    let ended = keeper.run_with(&words, Manner::Forbids, "");
+    assert!(ended.failed(1).contains("has no snapshot 7"), "{ended:?}");
+}
+
 #[test]
 fn what_is_not_permitted_is_not_done() {
     let (_folder, mut keeper, volume, content) = made();

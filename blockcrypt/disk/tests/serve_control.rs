@@ -5,7 +5,7 @@ mod disk_support;
 use disk_support::nbd::Client;
 use disk_support::server::{LIMIT, Server};
 use disk_support::{Folder, Keeper, alone};
-use rustix::process::Signal;
+use rustix::process::{Resource, Rlimit, Signal, prlimit};
 use std::io::{Read, Write};
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixStream;
@@ -80,6 +80,44 @@ fn what_makes_no_sense_is_refused_and_the_volume_keeps_its_size() {
     assert_eq!(Client::connect(&server.socket).size, 8 * MIB);
     assert_eq!(server.stop(&mut keeper).code, 0);
     assert_eq!(keeper.json(&["info", &volume])["size"], 8 * MIB);
+}
+
+#[test]
+fn while_there_are_no_descriptors_a_resize_waits() {
+    let (folder, mut keeper) = (Folder::new(), Keeper::new());
+    let (volume, control) = (folder.name("a.vol"), folder.name("control"));
+    keeper.good(&["create", &volume, "--size", "8M"]);
+    let server = Server::start(&mut keeper, &folder, &volume, "--nbd", &["--control", &control]);
+    // It is ready, and needs none for itself any more.
+    server.running.wait_for_output();
+    // As many as it has: poll(2) takes no more than the limit, which must not become the reason.
+    let opened = |fd: &u64| std::fs::symlink_metadata(format!("/proc/{}/fd/{fd}", server.running.pid())).is_ok();
+    let all = (0..).find(|fd| !opened(fd)).expect("an end");
+    assert!(all > 5, "{all}");
+    let served = Some(server.running.pid());
+    let none = Rlimit { current: Some(all), ..rustix::process::getrlimit(Resource::Nofile) };
+    let before = prlimit(served, Resource::Nofile, none).expect("set");
+    let asked = std::thread::scope(|scope| {
+        let words = ["resize", &volume, "--size", "16M", "--served", &control];
+        let asked = scope.spawn(move || alone(&words, ""));
+        let begun = std::time::Instant::now();
+        // The connection is there, and whoever it woke has looked at it.
+        while !(connected(&control) && server.running.is_asleep()) {
+            assert!(begun.elapsed() < LIMIT, "nobody connects");
+        }
+        prlimit(served, Resource::Nofile, before).expect("set");
+        asked.join().expect("no panic")
+    });
+    assert_eq!(asked.code, 0, "{}", asked.error);
+    assert_eq!(Client::connect(&server.socket).size, 16 * MIB);
+    assert_eq!(server.stop(&mut keeper).code, 0);
+}
+
+/// Whether somebody has connected to the socket at `path`, accepted or not.
+fn connected(path: &str) -> bool {
+    let sockets = std::fs::read_to_string("/proc/net/unix").expect("a list");
+    // The one that listens, and the other end of each connection.
+    sockets.lines().filter(|line| line.ends_with(path)).count() > 1
 }
 
 #[test]

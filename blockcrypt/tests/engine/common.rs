@@ -180,7 +180,7 @@ impl Random {
     }
 }
 
-/// Seeds of random histories, each handed out once.
+/// Seeds of random histories, in order.
 #[derive(Clone)]
 pub(crate) struct Seeds {
     all: std::ops::Range<u64>,

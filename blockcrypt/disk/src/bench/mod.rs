@@ -48,6 +48,9 @@ pub enum MeasureError {
     /// Something did not come back as it was.
     #[error("{0} are not what was written")]
     Unequal(&'static str),
+    /// The system has no thread.
+    #[error("no thread for the benchmark")]
+    Thread(#[source] io::Error),
     /// A thread ended early.
     #[error("a thread of the benchmark panicked")]
     Panicked,

@@ -4,7 +4,7 @@ use super::MeasureError;
 use super::sample::Samples;
 use super::subject::Subject;
 use rustix::time::{ClockId, clock_gettime};
-use std::sync::Barrier;
+use std::sync::mpsc::{Receiver, Sender, channel};
 use std::thread;
 use std::time::Instant;
 
@@ -142,25 +142,36 @@ impl Work {
     /// Does it with `subject`. By the clock what lies between the first thread's start and the last one's end counts; of processor
     /// time also what the subject does behind that.
     pub fn run(&self, subject: &dyn Subject, size: u64, seed: u64) -> Result<Timing, MeasureError> {
-        let ready = Barrier::new(self.threads + 1);
-        let each = |thread| {
+        let (arrive, arrived) = channel::<()>();
+        let each = |thread, arrive: Sender<()>, go: Receiver<()>| {
             let offsets = self.offsets(thread, size, seed);
             // The same bytes from every subject, in memory that exists before the clock starts, at pages as a guest's buffers are.
             let mut memory = vec![0x5a; self.batch * self.bytes + 4096];
             let buffers = memory.as_ptr().align_offset(4096);
             let buffers = &mut memory[buffers..buffers + self.batch * self.bytes];
             subject.warm(self.batch * self.bytes);
-            ready.wait();
+            drop(arrive);
+            go.recv().map_err(|_| MeasureError::Panicked)?;
             let start = Instant::now();
             self.requests(subject, &offsets, buffers)?;
             Ok::<_, MeasureError>((start, Instant::now()))
         };
         let (mut done, mut core) = (Vec::new(), 0.0);
         thread::scope(|scope| {
-            let each = &each;
-            let threads: Vec<_> = (0..self.threads).map(|thread| scope.spawn(move || each(thread))).collect();
-            ready.wait();
+            let (each, arrive) = (&each, arrive);
+            let (mut threads, mut gates) = (Vec::new(), Vec::new());
+            for thread in 0..self.threads {
+                let ((gate, go), arrive) = (channel(), arrive.clone());
+                let work = move || each(thread, arrive, go);
+                // Without one, the gates close, and the others end.
+                threads.push(thread::Builder::new().spawn_scoped(scope, work).map_err(MeasureError::Thread)?);
+                gates.push(gate);
+            }
+            // Until the last one has arrived: nobody sends anything.
+            drop(arrive);
+            let _ = arrived.recv();
             core = process_time();
+            gates.iter().for_each(|gate| _ = gate.send(()));
             for thread in threads {
                 done.push(thread.join().map_err(|_| MeasureError::Panicked)??);
             }

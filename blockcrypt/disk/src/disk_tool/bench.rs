@@ -81,8 +81,9 @@ fn on_device(context: &Context, words: &Bench) -> Result<Vec<Figure>, ToolError>
     let measured = measure(context, words, part(0, volume), part(volume, size));
     // Nobody is to take what is left for a volume.
     let wiped = scratch::wipe(&store, volume).map_err(|error| ScratchError::Io(path.clone(), error));
-    let figures = measured?;
-    wiped?;
+    let overwritten = |error| ToolError::Overwritten(path.clone(), Box::new(error));
+    let figures = measured.map_err(overwritten)?;
+    wiped.map_err(|error| overwritten(error.into()))?;
     place.finish()?;
     Ok(figures)
 }

@@ -3,7 +3,7 @@
 
 use super::cli::{Erase, Rekey, Resize, Rewrap};
 use super::error::ToolError;
-use super::holder::{Handover, Holder, Leave};
+use super::holder::{Handover, Holder, HolderError, Leave};
 use super::info::Look;
 use super::progress::Progress;
 use super::report::{self, Reporter};
@@ -204,7 +204,7 @@ impl Change<'_> {
             let closed = volume.close();
             let (id, found) = (volume.id(), volume.size());
             drop(volume);
-            let done = done.map_err(failed)?;
+            let done = done?.map_err(failed)?;
             closed.map_err(failed)?;
             if size != Some(found) {
                 holder.size(id, found);
@@ -223,7 +223,7 @@ impl Change<'_> {
             })?,
             None => change(&grant, None, false)?,
         };
-        holder.finish()?;
+        finish(&holder)?;
         self.context.interrupts.done();
         Ok(done)
     }
@@ -245,7 +245,15 @@ fn told<R>(holder: &Holder, done: Result<R, ToolError>) -> Result<R, ToolError> 
         Err(error) => holder.outcome(false, &report::chain(error)),
     }
     if done.is_ok() {
-        holder.finish()?;
+        finish(holder)?;
     }
     done
+}
+
+/// Something was done: whether the audit log has all of it or not.
+fn finish(holder: &Holder) -> Result<(), ToolError> {
+    holder.finish().map_err(|error| match error {
+        HolderError::Unheard(why) => ToolError::Untold(why),
+        other => other.into(),
+    })
 }

@@ -49,7 +49,7 @@ pub(super) fn check(context: &Context, words: &Check) -> Result<(), ToolError> {
         CheckStep::Bad { lba, physical, reason } => findings.add(Finding::bad(lba, physical, reason)),
         CheckStep::Problem(text) => findings.tell(Finding::Problem(text)),
     };
-    let report = context.while_there(&handover.holder, || volume.check(&mut step));
+    let report = context.while_there(&handover.holder, || volume.check(&mut step))?;
     findings.end()?;
     let report = report.map_err(|e| ToolError::Volume(words.volume.clone(), e))?;
     let (seconds, size, id) = (progress.seconds(), volume.size(), volume.id());

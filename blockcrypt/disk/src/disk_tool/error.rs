@@ -39,7 +39,9 @@ pub(crate) enum ToolError {
     Qemu(#[from] QemuError),
     #[error("qcow2 can't be read from or written to {0}; name a file")]
     NotAFile(PathBuf),
-    #[error("{0} and {1} are the same file; name another one to make")]
+    #[error(
+        "{0} and {1} are the same file, or {0} has the name that {1} has before it is complete; name another one to make"
+    )]
     SameFile(PathBuf, PathBuf),
     #[error("{path} is not whole: {bad} bad blocks, {problems} other problems; restore it from a copy")]
     Bad { path: PathBuf, bad: u64, problems: u64 },
@@ -51,6 +53,8 @@ pub(crate) enum ToolError {
     Overwritten(PathBuf, #[source] Box<ToolError>),
     #[error("{0} is as large as it was; say --discard-tail if what lies behind the new end may be lost")]
     Tail(PathBuf, #[source] VolumeError),
+    #[error("it is done, and need not be done again, but the audit log did not take all that is to be said of it: {0}")]
+    Untold(String),
     #[error("{0} would be unreadable for ever; say --force if that is meant")]
     Unforced(PathBuf),
     #[error("the keys of {0} are retired, but its key slots are not destroyed yet; run fealty-disk erase {0} --force")]
@@ -92,7 +96,8 @@ impl ToolError {
             | Self::Inherit(_)
             | Self::Unforced(_)
             | Self::NotAFile(_) => USAGE,
-            Self::Holder(_) | Self::Make(MakeError::Anchor(_)) => REFUSED,
+            Self::Holder(HolderError::Secret(_)) => FAILED,
+            Self::Holder(_) | Self::Make(MakeError::Anchor(_)) | Self::Untold(_) => REFUSED,
             Self::Volume(_, error) => of_volume(error),
             Self::Bad { .. } | Self::Salvaged { .. } => BAD,
             Self::Overwritten(_, error) => error.code(),
@@ -118,5 +123,17 @@ fn of_volume(error: &VolumeError) -> u8 {
         | VolumeError::Anchor(_) => REFUSED,
         VolumeError::Size { .. } | VolumeError::Room { .. } | VolumeError::SnapshotName => USAGE,
         _ => FAILED,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use secretmem::SecretError;
+
+    #[test]
+    fn no_memory_for_keys_is_no_refusal() {
+        let error = SecretError::Exhausted { bytes: 4096, source: io::Error::from_raw_os_error(libc::EAGAIN) };
+        assert_eq!(ToolError::from(HolderError::from(error)).code(), FAILED);
     }
 }

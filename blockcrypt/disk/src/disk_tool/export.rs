@@ -53,25 +53,33 @@ pub(super) fn export(context: &Context, words: &Export) -> Result<(), ToolError>
         true => Reader::salvaging(&volume, context.report),
         false => Reader::strict(&volume),
     };
-    let mut progress = Progress::of("export", volume.size(), context.report.json);
-    let data = match (words.format, &sink) {
-        (Format::Qcow2, Sink::File(place)) => {
-            let exported = qemu::export(&reader, place.draft_path(), &holder, &mut progress);
-            holder.still_there()?;
-            exported.map_err(|e| ToolError::converting(&words.volume, e))?
-        }
-        _ => {
-            sink.prepare(&words.image, volume.size())?;
-            context.while_there(&holder, || copy(&reader, words, &sink, &holder, &mut progress))?
-        }
+    if words.format == Format::Raw {
+        sink.prepare(&words.image, volume.size())?;
+    }
+    let (aside, device) = (matches!(sink, Sink::Stream), matches!(sink, Sink::Device(_)));
+    let size = volume.size();
+    let export = || {
+        let mut progress = Progress::of("export", size, context.report.json);
+        let data = match (words.format, &sink) {
+            (Format::Qcow2, Sink::File(place)) => {
+                let exported = qemu::export(&reader, place.draft_path(), &holder, &mut progress);
+                holder.still_there()?;
+                exported.map_err(|e| ToolError::converting(&words.volume, e))?
+            }
+            _ => context.while_there(&holder, || copy(&reader, words, &sink, &holder, &mut progress))??,
+        };
+        let seconds = progress.seconds();
+        drop(progress);
+        let lost = reader.finish()?;
+        holder.finish()?;
+        sink.finish(&words.image)?;
+        Ok((data, seconds, lost))
     };
-    let (size, seconds) = (volume.size(), progress.seconds());
-    drop(progress);
-    let lost = reader.finish()?;
+    let (data, seconds, lost) = export().map_err(|error| match device {
+        true => ToolError::Overwritten(words.image.clone(), Box::new(error)),
+        false => error,
+    })?;
     drop(volume);
-    holder.finish()?;
-    let aside = matches!(sink, Sink::Stream);
-    sink.finish(&words.image)?;
     let id = handover.grant.volume;
     let exported = Exported { volume: id, image: &words.image, size, data, lost };
     let text = format!(

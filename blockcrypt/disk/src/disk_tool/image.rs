@@ -2,12 +2,13 @@
 
 use super::blocks::BLOCK;
 use super::size::Bytes;
-use rustix::fs::{FileType, SeekFrom, fstat, seek};
+use rustix::event::{PollFd, PollFlags, poll};
+use rustix::fs::{FileType, OFlags, SeekFrom, fcntl_getfl, fcntl_setfl, fstat, seek};
 use rustix::io::Errno;
 use std::fs::File;
 use std::io::{self, Read};
 use std::os::fd::AsFd;
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
 const SECTOR: u64 = 512;
@@ -59,7 +60,7 @@ impl Image {
         let named = |e| ImageError::Open(path.to_owned(), e);
         let file = match path.as_os_str().as_encoded_bytes() {
             b"-" => io::stdin().as_fd().try_clone_to_owned().map(File::from).map_err(named)?,
-            _ => File::open(path).map_err(named)?,
+            _ => open(path).map_err(named)?,
         };
         let stat = fstat(&file).map_err(|e| named(e.into()))?;
         let own = match FileType::from_raw_mode(stat.st_mode) {
@@ -127,6 +128,9 @@ impl Image {
         let read = if self.seekable {
             read_whole(buffer, |rest, done| self.file.read_at(rest, at + done))
         } else {
+            if at == 0 {
+                self.wait_for_writer();
+            }
             let mut file = &self.file;
             read_whole(buffer, |rest, _| file.read(rest))
         };
@@ -135,6 +139,11 @@ impl Image {
             Ok(n) => Err(ImageError::Short { path: self.path.clone(), got: at + n as u64, wanted: self.size }),
             Err(error) => Err(ImageError::Read(self.path.clone(), error)),
         }
+    }
+
+    /// A named pipe that nobody writes to yet has not ended.
+    fn wait_for_writer(&self) {
+        while let Err(Errno::INTR) = poll(&mut [PollFd::new(&self.file, PollFlags::IN)], None) {}
     }
 
     /// A pipe must end where `--size` says.
@@ -155,6 +164,13 @@ impl AsFd for Image {
     fn as_fd(&self) -> std::os::fd::BorrowedFd<'_> {
         self.file.as_fd()
     }
+}
+
+/// The file at `path`, for reading. One that is a pipe is waited for only where it is read: what comes between need not wait.
+fn open(path: &Path) -> io::Result<File> {
+    let file = File::options().read(true).custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY).open(path)?;
+    fcntl_setfl(&file, fcntl_getfl(&file)? - OFlags::NONBLOCK)?;
+    Ok(file)
 }
 
 /// Reads until `buffer` is full or nothing more comes; how many bytes came.

@@ -110,7 +110,7 @@ fn import_raw(context: &Context, words: &Import) -> Result<(), ToolError> {
                 );
             }
         };
-        context.while_there(holder, || crew::together(threads, work, || lock().over = true));
+        context.while_there(holder, || crew::together(threads, work, || lock().over = true))?;
         let Source { data, failed, .. } = source.into_inner().unwrap_or_else(PoisonError::into_inner);
         failed.map_or(Ok(data), Err)
     })
@@ -202,9 +202,8 @@ fn make_from_image(
     context.report.result(&made, &text)
 }
 
-const UNCLONED: &str = "there is no clone, and the volume is as it was; the key provider has the clone's name, and takes it from the next run";
-const UNCLONED_RECOVERED: &str =
-    "there is no clone, and the volume is whole; the key provider has the clone's name, and takes it from the next run";
+const UNCLONED: &str = "there is no clone, and the volume is as it was; the key provider may have the clone's name, and takes it from the next run";
+const UNCLONED_RECOVERED: &str = "there is no clone, and the volume is whole; the key provider may have the clone's name, and takes it from the next run";
 
 /// The same data as another volume.
 pub(super) fn clone(context: &Context, words: &Clone) -> Result<(), ToolError> {
@@ -222,21 +221,24 @@ pub(super) fn clone(context: &Context, words: &Clone) -> Result<(), ToolError> {
     if let Some(snapshot) = words.snapshot {
         request = request.with("snapshot", snapshot);
     }
+    // What can't be cloned is found before the key provider makes its part of a clone.
+    let (whole, unclosed, cut_off) = match closed || words.snapshot.is_some() {
+        true => (Some(open_snapshot(&words.volume, file, &handover, words.snapshot)?), None, UNCLONED),
+        false => (None, Some(file), UNCLONED_RECOVERED),
+    };
+    // It does that before it answers.
+    context.interrupts.changing_besides(cut_off);
     let mut data = 0;
     let (source, id) = permitted(holder, request, |leave| {
         let Leave::Clone(grant, kek) = leave else {
             return Err(HolderError::NoPermit(VolumeOperation::Clone, "it brought no volume to clone to".into()).into());
         };
-        context.interrupts.changing_besides(match closed || words.snapshot.is_some() {
-            true => UNCLONED,
-            false => UNCLONED_RECOVERED,
-        });
-        // One that was not closed in order is recovered first, as whoever opens it does.
-        let source = match closed || words.snapshot.is_some() {
-            true => open_snapshot(&words.volume, file, &handover, words.snapshot)?,
-            false => {
+        let source = match whole {
+            Some(volume) => volume,
+            // One that was not closed in order is recovered first, as whoever opens it does.
+            None => {
                 // And with it its lock.
-                drop(file);
+                drop(unclosed);
                 open_writable(&words.volume, &handover)?
             }
         };
@@ -253,8 +255,7 @@ pub(super) fn clone(context: &Context, words: &Clone) -> Result<(), ToolError> {
             let named = |e: VolumeError| ToolError::Volume(of(&e).clone(), e);
             make_room(&store, source.size(), &words.more).map_err(named)?;
             let copy = || Volume::create_clone(store, &source, grant, &kek, first, holder.clone(), &mut heard);
-            let made = context.while_there(holder, copy);
-            made.map_err(named)
+            context.while_there(holder, copy)?.map_err(named)
         });
         if id.is_err() {
             // It was opened, and is anchored as it is now.

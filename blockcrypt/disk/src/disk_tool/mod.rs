@@ -123,12 +123,12 @@ impl Context {
     }
 
     /// Does `work`, which may be long, or wait for somebody else; the process ends if the key holder leaves meanwhile.
-    fn while_there<R>(&self, holder: &Holder, work: impl FnOnce() -> R) -> R {
+    fn while_there<R>(&self, holder: &Holder, work: impl FnOnce() -> R) -> Result<R, ToolError> {
         let cut_off = |gone| {
             let gone = ToolError::from(gone);
             self.interrupts.cut_off(gone.code(), &gone.to_string())
         };
-        holder.while_there(work, cut_off)
+        holder.while_there(work, cut_off).map_err(|e| ToolError::Thread("watch over the key holder", e))
     }
 }
 

@@ -231,10 +231,11 @@ impl Published {
     }
 }
 
-/// Whether both are one file.
+/// Whether making `path` would take `one` away: they are one file, or it lies where a killed run would have left its own.
 pub(crate) fn same_file(one: &impl std::os::fd::AsFd, path: &Path) -> bool {
-    let (Ok(one), Ok(other)) = (rustix::fs::fstat(one), fs::metadata(path)) else { return false };
-    (one.st_dev, one.st_ino) == (other.dev(), other.ino())
+    let Ok(one) = rustix::fs::fstat(one) else { return false };
+    let is_one = |path: &Path| fs::metadata(path).is_ok_and(|m| (m.dev(), m.ino()) == (one.st_dev, one.st_ino));
+    is_one(path) || beside(path, "partial").is_ok_and(|temporary| is_one(&temporary))
 }
 
 fn existing(path: &Path) -> Result<Option<Metadata>, PlaceError> {

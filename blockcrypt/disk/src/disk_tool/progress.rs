@@ -17,9 +17,12 @@ static ON_SCREEN: AtomicBool = AtomicBool::new(false);
 
 /// Takes the line of progress off the terminal, if there is one: another line is to come.
 pub(crate) fn clear() {
-    if ON_SCREEN.swap(false, Ordering::Relaxed) {
-        let _ = write!(io::stderr().lock(), "\r\x1b[K");
-    }
+    let _ = io::stderr().lock().write_all(cleared().as_bytes());
+}
+
+/// What does that.
+pub(crate) fn cleared() -> &'static str {
+    if ON_SCREEN.swap(false, Ordering::Relaxed) { "\r\x1b[K" } else { "" }
 }
 
 /// Tells of one piece of work. Work that is done before the first line is due is not talked about.

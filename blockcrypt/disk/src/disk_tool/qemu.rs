@@ -19,6 +19,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, PoisonError};
+use std::thread;
 
 /// The volume as `qemu-img` names it: NBD on its descriptor 0.
 const VOLUME: &str = "driver=nbd,server.type=fd,server.str=0";
@@ -32,6 +33,8 @@ const COMPLAINT: u64 = 8192;
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum QemuError {
     #[error("qemu-img can't be run; install it (on Debian the package qemu-utils), or use a raw image")]
+    Missing(#[source] io::Error),
+    #[error("qemu-img can't be run")]
     Run(#[source] io::Error),
     #[error("qemu-img failed: {0}")]
     Failed(String),
@@ -110,7 +113,10 @@ fn convert<'a>(
         command.stdout(OwnedFd::from(theirs));
         source = Some((image, ours));
     }
-    let mut child = command.spawn().map_err(QemuError::Run)?;
+    let mut child = command.spawn().map_err(|error| match error.kind() {
+        io::ErrorKind::NotFound => QemuError::Missing(error),
+        _ => QemuError::Run(error),
+    })?;
     // It holds our copies of its descriptors.
     drop(command);
     let lent = Counted {
@@ -121,8 +127,10 @@ fn convert<'a>(
         reached: Mutex::new((progress, 0)),
         failed: Mutex::new(None),
     };
-    let complaint = attend(&lent, ours, source, &mut child, holder);
+    let attended = attend(&lent, ours, source, &mut child, holder);
+    // Where it is not attended to, it has lost its disk, and ends.
     let status = child.wait().map_err(QemuError::Run)?;
+    let complaint = attended.map_err(QemuError::Run)?;
     // What went wrong with the volume says more than what qemu-img made of it.
     if let Some(error) = lent.failed.into_inner().unwrap_or_else(PoisonError::into_inner) {
         return Err(error.into());
@@ -133,37 +141,42 @@ fn convert<'a>(
     Ok(Moved { read: lent.read.into_inner(), written: lent.written.into_inner() })
 }
 
-/// Serves until the child has no more to ask, or the holder leaves; what the child complained about.
+/// Serves until the child has no more to ask, or the holder leaves; what the child complained about. An error where the system has no
+/// threads or descriptors for that.
 fn attend(
     lent: &Counted<'_>,
     stream: UnixStream,
     source: Option<(&Qcow2, UnixStream)>,
     child: &mut Child,
     holder: &Holder,
-) -> Vec<u8> {
+) -> io::Result<Vec<u8>> {
     let mut complaint = Vec::new();
     let mut errors = child.stderr.take();
-    let Ok((over, done)) = io::pipe() else { return complaint };
-    std::thread::scope(|scope| {
-        scope.spawn(|| {
+    let (over, done) = io::pipe()?;
+    let thread = || thread::Builder::new().name("qemu-img".to_owned());
+    thread::scope(|scope| {
+        // Whoever returns early drops what the others wait for: `done`, and with the streams the child's last words.
+        let (done, stream) = (done, stream);
+        thread().spawn_scoped(scope, || {
             let mut fds = [PollFd::new(holder, PollFlags::RDHUP), PollFd::new(&over, PollFlags::RDHUP)];
             while matches!(poll(&mut fds, None), Err(rustix::io::Errno::INTR)) {}
             if !fds[0].revents().is_empty() {
                 let _ = child.kill();
             }
-        });
-        scope.spawn(|| {
+        })?;
+        thread().spawn_scoped(scope, || {
             if let Some(errors) = &mut errors {
                 let _ = errors.take(COMPLAINT).read_to_end(&mut complaint);
             }
-        });
+        })?;
         if let Some((image, stream)) = source {
-            scope.spawn(move || nbd::attend(image, "an image", stream));
+            thread().spawn_scoped(scope, move || nbd::attend(image, "an image", stream))?;
         }
         nbd::attend(lent, "a volume", stream);
         drop(done);
-    });
-    complaint
+        Ok::<_, io::Error>(())
+    })?;
+    Ok(complaint)
 }
 
 fn failed(complaint: &[u8]) -> QemuError {

@@ -2,13 +2,16 @@
 
 use super::error::ToolError;
 use super::progress;
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use serde::Serialize;
 use std::error::Error;
 use std::io::{self, Write};
 use std::sync::atomic::{AtomicBool, Ordering};
 
-/// The longest text of a line, in bytes.
+/// The longest text of a line, in bytes: however JSON has it, a pipe that has any room takes it whole.
 const LINE: usize = 2000;
+/// How long an end waits for standard error to take its line.
+const PATIENCE: Timespec = Timespec { tv_sec: 1, tv_nsec: 0 };
 
 /// Writes results: for people, or as JSON, one object a line.
 #[derive(Clone, Copy)]
@@ -62,13 +65,20 @@ pub(crate) fn speak(json: bool) {
 
 /// The line that says why the tool failed.
 pub(crate) fn failure(error: &ToolError) {
-    end(error.code(), &chain(error));
+    let message = &one_line(&chain(error), LINE);
+    tell(&Line::Error { exit: error.code(), message }, message);
 }
 
-/// The line that says why the tool ends, with exit code `exit`.
+/// The line that says why the tool is ended, with exit code `exit`. Like [`interruption`], it does not depend on who reads it.
 pub(crate) fn end(exit: u8, text: &str) {
     let message = &one_line(text, LINE);
-    tell(&Line::Error { exit, message }, message);
+    tell_at_once(&Line::Error { exit, message }, message);
+}
+
+/// What comes of an interruption.
+pub(crate) fn interruption(text: &str) {
+    let message = &one_line(text, LINE);
+    tell_at_once(&Line::Note { message }, message);
 }
 
 /// A line on standard error. Whatever it quotes can't add a second one, nor move a terminal's cursor.
@@ -84,12 +94,23 @@ pub(crate) fn note(text: &str) {
 }
 
 fn tell(line: &Line<'_>, text: &str) {
-    progress::clear();
-    let mut out = io::stderr().lock();
-    let _ = match JSON.load(Ordering::Relaxed) {
-        true => writeln!(out, "{}", serde_json::to_string(line).unwrap_or_default()),
-        false => writeln!(out, "fealty-disk: {text}"),
-    };
+    let _ = io::stderr().lock().write_all(written(line, text).as_bytes());
+}
+
+/// The same in one piece, and past the lock: standard error may be a pipe that nobody empties, at which another thread waits already.
+fn tell_at_once(line: &Line<'_>, text: &str) {
+    let out = io::stderr();
+    if let Ok(1..) = poll(&mut [PollFd::new(&out, PollFlags::OUT)], Some(&PATIENCE)) {
+        let _ = rustix::io::write(&out, written(line, text).as_bytes());
+    }
+}
+
+fn written(line: &Line<'_>, text: &str) -> String {
+    let cleared = progress::cleared();
+    match JSON.load(Ordering::Relaxed) {
+        true => format!("{cleared}{}\n", serde_json::to_string(line).unwrap_or_default()),
+        false => format!("{cleared}fealty-disk: {text}\n"),
+    }
 }
 
 /// An error and its causes.

@@ -42,8 +42,9 @@ pub(super) fn serve(context: &Context, words: &Serve) -> Result<(), ToolError> {
     let file = options.open(path).map_err(|e| ToolError::Open(path.clone(), e))?;
     let Handover { mut grant, kek, holder, .. } = context.handover("serve")?;
     grant.anchor_mode = words.anchor_mode.into();
-    let socket = Socket::listen(words.socket())?;
+    // Whoever waits for the disk's socket finds this one there.
     let control = words.control.as_deref().map(Socket::listen).transpose()?;
+    let socket = Socket::listen(words.socket())?;
     let again = file.try_clone().map_err(|e| ToolError::Open(path.clone(), e))?;
     let store = if words.read_only { FileStore::shared(file) } else { FileStore::exclusive(file) }.map_err(failed)?;
     // Clients come back to the next server, and know of no crash.

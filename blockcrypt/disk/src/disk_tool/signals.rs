@@ -19,8 +19,8 @@ enum Stage {
     Nothing,
     /// A temporary file is being written; what is to be said of the rest, once that is gone.
     Draft(PathBuf, &'static str),
-    /// A device is being written.
-    Device(PathBuf),
+    /// A device is being written; what is to be said of the rest.
+    Device(PathBuf, Option<&'static str>),
     /// A volume is being changed in its place; what is to be said of one that is cut off.
     Changing(&'static str),
     /// It gets its name and its anchor: too late to go back, and soon over. Whether an interruption was asked for.
@@ -62,12 +62,18 @@ impl Interrupts {
     pub(crate) fn changing_besides(&self, rest: &'static str) {
         match &mut *self.stage() {
             Stage::Draft(_, said) => *said = rest,
+            Stage::Device(_, said) => *said = Some(rest),
             stage => *stage = Stage::Changing(rest),
         }
     }
 
     pub(crate) fn overwriting(&self, device: &Path) {
-        *self.stage() = Stage::Device(device.to_owned());
+        let mut stage = self.stage();
+        let rest = match *stage {
+            Stage::Changing(rest) => Some(rest),
+            _ => None,
+        };
+        *stage = Stage::Device(device.to_owned(), rest);
     }
 
     /// A volume is changed in its place from now on; `cut_off` says how it is when that is interrupted.
@@ -109,13 +115,13 @@ impl Interrupts {
         match &mut *stage {
             Stage::Committing(asked @ false) => {
                 *asked = true;
-                report::line(
+                report::interruption(
                     "interrupted while the work is being committed: it ends at once; a second time leaves it open",
                 );
             }
             Stage::Serving(asked @ Some(_)) => {
                 *asked = None;
-                report::line(
+                report::interruption(
                     "ending: requests in flight are finished, then the volume is closed; a second time ends at once",
                 );
             }
@@ -140,7 +146,10 @@ impl Stage {
                 Ok(()) => (*rest).to_owned(),
                 Err(error) => format!("{} is left, remove it: {error}; {rest}", temporary.display()),
             },
-            Self::Device(device) => format!("{} may be overwritten in part", device.display()),
+            Self::Device(device, rest) => {
+                let rest = rest.map(|rest| format!("; {rest}")).unwrap_or_default();
+                format!("{} may be overwritten in part{rest}", device.display())
+            }
             Self::Changing(cut_off) => (*cut_off).to_owned(),
             Self::Committing(_) => "the file is in its place, but whether its anchor is kept is not known".to_owned(),
             Self::Serving(_) => "the volume was not closed in order, which loses nothing that was flushed".to_owned(),
@@ -175,4 +184,27 @@ fn next(signals: &libc::sigset_t) -> Option<c_int> {
     // SAFETY: both pointers are to live values; the set was initialised by sigemptyset.
     let error = unsafe { libc::sigwait(signals, &raw mut signal) };
     (error == 0).then_some(signal)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_device_and_what_else_was_changed_are_both_named() {
+        let device = Path::new("/dev/some");
+        for order in [[true, false], [false, true]] {
+            let interrupts = Interrupts::default();
+            for first in order {
+                match first {
+                    true => interrupts.overwriting(device),
+                    false => interrupts.changing_besides("the rest"),
+                }
+            }
+            assert_eq!(interrupts.stage().left(), "/dev/some may be overwritten in part; the rest");
+        }
+        let interrupts = Interrupts::default();
+        interrupts.overwriting(device);
+        assert_eq!(interrupts.stage().left(), "/dev/some may be overwritten in part");
+    }
 }

@@ -24,6 +24,7 @@ mod intake;
 pub(crate) mod parsing;
 mod wire;
 
+use crate::socket::BREATHER;
 use crate::{Disk, Socket};
 use connection::Connection;
 use std::collections::HashMap;
@@ -41,8 +42,6 @@ const CLIENTS: usize = 16;
 const HANDSHAKE: Duration = Duration::from_secs(30);
 /// How long a client may take to take in its last replies when the server ends.
 const FAREWELL: Duration = Duration::from_secs(10);
-/// How long no client is let in when the system has no descriptors or threads left.
-const BREATHER: Duration = Duration::from_millis(100);
 
 /// What clients are told of the disk.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -79,7 +78,6 @@ pub fn serve(disk: &dyn Disk, description: &str, socket: Socket, until: &[Borrow
                         thread::sleep(BREATHER);
                     }
                 }
-                Err(error) if is_shortage(&error) => thread::sleep(BREATHER),
                 Err(error) => break Err(error),
             }
         };
@@ -95,10 +93,6 @@ pub fn attend(disk: &dyn Disk, description: &str, stream: UnixStream) {
     if let Some(guest) = Clients::default().admit(stream) {
         guest.attend(disk, &export);
     }
-}
-
-fn is_shortage(error: &io::Error) -> bool {
-    matches!(error.raw_os_error(), Some(libc::EMFILE | libc::ENFILE | libc::ENOMEM | libc::ENOBUFS))
 }
 
 /// The streams of all clients, by number.

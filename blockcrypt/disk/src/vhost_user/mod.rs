@@ -29,6 +29,7 @@ pub(crate) mod request;
 mod ring;
 mod signal;
 
+use crate::socket::BREATHER;
 use crate::{Disk, Socket};
 use backend::Backend;
 use rustix::event::{PollFd, PollFlags, poll};
@@ -38,16 +39,12 @@ use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
 use std::thread;
-use std::time::Duration;
 use vhost::vhost_user::{Error as ProtocolError, Listener};
 use vhost_user_backend::{Error as DaemonError, VhostUserDaemon};
 use vm_memory::{GuestMemoryAtomic, GuestMemoryMmap};
 
 /// Queues that a device may have.
 pub const QUEUES: std::ops::RangeInclusive<u16> = 1..=16;
-
-/// How long no front end is let in when the system has no descriptors or threads left.
-const BREATHER: Duration = Duration::from_millis(100);
 
 /// What a device is besides its disk.
 #[derive(Clone, Debug)]

@@ -59,6 +59,8 @@ pub(crate) enum Manner {
     Slow,
     /// Permits no operation.
     Forbids,
+    /// Lets whoever asks for permission wait.
+    Ponders,
 }
 
 /// How a run ended.
@@ -201,7 +203,7 @@ impl Running {
         self.line.as_ref().expect("there").shutdown(std::net::Shutdown::Both).expect("shut down");
     }
 
-    /// How many anchors it has sent.
+    /// How many anchors it has sent, or permissions that it waits for.
     pub(crate) fn anchors(&self) -> usize {
         self.told.load(Ordering::Acquire)
     }
@@ -307,6 +309,10 @@ fn hold(
                     std::thread::sleep(Duration::from_millis(300));
                 }
                 if matches!(manner, Manner::Deaf) { refusal } else { HolderAnswer::Kept }
+            }
+            ToolMessage::Operation(_) if matches!(manner, Manner::Ponders) => {
+                told.fetch_add(1, Ordering::Release);
+                continue;
             }
             ToolMessage::Operation(request) => {
                 let permitted = permit(&request, handover, manner, ended);
@@ -414,6 +420,39 @@ impl Folder {
     pub(crate) fn write(&self, name: &str, content: &[u8]) -> String {
         std::fs::write(self.path(name), content).expect("written");
         self.name(name)
+    }
+}
+
+/// A block device: a loop device over a file that goes with it.
+pub(crate) struct Device {
+    name: String,
+    _file: tempfile::NamedTempFile,
+}
+
+impl Device {
+    /// One of `bytes`; none where the kernel has no loop devices, or keeps them for root.
+    pub(crate) fn new(bytes: u64) -> Option<Self> {
+        if let Err(error) = std::fs::File::options().read(true).write(true).open("/dev/loop-control") {
+            let excused = error.kind() == std::io::ErrorKind::NotFound || !rustix::process::geteuid().is_root();
+            assert!(excused, "/dev/loop-control: {error}");
+            eprintln!("NOT TESTED: no block device to be had: {error}");
+            return None;
+        }
+        let file = tempfile::NamedTempFile::new_in(".").expect("a file");
+        file.as_file().set_len(bytes).expect("room");
+        let path = file.path().to_str().expect("text");
+        let name = server::system("losetup", &["--find", "--show", path]).trim().to_owned();
+        Some(Self { name, _file: file })
+    }
+
+    pub(crate) fn name(&self) -> &str {
+        &self.name
+    }
+}
+
+impl Drop for Device {
+    fn drop(&mut self) {
+        let _ = Command::new("losetup").args(["--detach", &self.name]).status();
     }
 }
 

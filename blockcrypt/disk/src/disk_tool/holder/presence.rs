@@ -3,6 +3,7 @@
 use super::Holder;
 use super::error::HolderError;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
@@ -25,10 +26,17 @@ impl Holder {
 
     /// Does `work`, which may be long and tell the holder nothing, and has it `cut_off` if the holder leaves meanwhile: the volume
     /// may be another's then, and what he writes would be written over.
-    pub(crate) fn while_there<R>(&self, work: impl FnOnce() -> R, cut_off: impl FnOnce(HolderError) + Send) -> R {
+    ///
+    /// # Errors
+    /// The system's, if it has no thread to watch: then nothing is done.
+    pub(crate) fn while_there<R>(
+        &self,
+        work: impl FnOnce() -> R,
+        cut_off: impl FnOnce(HolderError) + Send,
+    ) -> io::Result<R> {
         let over = AtomicBool::new(false);
         thread::scope(|scope| {
-            let watch = scope.spawn(|| {
+            let watch = || {
                 while !over.load(Ordering::Acquire) {
                     thread::park_timeout(LOOK);
                     let Err(gone) = self.still_there() else { continue };
@@ -39,12 +47,22 @@ impl Holder {
                     }
                     return;
                 }
-            });
-            let done = work();
-            over.store(true, Ordering::Release);
-            watch.thread().unpark();
-            done
+            };
+            let watch = thread::Builder::new().name("holder".to_owned()).spawn_scoped(scope, watch)?;
+            let _over = Over(&over, watch.thread());
+            Ok(work())
         })
+    }
+}
+
+/// Says when work is over, also where it panics, lest it be watched for ever.
+struct Over<'a>(&'a AtomicBool, &'a thread::Thread);
+
+impl Drop for Over<'_> {
+    fn drop(&mut self) {
+        let Self(over, watch) = self;
+        over.store(true, Ordering::Release);
+        watch.unpark();
     }
 }
 
@@ -59,6 +77,7 @@ impl AsFd for Holder {
 mod tests {
     use super::*;
     use std::os::unix::net::UnixStream;
+    use std::panic::{AssertUnwindSafe, catch_unwind};
     use std::sync::mpsc::RecvTimeoutError;
 
     #[test]
@@ -77,9 +96,18 @@ mod tests {
         let (told, heard) = std::sync::mpsc::channel();
         let cut_off = |gone: HolderError| told.send(gone.to_string()).expect("somebody hears");
         let pause = 2 * (LOOK + GRACE);
-        assert_eq!(holder.while_there(|| heard.recv_timeout(pause), cut_off), Err(RecvTimeoutError::Timeout));
+        let waited = holder.while_there(|| heard.recv_timeout(pause), cut_off).expect("watched");
+        assert_eq!(waited, Err(RecvTimeoutError::Timeout));
         drop(theirs);
-        let said = holder.while_there(|| heard.recv(), cut_off).expect("cut off");
+        let said = holder.while_there(|| heard.recv(), cut_off).expect("watched").expect("cut off");
         assert!(said.contains("the key holder is gone"), "{said}");
+    }
+
+    #[test]
+    fn work_that_panics_is_watched_no_longer() {
+        let (ours, _theirs) = UnixStream::pair().expect("a pair");
+        let holder = Holder::new(ours).expect("a holder");
+        let panics = || holder.while_there(|| panic!("its own"), |_| ());
+        assert!(catch_unwind(AssertUnwindSafe(panics)).is_err());
     }
 }
