@@ -72,7 +72,7 @@ pub use open::{OpenOptions, PlainInfo, inspect, make_room};
 pub use slots::erase;
 pub use snapshots::SnapshotInfo;
 
-/// Dirty pages at which a checkpoint is due: 4 MiB of them. At twice as many requests don't wait for others to make it.
+/// Dirty pages at most, 4 MiB of them, also while a checkpoint is under way. At three quarters of that the next one is due.
 const DIRTY_PAGES: usize = 1024;
 /// Time after which a checkpoint is due.
 const CHECKPOINT_EVERY: Duration = Duration::from_secs(60);
