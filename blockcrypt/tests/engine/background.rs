@@ -133,9 +133,15 @@ fn a_volume_that_is_dropped_leaves_its_store_at_rest() {
     store.hang(Hangs::Syncs);
     (1..DUE).for_each(|number| write(&volume, number));
     store.wait_until_one_hangs();
+    drop_at_work(volume, &store);
+    check_good(&provider.open(sim).expect("opens"));
+}
+
+/// Drops a volume whose thread waits for the store, which answers then.
+fn drop_at_work<S: Store>(volume: Volume, store: &Arc<Hanging<S>>) {
     let gone = AtomicBool::new(false);
     std::thread::scope(|scope| {
-        let _hung = LetThrough(&*store);
+        let _hung = LetThrough(&**store);
         scope.spawn(|| {
             drop(volume);
             gone.store(true, Ordering::Release);
@@ -143,8 +149,28 @@ fn a_volume_that_is_dropped_leaves_its_store_at_rest() {
         std::thread::sleep(Duration::from_millis(50));
         assert!(!gone.load(Ordering::Acquire), "its thread is at the store");
     });
-    assert_eq!(Arc::strong_count(&store), 1);
-    check_good(&provider.open(sim).expect("opens"));
+    assert_eq!(Arc::strong_count(store), 1);
+}
+
+#[test]
+fn one_whose_thread_is_at_a_deletion_too() {
+    let provider = Provider::new(AnchorMode::Close);
+    let store = Hanging::over(Arc::new(Thin::default()));
+    let size = 256 * MIB;
+    provider.create(store.clone(), size).expect("a volume").close().expect("closed");
+    let volume = provider.open(store.clone()).expect("opens");
+    let write = |number| volume.write(number * LEAF * BLOCK as u64, &content(number)).expect("written");
+    // More leaves than one step of it visits.
+    let leaves = size / BLOCK as u64 / LEAF;
+    (0..leaves).for_each(write);
+    let id = volume.take_snapshot("one").expect("taken");
+    (0..leaves).for_each(write);
+    volume.delete_snapshot(id, &mut |_, _| volume.wipe_keys()).expect_err("its keys are gone after a step");
+    store.hang(Hangs::Syncs);
+    volume.put_back_keys(&provider.kek()).expect("the same");
+    store.wait_until_one_hangs();
+    drop_at_work(volume, &store);
+    check_good(&provider.open(store).expect("opens"));
 }
 
 /// A store that takes nothing from a volume's own thread.
