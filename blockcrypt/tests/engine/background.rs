@@ -264,7 +264,10 @@ impl Store for Thin {
     }
     fn write_at(&self, bytes: &[u8], offset: u64) -> io::Result<()> {
         let mut blocks = bytes.chunks(BLOCK).zip(offset / BLOCK as u64..);
-        blocks.try_for_each(|(bytes, number)| Ok(lock(&self.0).block(number)?.copy_from_slice(bytes)))
+        blocks.try_for_each(|(bytes, number)| {
+            lock(&self.0).block(number)?.copy_from_slice(bytes);
+            Ok(())
+        })
     }
     fn sync_data(&self) -> io::Result<()> {
         Ok(())
