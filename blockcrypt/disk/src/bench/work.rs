@@ -142,7 +142,7 @@ impl Work {
     /// Does it with `subject`. By the clock what lies between the first thread's start and the last one's end counts; of processor
     /// time also what the subject does behind that.
     pub fn run(&self, subject: &dyn Subject, size: u64, seed: u64) -> Result<Timing, MeasureError> {
-        let ready = Barrier::new(self.threads + 1);
+        let (ready, begin) = (Barrier::new(self.threads + 1), Barrier::new(self.threads + 1));
         let each = |thread| {
             let offsets = self.offsets(thread, size, seed);
             // The same bytes from every subject, in memory that exists before the clock starts, at pages as a guest's buffers are.
@@ -151,6 +151,7 @@ impl Work {
             let buffers = &mut memory[buffers..buffers + self.batch * self.bytes];
             subject.warm(self.batch * self.bytes);
             ready.wait();
+            begin.wait();
             let start = Instant::now();
             self.requests(subject, &offsets, buffers)?;
             Ok::<_, MeasureError>((start, Instant::now()))
@@ -160,7 +161,9 @@ impl Work {
             let each = &each;
             let threads: Vec<_> = (0..self.threads).map(|thread| scope.spawn(move || each(thread))).collect();
             ready.wait();
+            // Not after they have begun, which may be long before this thread goes on.
             core = process_time();
+            begin.wait();
             for thread in threads {
                 done.push(thread.join().map_err(|_| MeasureError::Panicked)??);
             }
@@ -224,6 +227,38 @@ fn scattered(n: u64) -> u64 {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// Each write takes some time of the processor's.
+    #[derive(Default)]
+    struct Busy(std::sync::Mutex<f64>);
+
+    impl Subject for Busy {
+        fn read(&self, _parts: &mut [(u64, &mut [u8])]) -> Result<(), MeasureError> {
+            Ok(())
+        }
+
+        fn write(&self, _parts: &[(u64, &[u8])]) -> Result<(), MeasureError> {
+            let begun = thread_time();
+            while thread_time() - begun < 1e-4 {}
+            *self.0.lock().expect("no panic") += thread_time() - begun;
+            Ok(())
+        }
+
+        fn flush(&self) -> Result<(), MeasureError> {
+            Ok(())
+        }
+    }
+
+    #[test]
+    fn all_processor_time_of_its_threads_counts() {
+        let work = small("busy", true, 32, 1, None);
+        for round in 0..4 {
+            let busy = Busy::default();
+            let timing = work.run(&busy, 64 << 20, round).expect("done");
+            let spent = *busy.0.lock().expect("no panic");
+            assert!(timing.core >= spent, "{} of {spent} s", timing.core);
+        }
+    }
 
     #[test]
     fn requests_lie_inside_and_each_thread_has_its_own() {
