@@ -48,8 +48,8 @@ impl Occasion {
     }
 }
 
-/// Spare blocks that are asked for at once, at most: 5 MiB.
-const SPARES: u64 = 1280;
+/// Spare blocks that are asked for at once, at most: 8.25 MiB, what a checkpoint takes for as many pages as may be dirty, and those above.
+const SPARES: u64 = 2 * DIRTY_PAGES as u64 + 64;
 /// How often a checkpoint hands the log what others add to it, before it takes the rest itself.
 const HAND_OVERS: u32 = 8;
 
@@ -299,6 +299,10 @@ impl Shared {
     pub(super) fn write_checkpoint(&self, group: &MutexGuard<'_, ()>, occasion: Occasion) -> Result<(), VolumeError> {
         let from = &self.backing;
         let mut plan = self.freeze(occasion)?;
+        if occasion == Occasion::Running {
+            // What keeps it from that is told when this is done, if it still does.
+            let _ = self.look_ahead(group);
+        }
         let block = match plan.write(from) {
             Ok(block) => block,
             Err(error) => {
@@ -351,15 +355,34 @@ impl Shared {
         }
     }
 
-    /// Sees to it that pages find room in a store that runs full.
-    pub(super) fn top_up(&self, _group: &MutexGuard<'_, ()>) -> Result<(), VolumeError> {
+    /// Whether the next checkpoint finds room for what requests change during this one is known before they do.
+    fn look_ahead(&self, group: &MutexGuard<'_, ()>) -> Result<(), VolumeError> {
+        let have = self.with_core(|core| Ok(core.space.spare() as u64 + core.space.free_in_zone(&mut core.forest)?))?;
         let target = spares(&self.backing);
+        if have < target as u64 { self.reserve_spares(target, group) } else { Ok(()) }
+    }
+
+    /// Sees to it that pages find room in a store that runs full.
+    pub(super) fn top_up(&self, group: &MutexGuard<'_, ()>) -> Result<(), VolumeError> {
+        let target = spares(&self.backing);
+        // A store that was full is asked until it has room for all.
+        let enough = if self.core()?.tight { target } else { target / 2 + 1 };
+        self.reserve_spares(enough, group)
+    }
+
+    /// Has the store set room aside until `enough` blocks are spare.
+    fn reserve_spares(&self, enough: usize, _group: &MutexGuard<'_, ()>) -> Result<(), VolumeError> {
+        let target = spares(&self.backing);
+        let tight = self.core()?.tight;
         loop {
             let run = self.with_core(|core| {
                 let (spare, near) = (core.space.spare(), self.backing.geometry().zone().end);
+                if spare >= enough {
+                    core.tight &= spare < target;
+                    return Ok(None);
+                }
                 // Not the last blocks of the pool: these are for data.
-                let room = core.free_for_data(&self.backing) > 2 * target as u64;
-                if spare > target / 2 || !room {
+                if core.free_for_data(&self.backing) <= 2 * target as u64 {
                     return Ok(None);
                 }
                 core.space.reserve(near, (target - spare) as u64, &mut core.forest).map(Some)
@@ -371,7 +394,9 @@ impl Shared {
             core.tight = found.is_err();
             if let Err(error) = found {
                 core.space.unreserve(run);
-                self.backing.events.note(&format!("the volume's store is full, writes may fail: {error}"));
+                if !tight {
+                    self.backing.events.note(&format!("the volume's store is full, writes may fail: {error}"));
+                }
                 return Ok(());
             }
             core.space.add_spare(run);
@@ -388,15 +413,14 @@ impl Core {
     /// Whether a checkpoint is due before more is written.
     pub(super) fn due(&self, from: &Backing) -> Due {
         let (dirty, full) = (self.forest.dirty(), self.log.free() < 2 * super::write::LOG_ROOM);
-        // Once one is under way, only a log that is nearly full waits for it.
+        // What changes while one is under way is the next one's, which must find room in memory, in the store and in the log as this one did.
         let now = full
-            || !self.checkpointing
-                && (dirty >= 2 * DIRTY_PAGES
-                    || (self.tight && dirty >= DIRTY_PAGES / 32)
-                    || self.written - self.superblock.slot.written >= unlogged_bound(from));
+            || dirty >= DIRTY_PAGES
+            || self.written - self.superblock.slot.written >= unlogged_bound(from)
+            || !self.checkpointing && self.tight && dirty >= DIRTY_PAGES / 32;
         if now || self.superblock.clean {
             Due::Now
-        } else if !self.checkpointing && (self.log.wants_checkpoint() || dirty >= DIRTY_PAGES) {
+        } else if !self.checkpointing && (self.log.wants_checkpoint() || dirty >= DIRTY_PAGES / 4 * 3) {
             Due::Soon
         } else {
             Due::NotYet

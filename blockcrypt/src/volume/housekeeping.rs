@@ -15,8 +15,8 @@ const LONGEST_PAUSE: u32 = 300;
 pub(super) struct Housekeeper {
     orders: Mutex<Orders>,
     changed: Condvar,
-    /// Held by the thread while it has the volume for a checkpoint.
-    checkpoint: Mutex<()>,
+    /// Held by the thread while it has the volume.
+    work: Mutex<()>,
 }
 
 #[derive(Default)]
@@ -46,22 +46,23 @@ impl Housekeeper {
         self.changed.notify_all();
     }
 
-    /// The thread ends, and is at no checkpoint any more when this returns: whoever opens the store next finds it at rest and let go of.
-    /// It may wait for the provider's answer until then, but without the volume.
+    /// The thread ends, and has let go of the volume when this returns: whoever opens the store next finds it at rest and unlocked. It may
+    /// wait for the provider's answer for longer, but without the volume.
     pub(super) fn stop(&self) {
         self.orders().stop = true;
         self.changed.notify_all();
-        drop(self.at_checkpoint());
+        drop(self.at_work());
     }
 
-    fn at_checkpoint(&self) -> MutexGuard<'_, ()> {
-        self.checkpoint.lock().unwrap_or_else(PoisonError::into_inner)
+    fn at_work(&self) -> MutexGuard<'_, ()> {
+        self.work.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Returns when no checkpoint is asked for any more.
+    /// Returns when no checkpoint is asked for any more, and the thread does nothing else with the volume.
     pub(super) fn rest(&self) {
         let busy = |orders: &mut Orders| !orders.stop && orders.asked > orders.answered;
         drop(self.changed.wait_while(self.orders(), busy));
+        drop(self.at_work());
     }
 
     /// Sleeps until `round`, or until there is something else to do: how many checkpoints were ever asked for. `None` once it is to end.
@@ -79,7 +80,7 @@ impl Housekeeper {
         let mut round = Instant::now() + INTERVAL;
         while let Some(asked) = self.sleep(round) {
             if asked > self.orders().answered {
-                self.checkpoint(volume, Shared::asked_checkpoint);
+                self.with(volume, Shared::asked_checkpoint);
                 self.orders().answered = asked;
                 self.changed.notify_all();
             }
@@ -88,23 +89,24 @@ impl Housekeeper {
             }
             round = Instant::now() + INTERVAL;
             anchoring.tick();
-            self.checkpoint(volume, Shared::timed_checkpoint);
-            let Some(shared) = volume.upgrade() else { return };
+            self.with(volume, Shared::timed_checkpoint);
             if left > 0 {
                 left -= 1;
-            } else {
-                pause = if shared.timed_deletion(pause > 0) { 0 } else { (2 * pause + 1).min(LONGEST_PAUSE) };
-                left = pause;
+                continue;
             }
+            let Some(done) = self.with(volume, |volume| volume.timed_deletion(pause > 0)) else { return };
+            pause = if done { 0 } else { (2 * pause + 1).min(LONGEST_PAUSE) };
+            left = pause;
         }
     }
 
-    fn checkpoint(&self, volume: &Weak<Shared>, make: impl FnOnce(&Shared)) {
-        let _held = self.at_checkpoint();
-        if !self.orders().stop
-            && let Some(volume) = volume.upgrade()
-        {
-            make(&volume);
+    /// Does `work` with the volume; nothing once it is to end.
+    fn with<R>(&self, volume: &Weak<Shared>, work: impl FnOnce(&Shared) -> R) -> Option<R> {
+        let _held = self.at_work();
+        if self.orders().stop {
+            return None;
         }
+        let volume = volume.upgrade()?;
+        Some(work(&volume))
     }
 }

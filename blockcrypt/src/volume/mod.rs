@@ -23,7 +23,7 @@
 //! Locks, in the order in which they are taken: `gate` (held by each request that changes something, shared; and alone by what
 //! must not meet one: a snapshot, a resize, `close`), `ranges` (two requests that change the same blocks follow each other),
 //! `flushing` (one FLUSH or checkpoint at a time), `logging` (one writer of the log), `core` (map, free space, log), then either the keys' (over a computation, never
-//! over I/O) or the anchors'. The volume's own thread holds one more over its checkpoints, before all others. [`Volume::wipe_keys`] takes only the last two, so that no store and no provider can delay it.
+//! over I/O) or the anchors'. The volume's own thread holds one more while it has the volume, before all others. [`Volume::wipe_keys`] takes only the last two, so that no store and no provider can delay it.
 //!
 //! Requests share `core` alone, and hold it over look-ups in memory: neither a cipher nor the store is used under it. Where
 //! memory misses a page of the map, the lock is let go, the page fetched and verified, and the request tries again.
@@ -72,7 +72,7 @@ pub use open::{OpenOptions, PlainInfo, inspect, make_room};
 pub use slots::erase;
 pub use snapshots::SnapshotInfo;
 
-/// Dirty pages at which a checkpoint is due: 4 MiB of them. At twice as many requests don't wait for others to make it.
+/// Dirty pages at most, 4 MiB of them, also while a checkpoint is under way. At three quarters of that the next one is due.
 const DIRTY_PAGES: usize = 1024;
 /// Time after which a checkpoint is due.
 const CHECKPOINT_EVERY: Duration = Duration::from_secs(60);
@@ -258,7 +258,7 @@ impl Volume {
         self.shared.checkpoint()
     }
 
-    /// Returns when the volume's own thread is at no checkpoint: what requests have cost is spent then.
+    /// Returns when the volume's own thread does nothing with it: what requests have cost is spent then.
     pub fn rest(&self) {
         self.shared.housekeeper.rest();
     }

@@ -1,9 +1,10 @@
 //! Checkpoints that the volume's own thread makes while requests go on.
 
 use crate::common::{MIB, Provider, Random, SimStore, check_good, lock, options};
-use crate::hanging::{Hanging, Hangs};
+use crate::hanging::{Hanging, Hangs, LetThrough};
 use fealty_blockcrypt::{OpenOptions, Store, Volume};
 use policy::AnchorMode;
+use std::collections::HashMap;
 use std::io;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
@@ -72,22 +73,22 @@ fn writes_wait_for_no_checkpoint_as_long_as_the_log_lasts() {
         let volume = open(&provider, &store, OpenOptions { outlive, ..OpenOptions::default() });
         write(&volume, 0);
         store.hang(Hangs::Syncs);
-        let written = AtomicU64::new(1);
+        (1..DUE).for_each(|number| write(&volume, number));
+        // The checkpoint waits for the store.
+        store.wait_until_one_hangs();
+        let written = AtomicU64::new(DUE);
         std::thread::scope(|scope| {
+            let hung = LetThrough(&*store);
             let writer = scope.spawn(|| {
                 while written.load(Ordering::Relaxed) < COUNT {
                     write(&volume, written.load(Ordering::Relaxed));
                     written.fetch_add(1, Ordering::Relaxed);
                 }
             });
-            // The checkpoint waits for the store.
-            store.wait_until_one_hangs();
-            let then = written.load(Ordering::Relaxed);
-            assert!(then <= DUE, "{then}");
-            eventually("writes go on", || written.load(Ordering::Relaxed) >= then + 500);
+            eventually("writes go on", || written.load(Ordering::Relaxed) >= DUE + 500);
             let most = settled(&written);
             assert!(most < LOG, "{most} writes, and the log has room for {LOG}");
-            store.hang(Hangs::Not);
+            drop(hung);
             writer.join().expect("no panic");
         });
         volume.flush().expect("flushed");
@@ -132,18 +133,44 @@ fn a_volume_that_is_dropped_leaves_its_store_at_rest() {
     store.hang(Hangs::Syncs);
     (1..DUE).for_each(|number| write(&volume, number));
     store.wait_until_one_hangs();
+    drop_at_work(volume, &store);
+    check_good(&provider.open(sim).expect("opens"));
+}
+
+/// Drops a volume whose thread waits for the store, which answers then.
+fn drop_at_work<S: Store>(volume: Volume, store: &Arc<Hanging<S>>) {
     let gone = AtomicBool::new(false);
     std::thread::scope(|scope| {
+        let _hung = LetThrough(&**store);
         scope.spawn(|| {
             drop(volume);
             gone.store(true, Ordering::Release);
         });
         std::thread::sleep(Duration::from_millis(50));
         assert!(!gone.load(Ordering::Acquire), "its thread is at the store");
-        store.hang(Hangs::Not);
     });
-    assert_eq!(Arc::strong_count(&store), 1);
-    check_good(&provider.open(sim).expect("opens"));
+    assert_eq!(Arc::strong_count(store), 1);
+}
+
+#[test]
+fn one_whose_thread_is_at_a_deletion_too() {
+    let provider = Provider::new(AnchorMode::Close);
+    let store = Hanging::over(Arc::new(Thin::default()));
+    let size = 256 * MIB;
+    provider.create(store.clone(), size).expect("a volume").close().expect("closed");
+    let volume = provider.open(store.clone()).expect("opens");
+    let write = |number| volume.write(number * LEAF * BLOCK as u64, &content(number)).expect("written");
+    // More leaves than one step of it visits.
+    let leaves = size / BLOCK as u64 / LEAF;
+    (0..leaves).for_each(write);
+    let id = volume.take_snapshot("one").expect("taken");
+    (0..leaves).for_each(write);
+    volume.delete_snapshot(id, &mut |_, _| volume.wipe_keys()).expect_err("its keys are gone after a step");
+    store.hang(Hangs::Syncs);
+    volume.put_back_keys(&provider.kek()).expect("the same");
+    store.wait_until_one_hangs();
+    drop_at_work(volume, &store);
+    check_good(&provider.open(store).expect("opens"));
 }
 
 /// A store that takes nothing from a volume's own thread.
@@ -200,4 +227,134 @@ fn one_that_fails_is_told_once_and_made_by_who_needs_it() {
     drop(volume);
     sim.crash(&mut Random(2));
     check(&provider.open(sim).expect("opens"), end);
+}
+
+/// A store as long as it need be, of which only the blocks are there that were written; it runs full.
+#[derive(Default)]
+struct Thin(Mutex<Blocks>);
+
+#[derive(Default)]
+struct Blocks {
+    length: u64,
+    held: HashMap<u64, Vec<u8>>,
+    full: bool,
+}
+
+impl Blocks {
+    fn block(&mut self, number: u64) -> io::Result<&mut Vec<u8>> {
+        if self.full && !self.held.contains_key(&number) {
+            return Err(io::ErrorKind::StorageFull.into());
+        }
+        Ok(self.held.entry(number).or_insert_with(|| vec![0; BLOCK]))
+    }
+}
+
+impl Store for Thin {
+    fn len(&self) -> io::Result<u64> {
+        Ok(lock(&self.0).length)
+    }
+    fn read_at(&self, buffer: &mut [u8], offset: u64) -> io::Result<()> {
+        for (buffer, number) in buffer.chunks_mut(BLOCK).zip(offset / BLOCK as u64..) {
+            match lock(&self.0).held.get(&number) {
+                Some(block) => buffer.copy_from_slice(block),
+                None => buffer.fill(0),
+            }
+        }
+        Ok(())
+    }
+    fn write_at(&self, bytes: &[u8], offset: u64) -> io::Result<()> {
+        let mut blocks = bytes.chunks(BLOCK).zip(offset / BLOCK as u64..);
+        blocks.try_for_each(|(bytes, number)| {
+            lock(&self.0).block(number)?.copy_from_slice(bytes);
+            Ok(())
+        })
+    }
+    fn sync_data(&self) -> io::Result<()> {
+        Ok(())
+    }
+    fn set_len(&self, bytes: u64) -> io::Result<()> {
+        lock(&self.0).length = bytes;
+        Ok(())
+    }
+    fn reserve(&self, offset: u64, bytes: u64) -> io::Result<()> {
+        let mut blocks = offset / BLOCK as u64..(offset + bytes) / BLOCK as u64;
+        blocks.try_for_each(|number| lock(&self.0).block(number).map(drop))
+    }
+}
+
+/// Blocks that a leaf of the map describes.
+const LEAF: u64 = 72;
+
+/// Memory is bounded, however long the store takes.
+#[test]
+fn no_more_than_so_many_pages_change_during_a_checkpoint() {
+    const MOST: u64 = 1024;
+    for outlive in [false, true] {
+        let (provider, size) = (Provider::new(AnchorMode::Close), 1024 * MIB);
+        let store = Hanging::over(Arc::new(Thin::default()));
+        provider.create(store.clone(), size).expect("a volume").close().expect("closed");
+        let options = OpenOptions { outlive, ..OpenOptions::default() };
+        let volume = provider.open_with(store.clone(), &provider.grant(), options).expect("opens");
+        let leaves = size / BLOCK as u64 / LEAF;
+        let write = |number| volume.write(number * LEAF * BLOCK as u64, &content(number)).expect("written");
+        write(0);
+        store.hang(Hangs::Syncs);
+        let written = AtomicU64::new(1);
+        std::thread::scope(|scope| {
+            let writer = scope.spawn(|| {
+                (1..leaves).for_each(|number| {
+                    write(number);
+                    written.fetch_add(1, Ordering::Relaxed);
+                })
+            });
+            store.wait_until_one_hangs();
+            let most = settled(&written);
+            store.hang(Hangs::Not);
+            writer.join().expect("no panic");
+            assert!(most <= 2 * MOST, "{most} pages changed, {MOST} are being written at most");
+        });
+        check_good(&volume);
+    }
+}
+
+/// A volume whose changed pages found no room in its store could not even be opened again.
+#[test]
+fn what_changes_during_a_checkpoint_finds_room_in_a_store_that_is_full_after_it() {
+    let (provider, size) = (Provider::new(AnchorMode::Close), 1 << 40);
+    let thin = Arc::new(Thin::default());
+    let store = Hanging::over(thin.clone());
+    provider.create(store.clone(), size).expect("a volume").close().expect("closed");
+    let volume = provider.open_with(store.clone(), &provider.grant(), OpenOptions::default()).expect("opens");
+    // So far apart that each has pages of its own on several levels.
+    let leaves = size / BLOCK as u64 / LEAF;
+    let at = |number| number * 7057 % leaves * LEAF * BLOCK as u64;
+    let write = |number| volume.write(at(number), &content(number));
+    // As many as leave nearly half of the pages' room that is set aside.
+    const BEFORE: u64 = 240;
+    (0..BEFORE).for_each(|number| write(number).expect("written"));
+    volume.checkpoint().expect("made");
+    store.hang(Hangs::Syncs);
+    let written = AtomicU64::new(BEFORE);
+    std::thread::scope(|scope| {
+        let writer = scope.spawn(|| {
+            while write(written.load(Ordering::Relaxed)).is_ok() {
+                written.fetch_add(1, Ordering::Relaxed);
+            }
+        });
+        store.wait_until_one_hangs();
+        settled(&written);
+        lock(&thin.0).full = true;
+        store.hang(Hangs::Not);
+        writer.join().expect("no panic");
+    });
+    volume.flush().expect("flushed");
+    volume.close().expect("closed");
+    drop(volume);
+    let volume = provider.open_with(store, &provider.grant(), OpenOptions::default()).expect("opens");
+    for number in 0..written.load(Ordering::Relaxed) {
+        let mut found = vec![0; BLOCK];
+        volume.read(at(number), &mut found).expect("read");
+        assert!(found == content(number), "{number}");
+    }
+    check_good(&volume);
 }

@@ -7,8 +7,8 @@ use std::io;
 use std::sync::{Arc, Condvar, Mutex};
 
 /// A store whose syncs, and writes if asked, wait until they are let through.
-pub(crate) struct Hanging {
-    inner: Arc<SimStore>,
+pub(crate) struct Hanging<S = SimStore> {
+    inner: Arc<S>,
     hangs: Mutex<Hangs>,
     /// Requests that wait.
     waiting: Mutex<usize>,
@@ -22,8 +22,8 @@ pub(crate) enum Hangs {
     All,
 }
 
-impl Hanging {
-    pub(crate) fn over(inner: Arc<SimStore>) -> Arc<Self> {
+impl<S: Store> Hanging<S> {
+    pub(crate) fn over(inner: Arc<S>) -> Arc<Self> {
         Arc::new(Self { inner, hangs: Mutex::new(Hangs::Not), waiting: Mutex::new(0), changed: Condvar::new() })
     }
 
@@ -51,7 +51,16 @@ impl Hanging {
     }
 }
 
-impl Store for Hanging {
+/// Lets all requests through when it goes: a test that fails waits for nobody.
+pub(crate) struct LetThrough<'a, S: Store>(pub(crate) &'a Hanging<S>);
+
+impl<S: Store> Drop for LetThrough<'_, S> {
+    fn drop(&mut self) {
+        self.0.hang(Hangs::Not);
+    }
+}
+
+impl<S: Store> Store for Hanging<S> {
     fn len(&self) -> io::Result<u64> {
         self.inner.len()
     }
@@ -71,6 +80,9 @@ impl Store for Hanging {
     }
     fn set_len(&self, bytes: u64) -> io::Result<()> {
         self.inner.set_len(bytes)
+    }
+    fn reserve(&self, offset: u64, bytes: u64) -> io::Result<()> {
+        self.inner.reserve(offset, bytes)
     }
 }
 

@@ -170,6 +170,7 @@ impl Work {
             // Until the last one has arrived: nobody sends anything.
             drop(arrive);
             let _ = arrived.recv();
+            // Not after they have begun, which may be long before this thread goes on.
             core = process_time();
             gates.iter().for_each(|gate| _ = gate.send(()));
             for thread in threads {
@@ -235,6 +236,38 @@ fn scattered(n: u64) -> u64 {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// Each write takes some time of the processor's.
+    #[derive(Default)]
+    struct Busy(std::sync::Mutex<f64>);
+
+    impl Subject for Busy {
+        fn read(&self, _parts: &mut [(u64, &mut [u8])]) -> Result<(), MeasureError> {
+            Ok(())
+        }
+
+        fn write(&self, _parts: &[(u64, &[u8])]) -> Result<(), MeasureError> {
+            let begun = thread_time();
+            while thread_time() - begun < 1e-4 {}
+            *self.0.lock().expect("no panic") += thread_time() - begun;
+            Ok(())
+        }
+
+        fn flush(&self) -> Result<(), MeasureError> {
+            Ok(())
+        }
+    }
+
+    #[test]
+    fn all_processor_time_of_its_threads_counts() {
+        let work = small("busy", true, 32, 1, None);
+        for round in 0..4 {
+            let busy = Busy::default();
+            let timing = work.run(&busy, 64 << 20, round).expect("done");
+            let spent = *busy.0.lock().expect("no panic");
+            assert!(timing.core >= spent, "{} of {spent} s", timing.core);
+        }
+    }
 
     #[test]
     fn requests_lie_inside_and_each_thread_has_its_own() {
