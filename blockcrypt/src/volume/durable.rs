@@ -10,7 +10,7 @@
 use super::log::Batch;
 use super::plan::Plan;
 use super::shared::Shared;
-use super::{CHECKPOINT_EVERY, Core, DIRTY_PAGES};
+use super::{CHECKPOINT_EVERY, Core, DIRTY_PAGES, MOST_DIRTY};
 use crate::VolumeError;
 use crate::backing::Backing;
 use crate::format::log::RECORDS;
@@ -48,8 +48,10 @@ impl Occasion {
     }
 }
 
-/// Spare blocks that are asked for at once, at most: 8.25 MiB, what a checkpoint takes for as many pages as may be dirty, and those above.
-const SPARES: u64 = 2 * DIRTY_PAGES as u64 + 64;
+/// Blocks that a checkpoint takes: for as many pages as may be dirty, and those above, of which there are few where they lie side by side.
+const PAGES: u64 = MOST_DIRTY as u64 + 48;
+/// Spare blocks that are asked for at once, at most: 12.4 MiB, for one checkpoint and the next.
+const SPARES: u64 = 2 * PAGES;
 /// How often a checkpoint hands the log what others add to it, before it takes the rest itself.
 const HAND_OVERS: u32 = 8;
 
@@ -301,7 +303,7 @@ impl Shared {
         let mut plan = self.freeze(occasion)?;
         if occasion == Occasion::Running {
             // What keeps it from that is told when this is done, if it still does.
-            let _ = self.look_ahead(group);
+            let _ = self.look_ahead(plan.taken() as u64, group);
         }
         let block = match plan.write(from) {
             Ok(block) => block,
@@ -356,10 +358,13 @@ impl Shared {
     }
 
     /// Whether the next checkpoint finds room for what requests change during this one is known before they do.
-    fn look_ahead(&self, group: &MutexGuard<'_, ()>) -> Result<(), VolumeError> {
+    /// It may take as many blocks as this one has `taken`.
+    fn look_ahead(&self, taken: u64, group: &MutexGuard<'_, ()>) -> Result<(), VolumeError> {
         let have = self.with_core(|core| Ok(core.space.spare() as u64 + core.space.free_in_zone(&mut core.forest)?))?;
+        // Those that this one replaces are spare again when it is done: no others are asked for where these will do, as new room of a
+        // file costs each of its first writes dear.
         let target = spares(&self.backing);
-        if have < target as u64 { self.reserve_spares(target, group) } else { Ok(()) }
+        if have < taken.max(PAGES).min(target as u64) { self.reserve_spares(target, group) } else { Ok(()) }
     }
 
     /// Sees to it that pages find room in a store that runs full.
@@ -415,12 +420,12 @@ impl Core {
         let (dirty, full) = (self.forest.dirty(), self.log.free() < 2 * super::write::LOG_ROOM);
         // What changes while one is under way is the next one's, which must find room in memory, in the store and in the log as this one did.
         let now = full
-            || dirty >= DIRTY_PAGES
+            || dirty >= MOST_DIRTY
             || self.written - self.superblock.slot.written >= unlogged_bound(from)
             || !self.checkpointing && self.tight && dirty >= DIRTY_PAGES / 32;
         if now || self.superblock.clean {
             Due::Now
-        } else if !self.checkpointing && (self.log.wants_checkpoint() || dirty >= DIRTY_PAGES / 4 * 3) {
+        } else if !self.checkpointing && (self.log.wants_checkpoint() || dirty >= DIRTY_PAGES) {
             Due::Soon
         } else {
             Due::NotYet

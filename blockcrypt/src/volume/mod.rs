@@ -72,8 +72,9 @@ pub use open::{OpenOptions, PlainInfo, inspect, make_room};
 pub use slots::erase;
 pub use snapshots::SnapshotInfo;
 
-/// Dirty pages at most, 4 MiB of them, also while a checkpoint is under way. At three quarters of that the next one is due.
+/// Dirty pages at which a checkpoint is due, 4 MiB of them; and how many there are at most, also while one is under way.
 const DIRTY_PAGES: usize = 1024;
+const MOST_DIRTY: usize = DIRTY_PAGES * 3 / 2;
 /// Time after which a checkpoint is due.
 const CHECKPOINT_EVERY: Duration = Duration::from_secs(60);
 

@@ -34,7 +34,7 @@ pub struct OpenOptions {
     pub read_only: bool,
     /// Bytes of verified map kept in memory, at most; 2 MiB are in any case, and eight pages for each changed one. A page of 4 KiB describes 288 KiB, so that the default
     /// of 64 MiB serves a working set of 4.5 GiB; all of 1 TiB has 14.4 GiB of map, of which 173 MiB are nodes above the leaves. A
-    /// miss costs one read of 4 KiB for each level that is not there, mostly the leaf alone. Changed pages, 4 MiB and their ancestors
+    /// miss costs one read of 4 KiB for each level that is not there, mostly the leaf alone. Changed pages, 6 MiB and their ancestors
     /// at most, and twice that during a checkpoint, come on top.
     pub map_cache: usize,
     /// Opens the snapshot with this number instead, for reading only: nothing is written, no anchor moves.

@@ -38,6 +38,13 @@ pub(super) struct Plan {
     pub(super) place: usize,
 }
 
+impl Plan {
+    /// Blocks that were taken for its pages.
+    pub(super) fn taken(&self) -> usize {
+        self.taken.len()
+    }
+}
+
 struct Moved {
     id: PageId,
     to: Option<u64>,

@@ -288,7 +288,7 @@ const LEAF: u64 = 72;
 /// Memory is bounded, however long the store takes.
 #[test]
 fn no_more_than_so_many_pages_change_during_a_checkpoint() {
-    const MOST: u64 = 1024;
+    const MOST: u64 = 1536;
     for outlive in [false, true] {
         let (provider, size) = (Provider::new(AnchorMode::Close), 1024 * MIB);
         let store = Hanging::over(Arc::new(Thin::default()));
