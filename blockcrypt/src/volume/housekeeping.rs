@@ -87,8 +87,10 @@ impl Housekeeper {
             if Instant::now() < round {
                 continue;
             }
-            round = Instant::now() + INTERVAL;
             anchoring.tick();
+            // From the answer on: asked again at once, whoever waits to ask, as `close` does, would not get its turn for as long as the
+            // provider hangs.
+            round = Instant::now() + INTERVAL;
             self.with(volume, Shared::timed_checkpoint);
             if left > 0 {
                 left -= 1;

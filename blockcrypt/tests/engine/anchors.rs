@@ -1,10 +1,11 @@
 //! Anchors, open numbers, keys: what the provider decides.
 
 use crate::common::{MIB, Provider, SimStore, check_good, lock};
-use fealty_blockcrypt::{AnchorRefused, Kek, MemoryStore, OpenOptions, Volume, VolumeError, inspect};
-use policy::{AnchorMode, KeyId, VolumeId};
+use fealty_blockcrypt::{AnchorRefused, Anchors, Kek, MemoryStore, OpenOptions, Volume, VolumeError, inspect};
+use policy::{AnchorMode, KeyId, VolumeAnchor, VolumeId};
 use secretmem::Secret;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 fn made(mode: AnchorMode) -> (Arc<Provider>, Arc<SimStore>) {
@@ -133,6 +134,45 @@ fn a_flush_waits_for_a_provider_that_is_away_until_the_keys_go() {
     volume.put_back_keys(&provider.kek()).expect("the same key");
     volume.flush().expect("flushed and anchored");
     volume.close().expect("closed");
+}
+
+/// A provider who hangs, at the end of a VM: each anchor is given up after longer than the volume's own thread rests between two.
+#[derive(Default)]
+struct Hung {
+    asked: AtomicU64,
+}
+
+impl Hung {
+    fn asked(&self) -> u64 {
+        self.asked.load(Ordering::SeqCst)
+    }
+}
+
+impl Anchors for Hung {
+    fn keep(&self, _: &VolumeAnchor) -> Result<(), AnchorRefused> {
+        // The first is the opener's own.
+        if self.asked.fetch_add(1, Ordering::SeqCst) > 0 {
+            std::thread::sleep(Duration::from_millis(1200));
+            return Err(AnchorRefused::GivenUp("the VM ends".to_owned()));
+        }
+        Ok(())
+    }
+}
+
+#[test]
+fn a_volume_whose_own_thread_asks_for_anchors_in_vain_is_closed_after_one_of_its_own() {
+    for _ in 0..3 {
+        let (provider, store) = made(AnchorMode::Interval);
+        let hung = Arc::new(Hung::default());
+        let (grant, kek) = (provider.grant(), provider.kek());
+        let volume = Volume::open(store, &grant, &kek, OpenOptions::default(), hung.clone(), provider).expect("opens");
+        volume.write(0, &[2; 512]).and_then(|()| volume.flush()).expect("written");
+        while hung.asked() < 2 {
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        assert!(matches!(volume.close(), Err(VolumeError::Anchor(AnchorRefused::GivenUp(_)))));
+        assert_eq!(hung.asked(), 3, "the opener's, the one that was in hand, and the last");
+    }
 }
 
 #[test]
