@@ -207,7 +207,7 @@ impl Space {
         while block < blocks.end {
             let page = block / BITS as u64;
             let end = blocks.end.min((page + 1) * BITS as u64);
-            let bytes = &mut forest.page_mut(bitmap(page))?.bytes;
+            let bytes = forest.page_mut(bitmap(page))?;
             let mut changed = 0;
             for i in (block..end).map(|b| (b % BITS as u64) as usize) {
                 changed += u16::from(is_clear(bytes, i) == used);

@@ -11,6 +11,7 @@ use policy::KeyId;
 use std::collections::{BTreeSet, HashMap, HashSet};
 use std::hash::{BuildHasher, Hash, Hasher, RandomState};
 use std::ops::Range;
+use std::sync::Arc;
 
 /// Fewest clean pages kept, whatever the bound: what one operation needs at once.
 const FEWEST: usize = 512;
@@ -95,7 +96,8 @@ impl PageId {
 
 /// A page in memory.
 pub(crate) struct Page {
-    pub(crate) bytes: Box<Block>,
+    /// Shared with the checkpoint that is writing it, until it is changed again.
+    pub(crate) bytes: Arc<Block>,
     /// The block of the store that holds its durable version; none where it is new.
     pub(crate) home: Option<u64>,
     /// The epoch of that version.
@@ -222,15 +224,15 @@ impl Forest {
         Ok(Some(page))
     }
 
-    /// The page, to be written: it is dirty from now on.
-    pub(crate) fn page_mut(&mut self, id: PageId) -> Result<&mut Page, Halt> {
+    /// The page's bytes, to be changed: it is dirty from now on.
+    pub(crate) fn page_mut(&mut self, id: PageId) -> Result<&mut Block, Halt> {
         self.load(id)?;
         let page = self.pages.get_mut(&id).ok_or(VolumeError::System("page just loaded"))?;
         if !page.dirty {
             page.dirty = true;
             self.dirty.insert(id);
         }
-        Ok(page)
+        Ok(Arc::make_mut(&mut page.bytes))
     }
 
     /// What points to the page in the durable tree.
@@ -345,7 +347,7 @@ impl Forest {
             let beyond = Header::SIZE + kept..;
             let full = |page: &Page| page.bytes[beyond.clone()].iter().any(|b| *b != 0);
             if self.pages.get(&border(level)).is_some_and(full) {
-                self.page_mut(border(level))?.bytes[beyond].fill(0);
+                self.page_mut(border(level))?[beyond].fill(0);
             }
         }
         Ok(())
@@ -366,7 +368,7 @@ impl Forest {
         for level in (before..levels).rev() {
             let page = self.page_mut(PageId { tree, level, index: 0 })?;
             if level == before {
-                set_child(&mut page.bytes, 0, root);
+                set_child(page, 0, root);
             }
         }
         Ok(())
@@ -380,8 +382,8 @@ impl Forest {
         (self.map, self.free) = (map, free);
     }
 
-    /// What a checkpoint is to write of a page. From now on changes to it are the next one's.
-    pub(crate) fn freeze(&mut self, id: PageId) -> Result<Box<Block>, Halt> {
+    /// What a checkpoint is to write of a page. From now on changes to it are the next one's. It is not copied here, under the lock.
+    pub(crate) fn freeze(&mut self, id: PageId) -> Result<Arc<Block>, Halt> {
         self.load(id)?;
         self.dirty.remove(&id);
         self.pinned.insert(id);
@@ -402,7 +404,7 @@ impl Forest {
         if id.level + 1 == self.root(id.tree).levels {
             self.root_mut(id.tree).child = pointer;
         } else if let Some(page) = self.pages.get_mut(&above) {
-            set_child(&mut page.bytes, id.place(), pointer);
+            set_child(Arc::make_mut(&mut page.bytes), id.place(), pointer);
         }
     }
 
@@ -421,7 +423,7 @@ impl Page {
         // A page that was fetched has a header that was verified; a new one has none.
         let header = home.and_then(|_| Header::parse(&bytes).ok());
         let (birth, key) = header.map_or((0, KeyId(0)), |header| (header.birth, header.key));
-        Self { bytes, home, birth, key, dirty: false, pinned: false, used: 0 }
+        Self { bytes: bytes.into(), home, birth, key, dirty: false, pinned: false, used: 0 }
     }
 
     fn can_go(&self) -> bool {

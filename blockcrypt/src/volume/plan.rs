@@ -15,10 +15,11 @@ use crate::tree::{Forest, Halt, PageId, is_blank};
 use policy::KeyId;
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::ops::Range;
+use std::sync::Arc;
 
 /// What a checkpoint writes, and what it did to memory: taken back if it can't be finished.
 pub(super) struct Plan {
-    /// Copies, leaves first, each with its new place; none where nothing is left of it.
+    /// Leaves first, each with its new place; none where nothing is left of it.
     pages: Vec<Moved>,
     /// Blocks that were taken for pages.
     taken: Vec<u64>,
@@ -48,7 +49,8 @@ impl Plan {
 struct Moved {
     id: PageId,
     to: Option<u64>,
-    bytes: Box<Block>,
+    /// Memory's own until either side changes it.
+    bytes: Arc<Block>,
     pointer: Child,
 }
 
@@ -287,7 +289,7 @@ impl Plan {
             for i in done..end {
                 let Moved { id, pointer, .. } = self.pages[i];
                 match at.get(&id.parent()) {
-                    Some(above) => set_child(&mut self.pages[*above].bytes, id.place(), pointer),
+                    Some(above) => set_child(Arc::make_mut(&mut self.pages[*above].bytes), id.place(), pointer),
                     None if id.tree == Tree::Map => self.next.map = pointer,
                     None => self.next.free = pointer,
                 }
@@ -307,7 +309,7 @@ impl Plan {
         let pages = &mut self.pages[which];
         from.with_keys(|_, key| {
             for (page, header) in pages.iter_mut().zip(&headers) {
-                Header { key: key.id, origin: key.origin, ..*header }.put(&mut page.bytes);
+                Header { key: key.id, origin: key.origin, ..*header }.put(Arc::make_mut(&mut page.bytes));
             }
             let bodies: Vec<&Block> = pages.iter().map(|page| &*page.bytes).collect();
             let mut macs = vec![[0; MAC]; bodies.len()];

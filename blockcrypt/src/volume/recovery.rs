@@ -204,7 +204,7 @@ fn settle(core: &mut Core, settled: &BTreeMap<u64, Entry>, from: &Backing) -> Re
                 }
             }
             let (id, place) = leaf(*lba);
-            set_entry(&mut core.forest.page_mut(id)?.bytes, place, *new);
+            set_entry(core.forest.page_mut(id)?, place, *new);
             Ok(())
         })?;
     }

@@ -377,7 +377,7 @@ impl Core {
             let page = self.forest.page_mut(id)?;
             let count = (ENTRIES - start).min(new.len() - done);
             for (i, entry) in new[done..done + count].iter().enumerate() {
-                set_entry(&mut page.bytes, start + i, *entry);
+                set_entry(page, start + i, *entry);
             }
             done += count;
         }
