@@ -162,8 +162,11 @@ impl Core {
     fn add_ancestors(&mut self, mut id: PageId, pages: &mut BTreeSet<PageId>) -> Result<(), Halt> {
         while id.level + 1 < self.forest.root(id.tree).levels {
             id = id.parent();
+            if !pages.insert(id) {
+                // What lies above it is there already, or comes when its turn does.
+                return Ok(());
+            }
             self.forest.page(id)?;
-            pages.insert(id);
         }
         Ok(())
     }
