@@ -42,7 +42,7 @@ fn written(path: &Path) -> u64 {
 /// Until an import has written the first half, and has nothing to do before more comes.
 fn until_it_waits(folder: &Folder) {
     let begun = Instant::now();
-    while written(&folder.path(".a.vol.partial")) < first_half().len() as u64 {
+    while written(&folder.path(".a.vol.fealty-partial")) < first_half().len() as u64 {
         assert!(begun.elapsed() < Duration::from_secs(60), "the first half is not written");
         std::thread::sleep(Duration::from_millis(1));
     }
@@ -61,13 +61,18 @@ fn a_killed_import_leaves_no_volume_and_no_anchor() {
     let ended = running.end();
     assert_eq!((ended.code, ended.anchors.len()), (128 + 9, 0));
     // Under its name there is nothing; what is left beside it opens for nobody.
-    assert_eq!(names(&folder), [".a.vol.partial"]);
-    let left = folder.name(".a.vol.partial");
+    assert_eq!(names(&folder), [".a.vol.fealty-partial"]);
+    let left = folder.name(".a.vol.fealty-partial");
     keeper.run(&["export", &left, "-"]).failed(4);
     assert!(!read(&left).expect("there").windows(10).any(|w| w == b"plain text"));
 
-    // The next run clears it away.
+    // The next run names it, for it can't know whose it is.
     let from = folder.write("from.img", &first_half());
+    let before = read(&left).expect("there");
+    let ended = keeper.run(&["import", &from, &folder.name("a.vol")]);
+    assert!(ended.failed(1).contains(&format!("{left} is in the way")), "{ended:?}");
+    assert!(read(&left).expect("there") == before);
+    std::fs::remove_file(&left).expect("there");
     keeper.good(&["import", &from, &folder.name("a.vol")]);
     assert_eq!(names(&folder), ["a.vol", "from.img"]);
     assert!(keeper.good(&["export", &folder.name("a.vol"), "-"]) == first_half());
@@ -264,7 +269,7 @@ fn an_interrupted_export_leaves_no_image() {
     keeper.good(&["create", &volume, "--size", "64G"]);
     let running = keeper.start(&["export", &volume, &folder.name("to.img")], Manner::Good, "");
     let begun = Instant::now();
-    while !folder.path(".to.img.partial").exists() {
+    while !folder.path(".to.img.fealty-partial").exists() {
         assert!(begun.elapsed() < Duration::from_secs(60), "the export does not begin");
         std::thread::sleep(Duration::from_millis(1));
     }
@@ -315,7 +320,7 @@ fn an_interrupted_clone_says_what_is_left_of_it() {
     keeper.good(&["import", &from, &volume]);
     let mut running = keeper.start(&["clone", &volume, &copy, "--name", "copy", "--json"], Manner::Good, "");
     let begun = Instant::now();
-    while !std::fs::metadata(folder.path(".b.vol.partial")).is_ok_and(|partial| partial.len() > 0) {
+    while !std::fs::metadata(folder.path(".b.vol.fealty-partial")).is_ok_and(|partial| partial.len() > 0) {
         assert!(begun.elapsed() < Duration::from_secs(60) && !running.is_over(), "the clone does not begin");
         std::thread::sleep(Duration::from_millis(1));
     }
