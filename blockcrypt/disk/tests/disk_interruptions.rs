@@ -66,13 +66,15 @@ fn a_killed_import_leaves_no_volume_and_no_anchor() {
     keeper.run(&["export", &left, "-"]).failed(4);
     assert!(!read(&left).expect("there").windows(10).any(|w| w == b"plain text"));
 
-    // The next run names it, for it can't know whose it is.
-    let from = folder.write("from.img", &first_half());
-    let before = read(&left).expect("there");
+    // One with another name is somebody's.
+    let (from, other) = (folder.write("from.img", &first_half()), folder.name("other"));
+    std::fs::hard_link(&left, &other).expect("linked");
     let ended = keeper.run(&["import", &from, &folder.name("a.vol")]);
     assert!(ended.failed(1).contains(&format!("{left} is in the way")), "{ended:?}");
-    assert!(read(&left).expect("there") == before);
-    std::fs::remove_file(&left).expect("there");
+    assert!(read(&left).expect("there") == read(&other).expect("there"));
+    std::fs::remove_file(&other).expect("there");
+
+    // The next run clears it away.
     keeper.good(&["import", &from, &folder.name("a.vol")]);
     assert_eq!(names(&folder), ["a.vol", "from.img"]);
     assert!(keeper.good(&["export", &folder.name("a.vol"), "-"]) == first_half());

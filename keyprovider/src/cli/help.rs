@@ -32,8 +32,8 @@ done and after:
   permit (principal == Administrator::\"ann\", action in [Action::\"volume.rekey\", Action::\"volume.rewrap\"], resource);
   permit (principal, action == Action::\"volume.erase\", resource == Volume::\"scratch\");
 
-A command that is cut off, even by a power cut, leaves a volume that opens; run it again and it goes on, or names what is to be
-removed first. If this program was killed with it, the volume is free when the session is past (two minutes).";
+A command that is cut off, even by a power cut, leaves a volume that opens; run it again and it goes on. If this program was killed with
+it, the volume is free when the session is past (two minutes).";
 
 pub(super) const RETIRE_HELP: &str = "\
 For a volume whose file is lost, or lies where nobody reaches it. Where the file is at hand, erase both:

@@ -9,13 +9,11 @@ use std::fs::{self, File, Metadata, OpenOptions};
 use std::io;
 use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
-use std::time::Duration;
 
 /// What follows the name of a file that is not complete.
 const TEMPORARY: &str = "fealty-partial";
-/// How often a file is looked at that is in the way, and how long between: one that was made just now is not locked yet.
+/// How often a file is made that others remove meanwhile, or that others' are removed for.
 const LOOKS: u32 = 8;
-const BETWEEN: Duration = Duration::from_millis(5);
 
 /// Why a file can't be made, or can't get its name.
 #[derive(Debug, thiserror::Error)]
@@ -32,7 +30,7 @@ pub(crate) enum PlaceError {
     BeingMade(PathBuf),
     #[error("{0} names no file")]
     NoName(PathBuf),
-    #[error("{0} is in the way: a run that was killed left it, or it is somebody else's; remove it if nobody needs it")]
+    #[error("{0} is in the way, and was not left by a run of yours that was killed; remove it if nobody needs it")]
     InTheWay(PathBuf),
     #[error("{0} was taken away while it was being written; do it again")]
     TakenAway(PathBuf),
@@ -227,8 +225,8 @@ impl Drop for Place {
 }
 
 impl Temporary {
-    /// A new file at `temporary`, which is to be `path`; locked, so that a second run sees that it is being made. What lies there is left
-    /// alone, whoever put it there.
+    /// A new file at `temporary`, which is to be `path`; locked, so that a second run sees that it is being made. What a killed run left
+    /// there is removed.
     fn make(path: &Path, temporary: PathBuf, mode: u32) -> Result<(File, Self), PlaceError> {
         let mut new = OpenOptions::new();
         new.read(true).write(true).create_new(true).mode(mode);
@@ -236,21 +234,17 @@ impl Temporary {
             match new.open(&temporary) {
                 Ok(file) => {
                     let known = file.metadata().map_err(failed(&temporary, "looked at"))?;
-                    let temporary = Self { path: temporary, dev: known.dev(), ino: known.ino() };
-                    return match lock(&file, path) {
-                        Ok(()) => Ok((file, temporary)),
-                        Err(error) => {
-                            let _ = temporary.remove();
-                            Err(error)
-                        }
-                    };
+                    let made = Self { path: temporary.clone(), dev: known.dev(), ino: known.ino() };
+                    // Before it is locked, another run may take it for one that was left.
+                    if lock(&file, path).inspect_err(|_| _ = made.remove())? && made.is_there() {
+                        return Ok((file, made));
+                    }
                 }
-                Err(error) if error.kind() != io::ErrorKind::AlreadyExists => return Err(failed(path, "made")(error)),
-                Err(_) if is_locked(&temporary) => return Err(PlaceError::BeingMade(path.to_owned())),
-                Err(_) => std::thread::sleep(BETWEEN),
+                Err(error) if error.kind() == io::ErrorKind::AlreadyExists => remove_left_over(path, &temporary)?,
+                Err(error) => return Err(failed(path, "made")(error)),
             }
         }
-        Err(PlaceError::InTheWay(temporary))
+        Err(PlaceError::BeingMade(path.to_owned()))
     }
 
     /// Removes it, and nothing that somebody put there instead.
@@ -330,23 +324,35 @@ fn folder(path: &Path) -> &Path {
     path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."))
 }
 
-/// Locks a new file for as long as any copy of it is open. Whoever looks whether it is locked, has it for a moment.
-fn lock(file: &File, path: &Path) -> Result<(), PlaceError> {
-    for _ in 0..LOOKS {
-        match flock(file, FlockOperation::NonBlockingLockExclusive) {
-            Ok(()) => return Ok(()),
-            Err(Errno::WOULDBLOCK) => std::thread::sleep(BETWEEN),
-            Err(error) => return Err(failed(path, "locked")(error.into())),
-        }
+/// Removes what a killed run left: a file of ours with one name that nobody has locked. Anything else is somebody's, and stays.
+fn remove_left_over(path: &Path, temporary: &Path) -> Result<(), PlaceError> {
+    let mut old = OpenOptions::new();
+    old.read(true).custom_flags(libc::O_NOFOLLOW | libc::O_NONBLOCK);
+    let in_the_way = || PlaceError::InTheWay(temporary.to_owned());
+    let old = match old.open(temporary) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+        other => other.map_err(|_| in_the_way())?,
+    };
+    let known = old.metadata().map_err(failed(temporary, "looked at"))?;
+    if !known.is_file() || known.nlink() > 1 || known.uid() != rustix::process::geteuid().as_raw() {
+        return Err(in_the_way());
     }
-    Err(PlaceError::BeingMade(path.to_owned()))
+    if !lock(&old, path)? {
+        return Err(PlaceError::BeingMade(path.to_owned()));
+    }
+    if is_at(&old, temporary) {
+        fs::remove_file(temporary).map_err(failed(temporary, "removed; move it away"))?;
+    }
+    Ok(())
 }
 
-/// Whether a process has locked what lies at `path`.
-fn is_locked(path: &Path) -> bool {
-    let mut look = OpenOptions::new();
-    look.read(true).custom_flags(libc::O_NOFOLLOW | libc::O_NONBLOCK);
-    look.open(path).is_ok_and(|file| flock(&file, FlockOperation::NonBlockingLockShared) == Err(Errno::WOULDBLOCK))
+/// Locks `file` for as long as any copy of it is open; `false` if another process has.
+fn lock(file: &File, path: &Path) -> Result<bool, PlaceError> {
+    match flock(file, FlockOperation::NonBlockingLockExclusive) {
+        Ok(()) => Ok(true),
+        Err(Errno::WOULDBLOCK) => Ok(false),
+        Err(error) => Err(failed(path, "locked")(error.into())),
+    }
 }
 
 fn is_at(file: &File, path: &Path) -> bool {
@@ -459,17 +465,13 @@ mod tests {
     }
 
     #[test]
-    fn two_runs_do_not_mix_and_what_a_killed_one_left_is_named() {
+    fn two_runs_do_not_mix_and_a_killed_one_does_not_block() {
         let folder = tempfile::tempdir().expect("a folder");
         let path = folder.path().join("v");
         let first = begin(&path, false).expect("begins");
         assert!(matches!(begin(&path, false), Err(PlaceError::BeingMade(_))));
         drop(first);
-        let left = folder.path().join(".v.fealty-partial");
-        fs::write(&left, "left over").expect("written");
-        assert!(matches!(begin(&path, false), Err(PlaceError::InTheWay(named)) if named == left));
-        assert_eq!(fs::read(&left).expect("there"), b"left over");
-        fs::remove_file(&left).expect("removed");
+        fs::write(folder.path().join(".v.fealty-partial"), "left over").expect("written");
         let second = begin(&path, false).expect("begins");
         assert_eq!(second.file().metadata().expect("known").len(), 0);
     }
