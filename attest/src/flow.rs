@@ -466,4 +466,6 @@ pub fn boottime_ms() -> Result<u64, FlowError> {
 }
 
 #[cfg(test)]
+mod scene;
+#[cfg(test)]
 mod tests;

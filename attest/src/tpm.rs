@@ -4,7 +4,7 @@
 //! | module | what it holds |
 //! | --- | --- |
 //! | [`wire`] | the big-endian reader and writer everything here shares |
-//! | [`public`] | TPMT_PUBLIC: names, SubjectPublicKeyInfo, host identity |
+//! | [`public`], `spki` | TPMT_PUBLIC: names, SubjectPublicKeyInfo, host identity |
 //! | [`attested`] | TPMS_ATTEST (quote and certification) and TPMT_SIGNATURE |
 //! | [`check`] | what the attributes of AK, EK and wrap key must be |
 //! | [`credential`] | TPM2_MakeCredential in software |
@@ -15,6 +15,7 @@ pub mod check;
 pub mod credential;
 pub mod pcr;
 pub mod public;
+mod spki;
 pub mod wire;
 
 pub use attested::{Attest, ClockInfo, Signature};

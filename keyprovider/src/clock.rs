@@ -1,6 +1,6 @@
 //! The provider's clock. Wall time is read once, at the start; from then on the boot-time clock counts, so that nobody who
 //! steps the wall clock ends or stretches a lease. A start never lies before the newest event of any audit log; and since wall
-//! time may be ahead, leases begin anew with it (`store::vms::lengthen_leases`).
+//! time may be ahead, leases begin anew with it (`store::instances::lengthen_leases`).
 
 use rustix::time::{ClockId, clock_gettime};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};

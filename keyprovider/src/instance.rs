@@ -7,7 +7,8 @@ use crate::server::body::{At, Json, Raw, SMALL, parse};
 use crate::server::gate::Caller;
 use crate::server::problem::Refusal;
 use crate::store::audit::{Draft, append};
-use crate::store::vms::{self, Instance};
+use crate::store::instances::{self, Instance};
+use crate::store::vms;
 use crate::store::volumes::{self, Holder, HolderKind, Volume};
 use attest::protocol::{AnchorUpdate, ProblemType};
 use axum::extract::State;
@@ -55,7 +56,7 @@ pub async fn report(
                 .detail("received", report.sequence);
             append(&mut tx, now_us, draft).await?;
             instance.gap_at = instance.report_sequence + 1;
-            vms::update_instance(&mut tx, &instance).await?;
+            instances::update_instance(&mut tx, &instance).await?;
             tx.commit().await?;
         }
         return Err(refusal);
@@ -82,7 +83,7 @@ pub async fn report(
         volumes::free_all(&mut tx, &instance.customer, &vm).await?;
         missing_outcomes(&mut tx, &instance, now_us).await?;
     }
-    vms::update_instance(&mut tx, &instance).await?;
+    instances::update_instance(&mut tx, &instance).await?;
     tx.commit().await?;
     Ok(StatusCode::NO_CONTENT)
 }
@@ -254,8 +255,8 @@ async fn running(
     number: InstanceNumber,
 ) -> Result<Instance, Refusal> {
     let unknown = || Refusal::new(ProblemType::Forbidden, "this client key belongs to no instance of this VM");
-    let instance = vms::instance_by_key(c, &caller.key).await?.filter(|i| i.vm == *vm).ok_or_else(unknown)?;
-    let newest = vms::last_instance(c, &instance.customer, vm).await?.map(|i| i.number);
+    let instance = instances::instance_by_key(c, &caller.key).await?.filter(|i| i.vm == *vm).ok_or_else(unknown)?;
+    let newest = instances::last_instance(c, &instance.customer, vm).await?.map(|i| i.number);
     if instance.number != number || newest != Some(number) {
         return Err(Refusal::new(ProblemType::OldInstance, format!("instance {number} is not the newest of VM {vm}")));
     }

@@ -247,7 +247,7 @@ impl Provider {
         let latest_us = store::latest_us(&mut reader).await?;
         let clock = Clock::start(latest_us);
         let mut tx = db.write().await?;
-        store::vms::lengthen_leases(&mut tx, latest_us, clock.now_us()).await?;
+        store::instances::lengthen_leases(&mut tx, latest_us, clock.now_us()).await?;
         tx.commit().await.map_err(StoreError::from)?;
         let unwrap = async |reader: &mut sqlx::SqliteConnection, name: &'static str| {
             let (wrapped, public) = store::provider_key(reader, name).await?;
@@ -354,7 +354,8 @@ pub fn lock(dir: &Path) -> Result<OwnedFd, ProviderError> {
 mod tests {
     use super::*;
     use crate::store::audit::{Draft, append};
-    use crate::store::vms::{self, Instance};
+    use crate::store::instances::{self, Instance};
+    use crate::store::vms;
     use crate::store::volumes::{self, Holder, HolderKind, Volume};
     use policy::audit::{Actor, AuditKind};
     use policy::{HostId, InstanceNumber, KeyId, OpenNumber, VmId, VolumeId};
@@ -411,7 +412,7 @@ mod tests {
         for (vm, end_us) in [(&live, 700 * SECOND), (&dead, 50 * SECOND)] {
             let instance = instance(acme, vm, end_us);
             vms::create(&mut tx, acme, vm, instance.number).await.expect("created");
-            vms::add_instance(&mut tx, &instance).await.expect("added");
+            instances::add_instance(&mut tx, &instance).await.expect("added");
         }
         // It was restored, and waits for leases that nobody here saw.
         sqlx::query("UPDATE vms SET unconfirmed_until_us = ? WHERE id = 'live'")
@@ -431,7 +432,7 @@ mod tests {
         let mut reader = started.db.read().await.expect("reads");
         let now_us = started.clock.now_us();
         let past = async |reader: &mut _, vm: &VmId| {
-            let instance = vms::last_instance(reader, acme, vm).await.expect("read").expect("there");
+            let instance = instances::last_instance(reader, acme, vm).await.expect("read").expect("there");
             crate::attestation::lease_past(&instance, now_us + 590 * SECOND)
         };
         assert!(!past(&mut reader, &live).await, "it may have all of its lease left");

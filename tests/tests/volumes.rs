@@ -2,7 +2,7 @@
 //! apart, keys that are issued, changed and retired, clones.
 
 use fealty_tests::keys::{ALL, Keys, LIMIT, MIB, image};
-use fealty_tests::process::Background;
+use fealty_tests::process::{Background, program, run};
 use std::path::Path;
 use std::process::Command;
 
@@ -164,6 +164,28 @@ fn a_clone_is_a_volume_of_its_own() {
     keys.exec("root", &["erase", &volume, "--force"]).good();
     keys.holds("copy", &image);
     assert_eq!(keys.listed("copy")["size"], image.len());
+}
+
+/// The provider has done its part before the store turns out to take too little: it is said, and not in the way of the next run.
+#[test]
+fn a_clone_that_fails_once_it_is_permitted_says_what_the_provider_has() {
+    let (keys, image) = Keys::with_volume(ALL);
+    let (volume, copy) = (keys.volume("root"), keys.volume("copy"));
+    let words = ["clone", &volume, &copy, "--name", "copy"];
+    // Files of 1 MiB at most.
+    let limited = ["-c", "ulimit -f 2048; exec \"$0\" \"$@\""];
+    let whole = keys.command("root", &words);
+    let mut part = Command::new("sh");
+    part.args(limited).arg(program("fealty-keys")).args(whole.get_args()).current_dir(keys.path(""));
+    let refused = run(&mut part, LIMIT).refused();
+    assert_eq!((refused.code, refused.err.trim_end().lines().count()), (Some(1), 1), "{}", refused.err);
+    let said = "there is no clone, but the key provider has its name copy, and takes it from the next run, once this is mended";
+    assert!(refused.err.contains(&format!("{said}: {copy}: ")), "{}", refused.err);
+    assert!(!Path::new(&copy).exists() && !keys.is_anchored("copy"));
+    let made = keys.listed("copy")["volume"].clone();
+    assert_eq!(keys.json("root", &words)["volume"], made);
+    keys.holds("copy", &image);
+    keys.holds("root", &image);
 }
 
 #[test]

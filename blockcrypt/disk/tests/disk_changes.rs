@@ -214,6 +214,20 @@ fn a_snapshot_that_is_not_there_is_not_cloned() {
     assert!(ended.failed(1).contains("has no snapshot 7"), "{ended:?}");
 }
 
+/// Where the clone may be one, it is not said that there is none.
+#[test]
+fn a_clone_without_its_anchor_is_none_unless_that_is_not_known() {
+    let (folder, mut keeper, volume, _) = made();
+    let copy = folder.name("b.vol");
+    let words = ["clone", &volume, &copy, "--name", "copy"];
+    let none = "there is no clone, but the key provider has its name copy";
+    let refused = keeper.run_with(&words, Manner::RefusesAnchors, "");
+    assert!(refused.failed(4).contains(none) && fs::metadata(&copy).is_err(), "{refused:?}");
+    let unsure = keeper.run_with(&words, Manner::UnsureOfAnchors, "");
+    assert!(unsure.failed(1).contains("stands complete") && fs::metadata(&copy).is_ok(), "{unsure:?}");
+    assert!(!unsure.error.contains(none), "{unsure:?}");
+}
+
 #[test]
 fn what_is_not_permitted_is_not_done() {
     let (_folder, mut keeper, volume, content) = made();

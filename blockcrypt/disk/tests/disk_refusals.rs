@@ -187,7 +187,7 @@ fn what_exists_stays_without_force() {
     assert!(keeper.run(&["export", &volume, &volume, "--force"]).failed(1).contains("the same file"));
     assert!(keeper.run(&["import", &volume, &volume, "--force"]).failed(1).contains("the same file"));
     // Nor what lies where a killed run leaves its own, and is what is read.
-    let (left, made) = (folder.name(".b.partial"), folder.name("b"));
+    let (left, made) = (folder.name(".b.fealty-partial"), folder.name("b"));
     fs::copy(&volume, &left).expect("copied");
     for words in [&["import", &left, &made][..], &["export", &left, &made], &["clone", &left, &made, "--name", "copy"]]
     {

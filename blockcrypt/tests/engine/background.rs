@@ -2,6 +2,7 @@
 
 use crate::common::{MIB, Provider, Random, SimStore, check_good, lock, options};
 use crate::hanging::{Hanging, Hangs, LetThrough};
+use crate::hooked::{Call, Hooked};
 use fealty_blockcrypt::{OpenOptions, Store, Volume};
 use policy::AnchorMode;
 use std::collections::HashMap;
@@ -173,37 +174,19 @@ fn one_whose_thread_is_at_a_deletion_too() {
     check_good(&provider.open(store).expect("opens"));
 }
 
-/// A store that takes nothing from a volume's own thread.
-struct Shy {
-    inner: Arc<SimStore>,
-    refuses: Mutex<bool>,
-}
-
-impl Store for Shy {
-    fn len(&self) -> io::Result<u64> {
-        self.inner.len()
-    }
-    fn read_at(&self, buffer: &mut [u8], offset: u64) -> io::Result<()> {
-        self.inner.read_at(buffer, offset)
-    }
-    fn write_at(&self, bytes: &[u8], offset: u64) -> io::Result<()> {
-        match *lock(&self.refuses) && std::thread::current().name() == Some("volume") {
-            true => Err(io::Error::from_raw_os_error(5)),
-            false => self.inner.write_at(bytes, offset),
-        }
-    }
-    fn sync_data(&self) -> io::Result<()> {
-        self.inner.sync_data()
-    }
-    fn set_len(&self, bytes: u64) -> io::Result<()> {
-        self.inner.set_len(bytes)
-    }
-}
-
+/// In a store that takes nothing from a volume's own thread.
 #[test]
 fn one_that_fails_is_told_once_and_made_by_who_needs_it() {
     let (provider, sim) = (Provider::new(AnchorMode::Close), SimStore::new());
-    let store = Arc::new(Shy { inner: sim.clone(), refuses: Mutex::new(true) });
+    let refuses = Arc::new(AtomicBool::new(true));
+    let shy = refuses.clone();
+    let store = Hooked::over(sim.clone(), move |call| {
+        let own = std::thread::current().name() == Some("volume");
+        match matches!(call, Call::Write(_)) && own && shy.load(Ordering::Acquire) {
+            true => Err(io::Error::from_raw_os_error(5)),
+            false => Ok(()),
+        }
+    });
     let volume = open(&provider, &store, OpenOptions::default());
     write(&volume, 0);
     let epoch = volume.info().epoch;
@@ -219,7 +202,7 @@ fn one_that_fails_is_told_once_and_made_by_who_needs_it() {
     assert!(number < LOG && notes() == 1, "{number} writes, {} notes", notes());
     // It is asked again for the next one.
     let epoch = volume.info().epoch;
-    *lock(&store.refuses) = false;
+    refuses.store(false, Ordering::Release);
     let end = number + DUE;
     (number..end).for_each(|number| write(&volume, number));
     eventually("a checkpoint", || volume.info().epoch > epoch);

@@ -1,7 +1,8 @@
 //! Requests that come together: each is as if it were alone.
 
-use crate::common::{MIB, Provider, Random, SimStore, check_good, lock, write_out_of_order};
-use fealty_blockcrypt::{MemoryStore, Next, Store, Volume, VolumeError};
+use crate::common::{MIB, Provider, Random, SimStore, check_good, lock};
+use crate::hooked::{Call, Hook, Hooked};
+use fealty_blockcrypt::{MemoryStore, Volume, VolumeError};
 use policy::AnchorMode;
 use std::io;
 use std::ops::Range;
@@ -81,69 +82,51 @@ fn writes_that_meet_follow_each_other() {
     check_good(&volume);
 }
 
-/// A store that fails where it is told to.
+/// Where a store fails, and what it has seen.
+#[derive(Default)]
 struct Failing {
-    inner: SimStore,
     reads: Mutex<Range<u64>>,
     writes: Mutex<Range<u64>>,
     /// Where blocks were written.
     seen: Mutex<Vec<u64>>,
 }
 
-impl Failing {
-    /// One that does not fail yet.
-    fn new() -> Arc<Self> {
-        let (reads, writes) = (Mutex::new(0..0), Mutex::new(0..0));
-        Arc::new(Self { inner: SimStore::default(), reads, writes, seen: Mutex::default() })
-    }
-
-    fn check(range: &Mutex<Range<u64>>, offset: u64, bytes: usize) -> io::Result<()> {
-        let range = lock(range);
-        let meets = offset < range.end && range.start < offset + bytes as u64;
-        if meets { Err(io::Error::other("a bad place")) } else { Ok(()) }
-    }
+/// A store that fails where it is told to, which is nowhere yet.
+fn failing() -> Arc<Hooked<Failing>> {
+    Hooked::over(SimStore::new(), Failing::default())
 }
 
-impl Store for Failing {
-    fn len(&self) -> io::Result<u64> {
-        self.inner.len()
-    }
-    fn read_at(&self, buffer: &mut [u8], offset: u64) -> io::Result<()> {
-        Self::check(&self.reads, offset, buffer.len())?;
-        self.inner.read_at(buffer, offset)
-    }
-    fn write_at(&self, bytes: &[u8], offset: u64) -> io::Result<()> {
-        Self::check(&self.writes, offset, bytes.len())?;
-        lock(&self.seen).push(offset);
-        self.inner.write_at(bytes, offset)
-    }
-    fn overlaps(&self) -> bool {
-        self.inner.overlaps()
-    }
-    fn write_lots_at<'a>(&self, next: &mut Next<'a, '_>) -> io::Result<()> {
-        write_out_of_order(self, next)
-    }
-    fn sync_data(&self) -> io::Result<()> {
-        self.inner.sync_data()
-    }
-    fn set_len(&self, bytes: u64) -> io::Result<()> {
-        self.inner.set_len(bytes)
+impl Hook for Failing {
+    fn before(&self, call: Call) -> io::Result<()> {
+        let meets = |bad: &Mutex<Range<u64>>, at: &Range<u64>| {
+            let bad = lock(bad);
+            at.start < bad.end && bad.start < at.end
+        };
+        match call {
+            Call::Read(at) if meets(&self.reads, &at) => Err(io::Error::other("a bad place")),
+            Call::Write(at) if meets(&self.writes, &at) => Err(io::Error::other("a bad place")),
+            Call::Write(at) => {
+                lock(&self.seen).push(at.start);
+                Ok(())
+            }
+            _ => Ok(()),
+        }
     }
 }
 
 #[test]
 fn where_the_store_fails_only_who_needs_that_place_fails() {
-    where_it_fails(&Failing::new());
+    where_it_fails(&failing());
 }
 
 #[test]
 fn nor_does_anyone_else_where_lots_are_under_way_together() {
-    let store = Failing::new();
+    let store = failing();
     store.inner.overlap();
     where_it_fails(&store);
 }
 
-fn where_it_fails(store: &Arc<Failing>) {
+fn where_it_fails(store: &Arc<Hooked<Failing>>) {
     let provider = Provider::new(AnchorMode::Close);
     let (none, all) = (0..0, 0..u64::MAX);
     let volume = provider.create(store.clone(), 4 * MIB).expect("a volume");
@@ -157,10 +140,10 @@ fn where_it_fails(store: &Arc<Failing>) {
     for lba in (0..64).step_by(2) {
         volume.write(at(lba), &block(lba, 1)).expect("written");
     }
-    lock(&store.seen).clear();
+    lock(&store.hook.seen).clear();
     volume.write(at(20), &block(20, 1)).expect("written");
-    let place = lock(&store.seen)[0];
-    *lock(&store.reads) = place..place + 1;
+    let place = lock(&store.hook.seen)[0];
+    *lock(&store.hook.reads) = place..place + 1;
     for (lba, found) in read_blocks(&volume, 0..64).into_iter().enumerate() {
         match found {
             Ok(found) if lba % 2 == 0 => assert!(lba != 20 && found == block(lba as u64, 1)),
@@ -174,7 +157,7 @@ fn where_it_fails(store: &Arc<Failing>) {
     for (i, done) in volume.write_many(&asked).into_iter().enumerate() {
         assert_eq!(done.is_err(), i == 10, "{i}: {done:?}");
     }
-    *lock(&store.reads) = none.clone();
+    *lock(&store.hook.reads) = none.clone();
     for (lba, found) in read_blocks(&volume, 0..64).into_iter().enumerate().step_by(2) {
         let mut expected = block(lba as u64, 1);
         if lba != 20 {
@@ -183,9 +166,9 @@ fn where_it_fails(store: &Arc<Failing>) {
         assert!(found.expect("read") == expected, "{lba}");
     }
     // Nothing can be written: all fail, and what they were stays.
-    *lock(&store.writes) = all;
+    *lock(&store.hook.writes) = all;
     assert!(write(0..40, 2).iter().all(|done| matches!(done, Err(VolumeError::Store(..)))));
-    *lock(&store.writes) = none;
+    *lock(&store.hook.writes) = none;
     let found = read_blocks(&volume, 20..21).remove(0).expect("read");
     assert!(found == block(20, 1));
     assert!(write(0..64, 3).iter().all(Result::is_ok));
@@ -200,22 +183,22 @@ fn where_it_fails(store: &Arc<Failing>) {
 #[test]
 fn what_is_replaced_together_is_written_together_and_so_are_the_pages_of_a_checkpoint() {
     let provider = Provider::new(AnchorMode::Close);
-    let store = Failing::new();
+    let store = failing();
     let volume = provider.create(store.clone(), 16 * MIB).expect("a volume");
     for lba in 0..2048 {
         volume.write(at(lba), &[1; BLOCK]).expect("written");
     }
     volume.checkpoint().expect("durable");
-    lock(&store.seen).clear();
+    lock(&store.hook.seen).clear();
     // One block of each of the first leaves of the map, in no order.
     let data: Vec<Vec<u8>> = (0..28).map(|i| vec![2 + i; BLOCK]).collect();
     let lba = |i: u64| (i * 11 % 28) * 73;
     let asked: Vec<(u64, &[u8])> = (0..28).map(|i| at(lba(i))).zip(data.iter().map(Vec::as_slice)).collect();
     assert!(volume.write_many(&asked).iter().all(Result::is_ok));
-    let written = std::mem::take(&mut *lock(&store.seen));
+    let written = std::mem::take(&mut *lock(&store.hook.seen));
     assert!(written.len() <= 2, "{written:?}");
     volume.checkpoint().expect("durable");
-    let written = std::mem::take(&mut *lock(&store.seen));
+    let written = std::mem::take(&mut *lock(&store.hook.seen));
     assert!(written.len() < 14, "{written:?}");
     for i in 0..28 {
         assert!(read_blocks(&volume, lba(i)..lba(i) + 1).remove(0).expect("read") == data[i as usize]);

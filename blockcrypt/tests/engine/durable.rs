@@ -1,9 +1,9 @@
 //! What a FLUSH, a checkpoint, a close and an opening make durable, and in which order.
 
 use crate::common::{MIB, Provider, Random, SimStore, check_good, filled, lock};
+use crate::hooked::{Call, Hooked};
 use fealty_blockcrypt::{FileStore, OpenOptions, Store, Volume, VolumeError};
 use policy::AnchorMode;
-use std::io;
 use std::sync::{Arc, Mutex};
 
 #[test]
@@ -43,28 +43,20 @@ fn a_volume_at_rest_is_durable_without_its_keys() {
     assert!(matches!(volume.checkpoint(), Err(VolumeError::NoKeys)));
 }
 
-/// A store that notes what is asked of it: `r`ead, `w`rite, `s`ync.
-struct Noting(Arc<SimStore>, Mutex<String>);
-
-impl Store for Noting {
-    fn len(&self) -> io::Result<u64> {
-        self.0.len()
-    }
-    fn read_at(&self, buffer: &mut [u8], offset: u64) -> io::Result<()> {
-        lock(&self.1).push('r');
-        self.0.read_at(buffer, offset)
-    }
-    fn write_at(&self, bytes: &[u8], offset: u64) -> io::Result<()> {
-        lock(&self.1).push('w');
-        self.0.write_at(bytes, offset)
-    }
-    fn sync_data(&self) -> io::Result<()> {
-        lock(&self.1).push('s');
-        self.0.sync_data()
-    }
-    fn set_len(&self, bytes: u64) -> io::Result<()> {
-        self.0.set_len(bytes)
-    }
+/// A store that notes what is asked of it, and its notes: `r`ead, `w`rite, `s`ync.
+fn noting(sim: Arc<SimStore>) -> (Arc<impl Store>, Arc<Mutex<String>>) {
+    let seen = Arc::new(Mutex::new(String::new()));
+    let notes = seen.clone();
+    let note = move |call| {
+        match call {
+            Call::Read(_) => lock(&notes).push('r'),
+            Call::Write(_) => lock(&notes).push('w'),
+            Call::Sync => lock(&notes).push('s'),
+            _ => {}
+        }
+        Ok(())
+    };
+    (Hooked::over(sim, note), seen)
 }
 
 /// A killed process's last writes may be the kernel's alone. An opener that believed them, overwrote what they replace, and lost
@@ -77,12 +69,12 @@ fn an_opener_makes_durable_what_it_is_about_to_believe() {
     volume.write(0, &[1; 4096]).expect("written");
     volume.flush().expect("in the log, so that the opener has pages to write");
     drop(volume);
-    let noting = Arc::new(Noting(sim, Mutex::default()));
+    let (noting, notes) = noting(sim);
     drop(provider.open_read_only(noting.clone()).expect("opens"));
-    let seen = std::mem::take(&mut *lock(&noting.1));
+    let seen = std::mem::take(&mut *lock(&notes));
     assert!(seen.chars().all(|c| c == 'r'), "{seen}");
     drop(provider.open(noting.clone()).expect("opens"));
-    let seen = std::mem::take(&mut *lock(&noting.1));
+    let seen = std::mem::take(&mut *lock(&notes));
     assert!(seen.trim_start_matches('r').starts_with("sr") && seen.contains("ws"), "{seen}");
     // Pages durable before the superblock that names them, and that before the anchor.
     let before = seen.trim_end_matches('r').strip_suffix("wws").map(|before| before.trim_end_matches('r'));
@@ -94,15 +86,15 @@ fn an_opener_makes_durable_what_it_is_about_to_believe() {
 fn an_opener_of_what_was_closed_and_anchored_makes_only_its_own_superblock_durable() {
     let (provider, sim) = (Provider::new(AnchorMode::Close), SimStore::new());
     provider.create(sim.clone(), MIB).expect("a volume").close().expect("closed");
-    let noting = Arc::new(Noting(sim, Mutex::default()));
+    let (noting, notes) = noting(sim);
     let volume = provider.open(noting.clone()).expect("opens");
-    let seen = std::mem::take(&mut *lock(&noting.1));
+    let seen = std::mem::take(&mut *lock(&notes));
     let (read, written) = seen.split_at(seen.find('w').expect("a superblock"));
     assert!(read.chars().all(|c| c == 'r') && written.trim_end_matches('r') == "wws", "{seen}");
     // The same state again, but it was not closed.
     drop(volume);
     drop(provider.open(noting.clone()).expect("opens"));
-    let seen = std::mem::take(&mut *lock(&noting.1));
+    let seen = std::mem::take(&mut *lock(&notes));
     assert!(seen.find('s') < seen.find('w'), "{seen}");
 }
 

@@ -2,7 +2,8 @@
 //! else ever is.
 
 use crate::common::{MIB, Provider, Random, Replay, SimStore, check_good, filled, options, seeds};
-use crate::model::{Model, outlives, request};
+use crate::model::outlives;
+use crate::plain::{Model, request};
 use fealty_blockcrypt::{OpenOptions, Volume, VolumeError};
 use policy::AnchorMode;
 use std::collections::BTreeMap;

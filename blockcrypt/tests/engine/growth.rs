@@ -1,6 +1,7 @@
 //! Growth that fails on its way, at each call of the store: the volume goes on at its old size, and grows the next time.
 
 use crate::common::{MIB, Provider, SimStore, check_good, filled, lock};
+use crate::hooked::{Call, Hook, Hooked};
 use fealty_blockcrypt::{FileStore, MemoryStore, Store, Volume, VolumeError};
 use policy::AnchorMode;
 use std::io;
@@ -21,29 +22,16 @@ enum Mishap {
     Wipe,
 }
 
-/// A call of the store.
-#[derive(Clone, Copy, Debug)]
-enum Call {
-    Read,
-    Write(u64),
-    Sync,
-    Room,
-}
-
-/// A store in which one call meets a mishap.
+/// One call of a store meets a mishap: of this many from now on the last.
+#[derive(Default)]
 struct Trap {
-    inner: FileStore,
     set: Mutex<Option<(u64, Mishap)>>,
     sprung: Mutex<Option<Call>>,
     volume: Mutex<Option<Arc<Volume>>>,
 }
 
-impl Trap {
-    fn over(inner: FileStore) -> Arc<Self> {
-        Arc::new(Self { inner, set: Mutex::default(), sprung: Mutex::default(), volume: Mutex::default() })
-    }
-
-    fn step(&self, call: Call) -> io::Result<()> {
+impl Hook for Trap {
+    fn before(&self, call: Call) -> io::Result<()> {
         let mishap = match &mut *lock(&self.set) {
             set @ Some((1, _)) => set.take().map(|(_, mishap)| mishap),
             Some((left, _)) => {
@@ -62,33 +50,6 @@ impl Trap {
                 Ok(())
             }
         }
-    }
-}
-
-impl Store for Trap {
-    fn len(&self) -> io::Result<u64> {
-        self.inner.len()
-    }
-    fn read_at(&self, buffer: &mut [u8], offset: u64) -> io::Result<()> {
-        self.step(Call::Read).and_then(|()| self.inner.read_at(buffer, offset))
-    }
-    fn write_at(&self, bytes: &[u8], offset: u64) -> io::Result<()> {
-        self.step(Call::Write(offset)).and_then(|()| self.inner.write_at(bytes, offset))
-    }
-    fn sync_data(&self) -> io::Result<()> {
-        self.step(Call::Sync).and_then(|()| self.inner.sync_data())
-    }
-    fn drop_cached(&self) -> io::Result<()> {
-        self.inner.drop_cached()
-    }
-    fn set_len(&self, bytes: u64) -> io::Result<()> {
-        self.step(Call::Room).and_then(|()| self.inner.set_len(bytes))
-    }
-    fn reserve(&self, offset: u64, bytes: u64) -> io::Result<()> {
-        self.step(Call::Room).and_then(|()| self.inner.reserve(offset, bytes))
-    }
-    fn punch(&self, offset: u64, bytes: u64) -> io::Result<()> {
-        self.step(Call::Room).and_then(|()| self.inner.punch(offset, bytes))
     }
 }
 
@@ -136,14 +97,18 @@ fn try_growth((from, to): (u64, u64), n: u64, mishap: Mishap, reopen: bool) -> (
     let context = format!("{from} to {to}, {mishap:?} at call {n}");
     let provider = Provider::new(AnchorMode::Close);
     let file = tempfile::NamedTempFile::new().expect("a file");
-    let store = || Trap::over(FileStore::exclusive(file.reopen().expect("opens")).expect("a store"));
+    let store = || {
+        let file = FileStore::exclusive(file.reopen().expect("opens")).expect("a store");
+        Hooked::over(file, Trap::default())
+    };
     let volume = provider.create(store(), from).expect("a volume");
     volume.write(0, &[1; 65536]).expect("written");
     volume.close().expect("closed");
     drop(volume);
 
-    let trap = store();
-    let volume = Arc::new(provider.open(trap.clone()).expect("opens"));
+    let trapped = store();
+    let trap = &trapped.hook;
+    let volume = Arc::new(provider.open(trapped.clone()).expect("opens"));
     volume.write(4096, &[2; 4096]).and_then(|()| volume.flush()).expect("durable");
     *lock(&trap.volume) = Some(volume.clone());
     *lock(&trap.set) = Some((n, mishap));
@@ -163,8 +128,9 @@ fn try_growth((from, to): (u64, u64), n: u64, mishap: Mishap, reopen: bool) -> (
     let takes_writes = written.is_ok();
     if let Err(error) = written {
         // Whether a superblock is durable is not known.
-        let end = trap.len().expect("a length") - 8192;
-        let superblock = matches!(call, Call::Sync) || matches!(call, Call::Write(at) if at < 8192 || at >= end);
+        let end = trapped.len().expect("a length") - 8192;
+        let superblock =
+            matches!(call, Call::Sync) || matches!(&call, Call::Write(at) if at.start < 8192 || at.start >= end);
         assert!(superblock && matches!(error, VolumeError::Failed(_)), "{context}: {call:?}: {error}");
     } else {
         check_good(&volume);
@@ -175,7 +141,7 @@ fn try_growth((from, to): (u64, u64), n: u64, mishap: Mishap, reopen: bool) -> (
             volume.close().expect("closed");
         }
     }
-    drop((trap, volume));
+    drop((trapped, volume));
 
     let volume = provider.open(store()).unwrap_or_else(|e| panic!("{context}: {e}"));
     let sizes =

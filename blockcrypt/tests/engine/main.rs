@@ -13,8 +13,9 @@
 //! | `model`, `faults`, `sparse`, `owner` | random histories, by what the store does meanwhile |
 //! | `fuzz` | parsers |
 //!
-//! What they share: `common` (a key provider, a store that loses power, seeds), `hostile` (a store that keeps all it ever held),
-//! `known` (what blocks may hold), `scene` (a volume that lived twice), `three_keys` (one with data under three keys).
+//! What they share: `common` (a key provider, a store that loses power, seeds), `hooked` (a store with something before its calls), `hostile`
+//! (a store that keeps all it ever held), `plain` and `known` (what blocks may hold), `scene` (a volume that lived twice), `three_keys` (one with
+//! data under three keys).
 
 mod anchors;
 mod background;
@@ -32,12 +33,14 @@ mod full;
 mod fuzz;
 mod growth;
 mod hanging;
+mod hooked;
 mod hostile;
 mod kill;
 mod known;
 mod model;
 mod owner;
 mod parallel;
+mod plain;
 mod rekey;
 mod replays;
 mod requests;

@@ -1,7 +1,8 @@
 //! Several threads at once, over stores that lose power: each sees its own part as if it were alone.
 
 use crate::common::{MIB, Provider, Random, Replay, SimStore, check_good, seeds};
-use crate::model::{Model, outlives, read_many, request, requests, write_many};
+use crate::model::outlives;
+use crate::plain::{Model, read_many, request, requests, write_many};
 use fealty_blockcrypt::{MemoryStore, OpenOptions, Volume, VolumeError};
 use policy::AnchorMode;
 use std::sync::Arc;

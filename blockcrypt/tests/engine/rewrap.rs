@@ -1,12 +1,12 @@
 //! The same keys wrapped under another key-encryption key.
 
-use crate::common::{Random, SimStore, lock};
+use crate::common::{Random, lock};
+use crate::hooked::{Call, Hooked};
 use crate::three_keys::{BLOCKS, check, content, holds, made, wrapped};
-use fealty_blockcrypt::{AnchorRefused, Kek, Store, VolumeError, inspect};
+use fealty_blockcrypt::{AnchorRefused, Kek, VolumeError, inspect};
 use policy::KeyId;
 use secretmem::Secret;
-use std::io;
-use std::sync::{Arc, Mutex, mpsc};
+use std::sync::{Mutex, mpsc};
 
 #[test]
 fn after_a_rewrap_only_the_new_key_opens() {
@@ -75,44 +75,19 @@ fn a_rewrap_whose_anchor_is_refused_changes_nothing_more() {
     check(&provider.open(store).expect("opens"));
 }
 
-/// A store that says when it is to give room back, and does so when it is told.
-struct SlowPunch {
-    store: Arc<SimStore>,
-    asked: Mutex<mpsc::Sender<()>>,
-    told: Mutex<mpsc::Receiver<()>>,
-}
-
-impl Store for SlowPunch {
-    fn len(&self) -> io::Result<u64> {
-        self.store.len()
-    }
-    fn read_at(&self, buffer: &mut [u8], offset: u64) -> io::Result<()> {
-        self.store.read_at(buffer, offset)
-    }
-    fn write_at(&self, bytes: &[u8], offset: u64) -> io::Result<()> {
-        self.store.write_at(bytes, offset)
-    }
-    fn sync_data(&self) -> io::Result<()> {
-        self.store.sync_data()
-    }
-    fn set_len(&self, bytes: u64) -> io::Result<()> {
-        self.store.set_len(bytes)
-    }
-    fn reserve(&self, offset: u64, bytes: u64) -> io::Result<()> {
-        self.store.reserve(offset, bytes)
-    }
-    fn punch(&self, offset: u64, bytes: u64) -> io::Result<()> {
-        let _ = lock(&self.asked).send(());
-        let _ = lock(&self.told).recv();
-        self.store.punch(offset, bytes)
-    }
-}
-
+/// In a store that says when it is to give room back, and does so when it is told.
 #[test]
 fn a_rewrap_leaves_alone_what_is_being_given_back() {
     let (provider, store) = made();
-    let ((asked, hear), (tell, told)) = (mpsc::channel(), mpsc::channel());
-    let slow = SlowPunch { store, asked: Mutex::new(asked), told: Mutex::new(told) };
+    let ((asked, hear), (tell, told)) = (mpsc::channel(), mpsc::channel::<()>());
+    let told = Mutex::new(told);
+    let slow = Hooked::over(store, move |call| {
+        if matches!(call, Call::Punch) {
+            let _ = asked.send(());
+            let _ = lock(&told).recv();
+        }
+        Ok(())
+    });
     let volume = provider.open(slow).expect("opens");
     volume.discard(0, 100 * 4096).expect("discarded");
     std::thread::scope(|scope| {

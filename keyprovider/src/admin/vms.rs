@@ -10,6 +10,7 @@ use crate::server::body::{At, Json as Body};
 use crate::server::gate::Caller;
 use crate::server::problem::Refusal;
 use crate::store::audit::{Draft, append};
+use crate::store::instances;
 use crate::store::vms::{self, Vm};
 use crate::store::{self, new_key_id, volumes};
 use attest::protocol::ProblemType;
@@ -32,7 +33,7 @@ pub async fn list(State(provider): State<Arc<Provider>>, At(id): At<CustomerId>)
     let mut views = Vec::new();
     for vm in vms::list(&mut reader, &id).await? {
         let found = vms::find(&mut reader, &id, &vm).await?.ok_or_else(|| Refusal::missing(format!("VM {vm}")))?;
-        let instance = vms::last_instance(&mut reader, &id, &vm).await?;
+        let instance = instances::last_instance(&mut reader, &id, &vm).await?;
         let waits = found.unconfirmed_until_us > now_us;
         views.push(VmView {
             vm,
@@ -172,10 +173,10 @@ pub async fn revoke(State(provider): State<Arc<Provider>>, caller: Caller, At((i
     let now_us = provider.clock.now_us();
     let mut tx = provider.db.write().await?;
     find(&mut tx, &id, &vm).await?;
-    let instance = vms::last_instance(&mut tx, &id, &vm).await?;
+    let instance = instances::last_instance(&mut tx, &id, &vm).await?;
     let mut instance = instance.ok_or_else(|| Refusal::missing(format!("instance of VM {vm}")))?;
     instance.revoked = true;
-    vms::update_instance(&mut tx, &instance).await?;
+    instances::update_instance(&mut tx, &instance).await?;
     let draft = Draft::new(&id, caller.actor(), AuditKind::InstanceRevoked)
         .vm(&vm)
         .instance(instance.number)

@@ -22,7 +22,8 @@ use crate::server::body::{At, Json as Body, SMALL, length, parse, read};
 use crate::server::gate::Caller;
 use crate::server::problem::Refusal;
 use crate::store::audit::{Draft, append};
-use crate::store::vms::{self, Instance};
+use crate::store::instances::{self, Instance};
+use crate::store::vms;
 use crate::store::{StoreError, answers, documents, inventory, people};
 use attest::protocol::{
     AttestationRequest, Challenge as Answer, Evidence, Opinion, PROTOCOL_VERSION, ProblemType, REQUEST_LIMIT,
@@ -349,7 +350,7 @@ async fn asks_for_itself(
     customer: &CustomerId,
     vm: &VmId,
 ) -> Result<Instance, Refusal> {
-    let last = vms::last_instance(c, customer, vm).await?;
+    let last = instances::last_instance(c, customer, vm).await?;
     match last {
         Some(last) if last.client_key == *client_key => {
             let gone = |why: &str| Refusal::new(ProblemType::OldInstance, format!("instance {} {why}", last.number));

@@ -9,8 +9,9 @@ use crate::keystore::KeyLabel;
 use crate::provider::Provider;
 use crate::server::problem::Refusal;
 use crate::store::audit::{Draft, Logged, append};
+use crate::store::instances::{self, Instance};
 use crate::store::inventory::{self, Cloud, CloudKind, ImaMark};
-use crate::store::vms::{self, FileDisk, Instance};
+use crate::store::vms::{self, FileDisk};
 use crate::store::volumes::{self, HolderKind};
 use crate::store::{StoreError, answers, documents, new_key_id};
 use attest::bundle::{BundleError, Sealer};
@@ -63,11 +64,11 @@ pub async fn release(
     instance.lease_us = instance.lease_end_us - now_us;
     let handed = match challenge.operation.operation {
         Operation::PowerOn => {
-            vms::add_instance(c, &instance).await?;
+            instances::add_instance(c, &instance).await?;
             power_on_keys(provider, c, &instance, now_us).await?
         }
         operation => {
-            vms::update_instance(c, &instance).await?;
+            instances::update_instance(c, &instance).await?;
             volumes::extend_all(c, &instance.customer, &instance.vm, instance.number, instance.lease_end_us).await?;
             match operation {
                 Operation::CoreDump => dump_key(provider, c, challenge, &instance, now_us).await?,
@@ -171,7 +172,7 @@ async fn permitted(
     let operation = challenge.operation.operation;
     let instance = match operation {
         Operation::PowerOn => None,
-        _ => vms::last_instance(c, &challenge.customer, &challenge.vm).await?.map(|i| i.number),
+        _ => instances::last_instance(c, &challenge.customer, &challenge.vm).await?.map(|i| i.number),
     };
     let question = Question {
         host: challenge.host,
@@ -215,7 +216,7 @@ async fn new_instance(
         ))
         .hint(format!("wait, or state that none runs: fealty-keys vm confirm {customer} {id}")));
     }
-    let last = vms::last_instance(c, customer, id).await?;
+    let last = instances::last_instance(c, customer, id).await?;
     // The service's word on earlier peers counts for the attestation key it was given with, and for instances that had
     // started when this process asked for its nonce: a quote that was held back knows nothing of one that started since.
     let knows = |last: &Instance| last.ak == challenge.ak_name && challenge.asked_us() >= last.started_us;

@@ -4,6 +4,7 @@ mod args;
 mod audit;
 mod exec;
 mod files;
+mod help;
 mod inventory;
 mod output;
 mod overtime;

@@ -8,7 +8,7 @@ mod seats;
 pub mod tls;
 
 use crate::provider::Provider;
-use crate::store::vms::instance_by_key;
+use crate::store::instances::instance_by_key;
 use axum::Router;
 use axum::http::{HeaderValue, Request, header};
 use gate::Peer;

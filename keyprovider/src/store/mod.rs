@@ -5,6 +5,7 @@
 pub mod answers;
 pub mod audit;
 pub mod documents;
+pub mod instances;
 pub mod inventory;
 pub mod people;
 pub mod restore;

@@ -51,6 +51,10 @@ pub(crate) enum ToolError {
     Salvaged { path: PathBuf, lost: u64 },
     #[error("{0} was overwritten in part")]
     Overwritten(PathBuf, #[source] Box<ToolError>),
+    #[error(
+        "there is no clone, but the key provider has its name {0}, and takes it from the next run, once this is mended"
+    )]
+    Uncloned(String, #[source] Box<ToolError>),
     #[error("{0} is as large as it was; say --discard-tail if what lies behind the new end may be lost")]
     Tail(PathBuf, #[source] VolumeError),
     #[error("it is done, and need not be done again, but the audit log did not take all that is to be said of it: {0}")]
@@ -88,6 +92,15 @@ impl ToolError {
         }
     }
 
+    /// Whether a volume stands complete all the same.
+    pub(crate) fn leaves_a_volume(&self) -> bool {
+        match self {
+            Self::Make(MakeError::Unknown { .. } | MakeError::Close { .. }) => true,
+            Self::Overwritten(_, error) => error.leaves_a_volume(),
+            _ => false,
+        }
+    }
+
     /// What `--help` promises.
     pub(crate) fn code(&self) -> u8 {
         match self {
@@ -100,7 +113,7 @@ impl ToolError {
             Self::Holder(_) | Self::Make(MakeError::Anchor(_)) | Self::Untold(_) => REFUSED,
             Self::Volume(_, error) => of_volume(error),
             Self::Bad { .. } | Self::Salvaged { .. } => BAD,
-            Self::Overwritten(_, error) => error.code(),
+            Self::Overwritten(_, error) | Self::Uncloned(_, error) => error.code(),
             _ => FAILED,
         }
     }

@@ -228,6 +228,10 @@ pub(super) fn clone(context: &Context, words: &Clone) -> Result<(), ToolError> {
     };
     // It does that before it answers.
     context.interrupts.changing_besides(cut_off);
+    let uncloned = |error: ToolError| match error.leaves_a_volume() {
+        true => error,
+        false => ToolError::Uncloned(words.name.clone(), Box::new(error)),
+    };
     let mut data = 0;
     let (source, id) = permitted(holder, request, |leave| {
         let Leave::Clone(grant, kek) = leave else {
@@ -239,7 +243,7 @@ pub(super) fn clone(context: &Context, words: &Clone) -> Result<(), ToolError> {
             None => {
                 // And with it its lock.
                 drop(unclosed);
-                open_writable(&words.volume, &handover)?
+                open_writable(&words.volume, &handover).map_err(uncloned)?
             }
         };
         let making = Making { path: &words.clone, place, grant: *grant, holder: holder.clone() };
@@ -261,7 +265,7 @@ pub(super) fn clone(context: &Context, words: &Clone) -> Result<(), ToolError> {
             // It was opened, and is anchored as it is now.
             let _ = source.close();
         }
-        Ok((source, id?))
+        Ok((source, id.map_err(uncloned)?))
     })?;
     let (of, size) = (source.id(), source.size());
     // Whatever comes of this, the clone is made, and its outcome told.

@@ -10,6 +10,11 @@ use std::io;
 use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
+/// What follows the name of a file that is not complete.
+const TEMPORARY: &str = "fealty-partial";
+/// How often a file is made that others remove meanwhile, or that others' are removed for.
+const LOOKS: u32 = 8;
+
 /// Why a file can't be made, or can't get its name.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum PlaceError {
@@ -25,6 +30,10 @@ pub(crate) enum PlaceError {
     BeingMade(PathBuf),
     #[error("{0} names no file")]
     NoName(PathBuf),
+    #[error("{0} is in the way, and was not left by a run of yours that was killed; remove it if nobody needs it")]
+    InTheWay(PathBuf),
+    #[error("{0} was taken away while it was being written; do it again")]
+    TakenAway(PathBuf),
     #[error("{0} was left by a run that was cut short while it replaced a volume; move it back or away")]
     LeftOver(PathBuf),
     #[error("{path} can't be {what}")]
@@ -53,10 +62,17 @@ pub(crate) struct Place {
     interrupts: Interrupts,
 }
 
-/// A file that has no name of its own yet.
 struct Draft {
-    temporary: PathBuf,
+    temporary: Temporary,
     replaces: bool,
+}
+
+/// A file that has no name of its own yet.
+#[derive(Clone)]
+pub(crate) struct Temporary {
+    path: PathBuf,
+    dev: u64,
+    ino: u64,
 }
 
 impl Place {
@@ -95,9 +111,9 @@ impl Place {
     }
 
     fn draft(path: &Path, content: Content, replaces: bool, interrupts: Interrupts) -> Result<Self, PlaceError> {
-        let temporary = beside(path, "partial")?;
+        let temporary = beside(path, TEMPORARY)?;
         let mode = if content == Content::Image { 0o600 } else { 0o666 };
-        let file = interrupts.drafting(&temporary, || open_temporary(path, &temporary, mode))?;
+        let (file, temporary) = interrupts.drafting(|| Temporary::make(path, temporary, mode))?;
         Ok(Self { path: path.to_owned(), file, draft: Some(Draft { temporary, replaces }), interrupts })
     }
 
@@ -108,7 +124,7 @@ impl Place {
 
     /// Where the file lies while it has no name of its own.
     pub(crate) fn draft_path(&self) -> &Path {
-        self.draft.as_ref().map_or(&self.path, |draft| &draft.temporary)
+        self.draft.as_ref().map_or(&self.path, |draft| &draft.temporary.path)
     }
 
     /// The file, once more.
@@ -130,11 +146,11 @@ impl Place {
 
     /// Makes the file durable and gives it its name, in the place of what stood there before.
     pub(crate) fn finish(mut self) -> Result<(), PlaceError> {
-        self.sync()?;
+        self.complete()?;
         self.interrupts.committing();
         match self.draft.take() {
             Some(draft) if draft.replaces => {
-                fs::rename(&draft.temporary, &self.path).map_err(|e| self.lost(&draft, "replaced", e))?;
+                fs::rename(&draft.temporary.path, &self.path).map_err(|e| self.lost(&draft, "replaced", e))?;
             }
             Some(draft) => self.name(&draft)?,
             None => {}
@@ -146,7 +162,7 @@ impl Place {
 
     /// Makes the file durable and gives it its name, in a way that can be taken back.
     pub(crate) fn publish(mut self) -> Result<Published, PlaceError> {
-        self.sync()?;
+        self.complete()?;
         let Some(draft) = &self.draft else {
             self.interrupts.committing();
             return Ok(Published { place: self, named: false, moved: None });
@@ -172,9 +188,9 @@ impl Place {
     }
 
     fn name(&self, draft: &Draft) -> Result<(), PlaceError> {
-        rename_to_free(&draft.temporary, &self.path).map_err(|e| match e.kind() {
+        rename_to_free(&draft.temporary.path, &self.path).map_err(|e| match e.kind() {
             io::ErrorKind::AlreadyExists => {
-                let _ = fs::remove_file(&draft.temporary);
+                let _ = draft.temporary.remove();
                 PlaceError::Exists(self.path.clone())
             }
             _ => self.lost(draft, "given its name", e),
@@ -182,12 +198,19 @@ impl Place {
     }
 
     fn lost(&self, draft: &Draft, what: &'static str, error: io::Error) -> PlaceError {
-        let _ = fs::remove_file(&draft.temporary);
+        let _ = draft.temporary.remove();
         failed(&self.path, what)(error)
     }
 
-    fn sync(&self) -> Result<(), PlaceError> {
-        self.file.sync_all().map_err(failed(&self.path, "made durable"))
+    /// Makes the file durable; it is still the one that gets the name.
+    fn complete(&self) -> Result<(), PlaceError> {
+        self.file.sync_all().map_err(failed(&self.path, "made durable"))?;
+        match &self.draft {
+            Some(Draft { temporary, .. }) if !temporary.is_there() => {
+                Err(PlaceError::TakenAway(temporary.path.clone()))
+            }
+            _ => Ok(()),
+        }
     }
 }
 
@@ -195,9 +218,47 @@ impl Drop for Place {
     /// Without a name the file goes.
     fn drop(&mut self) {
         if let Some(draft) = self.draft.take() {
-            let _ = fs::remove_file(&draft.temporary);
+            let _ = draft.temporary.remove();
             self.interrupts.abandoned();
         }
+    }
+}
+
+impl Temporary {
+    /// A new file at `temporary`, which is to be `path`; locked, so that a second run sees that it is being made. What a killed run left
+    /// there is removed.
+    fn make(path: &Path, temporary: PathBuf, mode: u32) -> Result<(File, Self), PlaceError> {
+        let mut new = OpenOptions::new();
+        new.read(true).write(true).create_new(true).mode(mode);
+        for _ in 0..LOOKS {
+            match new.open(&temporary) {
+                Ok(file) => {
+                    let known = file.metadata().map_err(failed(&temporary, "looked at"))?;
+                    let made = Self { path: temporary.clone(), dev: known.dev(), ino: known.ino() };
+                    // Before it is locked, another run may take it for one that was left.
+                    if lock(&file, path).inspect_err(|_| _ = made.remove())? && made.is_there() {
+                        return Ok((file, made));
+                    }
+                }
+                Err(error) if error.kind() == io::ErrorKind::AlreadyExists => remove_left_over(path, &temporary)?,
+                Err(error) => return Err(failed(path, "made")(error)),
+            }
+        }
+        Err(PlaceError::BeingMade(path.to_owned()))
+    }
+
+    /// Removes it, and nothing that somebody put there instead.
+    pub(crate) fn remove(&self) -> io::Result<()> {
+        if self.is_there() { fs::remove_file(&self.path) } else { Ok(()) }
+    }
+
+    /// Where it lies.
+    pub(crate) fn path(&self) -> &Path {
+        &self.path
+    }
+
+    fn is_there(&self) -> bool {
+        fs::symlink_metadata(&self.path).is_ok_and(|m| (m.dev(), m.ino()) == (self.dev, self.ino))
     }
 }
 
@@ -220,7 +281,7 @@ impl Published {
 
     /// Takes its name back: what stood there before stands there again.
     pub(crate) fn retract(self) {
-        if self.named {
+        if self.named && is_at(&self.place.file, &self.place.path) {
             let _ = fs::remove_file(&self.place.path);
         }
         if let Some(aside) = &self.moved {
@@ -235,7 +296,7 @@ impl Published {
 pub(crate) fn same_file(one: &impl std::os::fd::AsFd, path: &Path) -> bool {
     let Ok(one) = rustix::fs::fstat(one) else { return false };
     let is_one = |path: &Path| fs::metadata(path).is_ok_and(|m| (m.dev(), m.ino()) == (one.st_dev, one.st_ino));
-    is_one(path) || beside(path, "partial").is_ok_and(|temporary| is_one(&temporary))
+    is_one(path) || beside(path, TEMPORARY).is_ok_and(|temporary| is_one(&temporary))
 }
 
 fn existing(path: &Path) -> Result<Option<Metadata>, PlaceError> {
@@ -263,28 +324,19 @@ fn folder(path: &Path) -> &Path {
     path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."))
 }
 
-/// A new file at `temporary`, locked, so that a second run waits its turn; what a killed run left there is removed.
-fn open_temporary(path: &Path, temporary: &Path, mode: u32) -> Result<File, PlaceError> {
-    for _ in 0..8 {
-        let mut new = OpenOptions::new();
-        new.read(true).write(true).create_new(true).mode(mode);
-        match new.open(temporary) {
-            Ok(file) if lock(&file, path)? && is_at(&file, temporary) => return Ok(file),
-            Ok(_) => {}
-            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => remove_left_over(path, temporary)?,
-            Err(error) => return Err(failed(path, "made")(error)),
-        }
-    }
-    Err(PlaceError::BeingMade(path.to_owned()))
-}
-
+/// Removes what a killed run left: a file of ours with one name that nobody has locked. Anything else is somebody's, and stays.
 fn remove_left_over(path: &Path, temporary: &Path) -> Result<(), PlaceError> {
     let mut old = OpenOptions::new();
     old.read(true).custom_flags(libc::O_NOFOLLOW | libc::O_NONBLOCK);
+    let in_the_way = || PlaceError::InTheWay(temporary.to_owned());
     let old = match old.open(temporary) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
-        other => other.map_err(failed(temporary, "opened; move it away"))?,
+        other => other.map_err(|_| in_the_way())?,
     };
+    let known = old.metadata().map_err(failed(temporary, "looked at"))?;
+    if !known.is_file() || known.nlink() > 1 || known.uid() != rustix::process::geteuid().as_raw() {
+        return Err(in_the_way());
+    }
     if !lock(&old, path)? {
         return Err(PlaceError::BeingMade(path.to_owned()));
     }
@@ -362,7 +414,7 @@ mod tests {
         let folder = tempfile::tempdir().expect("a folder");
         let path = folder.path().join("v");
         let place = written(&path, false);
-        assert_eq!(names(folder.path()), [".v.partial"]);
+        assert_eq!(names(folder.path()), [".v.fealty-partial"]);
         place.finish().expect("named");
         assert_eq!(names(folder.path()), ["v"]);
         drop(written(&folder.path().join("w"), false));
@@ -419,7 +471,7 @@ mod tests {
         let first = begin(&path, false).expect("begins");
         assert!(matches!(begin(&path, false), Err(PlaceError::BeingMade(_))));
         drop(first);
-        fs::write(folder.path().join(".v.partial"), "left over").expect("written");
+        fs::write(folder.path().join(".v.fealty-partial"), "left over").expect("written");
         let second = begin(&path, false).expect("begins");
         assert_eq!(second.file().metadata().expect("known").len(), 0);
     }
@@ -429,12 +481,49 @@ mod tests {
         let folder = tempfile::tempdir().expect("a folder");
         let (path, victim) = (folder.path().join("v"), folder.path().join("victim"));
         fs::write(&victim, "precious").expect("written");
-        std::os::unix::fs::symlink(&victim, folder.path().join(".v.partial")).expect("linked");
-        assert!(matches!(begin(&path, false), Err(PlaceError::Io { .. })));
-        fs::remove_file(folder.path().join(".v.partial")).expect("removed");
-        fs::hard_link(&victim, folder.path().join(".v.partial")).expect("linked");
+        let temporary = folder.path().join(".v.fealty-partial");
+        std::os::unix::fs::symlink(&victim, &temporary).expect("linked");
+        assert!(matches!(begin(&path, false), Err(PlaceError::InTheWay(_))));
+        fs::remove_file(&temporary).expect("removed");
+        fs::hard_link(&victim, &temporary).expect("linked");
+        assert!(matches!(begin(&path, false), Err(PlaceError::InTheWay(_))));
+        fs::remove_file(&temporary).expect("removed");
         written(&path, false).finish().expect("named");
         assert_eq!(fs::read(&victim).expect("there"), b"precious");
+    }
+
+    #[test]
+    fn what_somebody_puts_in_its_place_is_neither_removed_nor_named() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let (path, temporary) = (folder.path().join("v"), folder.path().join(".v.fealty-partial"));
+        let begun = || {
+            let place = written(&path, true);
+            fs::rename(&temporary, folder.path().join("aside")).expect("moved");
+            fs::write(&temporary, "another's").expect("written");
+            place
+        };
+        let check = |old: &[&str]| {
+            assert_eq!(names(folder.path()), [&[".v.fealty-partial", "aside"], old].concat());
+            assert_eq!(fs::read(&temporary).expect("there"), b"another's");
+            fs::remove_file(&temporary).expect("removed");
+        };
+        for old in [&[][..], &["v"]] {
+            old.iter().for_each(|_| fs::write(&path, "old").expect("written"));
+            drop(begun());
+            check(old);
+            assert!(matches!(begun().finish(), Err(PlaceError::TakenAway(_))));
+            check(old);
+            assert!(begun().publish().is_err_and(|e| matches!(e, PlaceError::TakenAway(_))));
+            check(old);
+        }
+        assert_eq!(fs::read(&path).expect("there"), b"old");
+
+        // Nor what stands under its name when that is taken back.
+        let published = written(&folder.path().join("w"), false).publish().expect("published");
+        fs::rename(folder.path().join("w"), folder.path().join("aside")).expect("moved");
+        fs::write(folder.path().join("w"), "another's").expect("written");
+        published.retract();
+        assert_eq!(fs::read(folder.path().join("w")).expect("there"), b"another's");
     }
 
     #[test]

@@ -1,6 +1,7 @@
 //! What an interruption leaves behind: nothing that looks like a volume or an image.
 #![allow(unsafe_code)]
 
+use super::place::Temporary;
 use super::report;
 use std::ffi::c_int;
 use std::io::{self, PipeReader, PipeWriter};
@@ -18,7 +19,7 @@ enum Stage {
     #[default]
     Nothing,
     /// A temporary file is being written; what is to be said of the rest, once that is gone.
-    Draft(PathBuf, &'static str),
+    Draft(Temporary, &'static str),
     /// A device is being written; what is to be said of the rest.
     Device(PathBuf, Option<&'static str>),
     /// A volume is being changed in its place; what is to be said of one that is cut off.
@@ -51,10 +52,10 @@ impl Interrupts {
     }
 
     /// Has a temporary file made: an interruption comes before that, or removes it.
-    pub(crate) fn drafting<R, E>(&self, temporary: &Path, make: impl FnOnce() -> Result<R, E>) -> Result<R, E> {
+    pub(crate) fn drafting<R, E>(&self, make: impl FnOnce() -> Result<(R, Temporary), E>) -> Result<(R, Temporary), E> {
         let mut stage = self.stage();
         let made = make()?;
-        *stage = Stage::Draft(temporary.to_owned(), UNCHANGED);
+        *stage = Stage::Draft(made.1.clone(), UNCHANGED);
         Ok(made)
     }
 
@@ -142,9 +143,9 @@ impl Stage {
     fn left(&self) -> String {
         match self {
             Self::Nothing => UNCHANGED.to_owned(),
-            Self::Draft(temporary, rest) => match std::fs::remove_file(temporary) {
+            Self::Draft(temporary, rest) => match temporary.remove() {
                 Ok(()) => (*rest).to_owned(),
-                Err(error) => format!("{} is left, remove it: {error}; {rest}", temporary.display()),
+                Err(error) => format!("{} is left, remove it: {error}; {rest}", temporary.path().display()),
             },
             Self::Device(device, rest) => {
                 let rest = rest.map(|rest| format!("; {rest}")).unwrap_or_default();

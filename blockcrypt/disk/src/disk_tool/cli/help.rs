@@ -45,7 +45,8 @@ Examples: fealty-keys volume exec acme data -- fealty-disk create /store/data.vo
 
 pub(super) const IMPORT: &str = "\
 The volume appears under its name when it is complete, and is usable once the provider keeps its first anchor, which is the last
-thing this does. Until then it is written to .NAME.partial beside it.
+thing this does. Until then it is written to .NAME.fealty-partial beside it, which is left there if this is killed (SIGKILL, a power cut):
+the next run clears it away.
 
 qcow2 is read by qemu-img, which writes to the volume over a socket that nobody else has: plain text lies in no file on the way.
 
@@ -57,13 +58,15 @@ The clone has a name and an id at the key provider, and keys, all of its own: ev
 which takes as long as reading and writing all data. Neither opens with a key of the other; each can be rekeyed, erased or retired
 alone. Snapshots are not copied. The policy must permit volume.clone.
 
-Cut off, it leaves .NAME.partial, which the next run replaces.
+Killed (SIGKILL, a power cut) it leaves .NAME.fealty-partial, which the next run replaces. That one takes the clone's name and id from
+the key provider again.
 
 Example: fealty-keys volume exec acme root -- fealty-disk clone /store/root.vol /store/copy.vol --name copy";
 
 pub(super) const EXPORT: &str = "\
-The image is the guest's data in plain text, readable by you alone (mode 0600). It appears under its name when it is complete. A bad
-block ends the export: with --salvage it does not, and what can be read of a damaged volume is saved.
+The image is the guest's data in plain text, readable by you alone (mode 0600). It appears under its name when it is complete; killed
+(SIGKILL, a power cut) this leaves .NAME.fealty-partial, plain text too: remove it. A bad block ends the export: with --salvage it does not,
+and what can be read of a damaged volume is saved.
 
 Examples: fealty-keys volume exec acme root -- fealty-disk export /store/root.vol root.img
           fealty-keys volume exec acme root -- fealty-disk export --salvage /store/root.vol root.img";
