@@ -127,12 +127,21 @@ pub(crate) struct Core {
     tight: bool,
     /// A checkpoint is under way.
     checkpointing: bool,
-    /// The volume's own thread was asked for one, and has not begun it; or it came to nothing.
-    asked: bool,
+    asked: Asked,
     /// The map is a snapshot's.
     is_snapshot: bool,
     state: Condition,
     last_checkpoint: Instant,
+}
+
+/// What the volume's own thread was asked for.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Asked {
+    Not,
+    /// A checkpoint, which is not made yet.
+    ForOne,
+    /// Its last one came to nothing, and that was told: it is not asked again before one is made.
+    InVain,
 }
 
 enum Condition {

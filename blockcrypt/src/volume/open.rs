@@ -6,7 +6,7 @@ use super::log::Log;
 use super::recovery::{self, Recovered};
 use super::shared::Shared;
 use super::superblocks::{Found, State, Superblocks, find_state, find_superblocks};
-use super::{Condition, Core, Volume};
+use super::{Asked, Condition, Core, Volume};
 use crate::backing::Backing;
 use crate::format::anchor::AnchorFields;
 use crate::format::geometry::{Geometry, store_size};
@@ -317,7 +317,7 @@ impl Core {
             dropped: 0,
             tight: false,
             checkpointing: false,
-            asked: false,
+            asked: Asked::Not,
             is_snapshot: false,
             superblock,
             state: Condition::Good,
