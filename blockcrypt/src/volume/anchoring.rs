@@ -97,6 +97,12 @@ impl Anchoring {
         self.changed.notify_all();
     }
 
+    /// Nobody asks for what is late any more.
+    pub(crate) fn give_up(&self, why: &str) {
+        self.state().given_up = Some(why.to_owned());
+        self.changed.notify_all();
+    }
+
     pub(crate) fn stop(&self) {
         self.state().stopped = true;
         self.changed.notify_all();

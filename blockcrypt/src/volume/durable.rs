@@ -16,7 +16,7 @@ use crate::backing::Backing;
 use crate::format::log::RECORDS;
 use policy::VolumeAnchor;
 use std::sync::atomic::Ordering;
-use std::sync::{MutexGuard, PoisonError};
+use std::sync::{MutexGuard, PoisonError, TryLockError};
 use std::time::Instant;
 
 /// What a checkpoint is for.
@@ -67,7 +67,7 @@ impl Shared {
             core.log.appended
         };
         {
-            let group = self.flushing();
+            let group = self.flushing()?;
             // Somebody else's FLUSH may have covered this one while it waited for its turn.
             if self.core()?.log.durable < written {
                 self.commit(&group)?;
@@ -79,7 +79,7 @@ impl Shared {
 
     /// Makes everything written so far durable.
     pub(super) fn commit(&self, group: &MutexGuard<'_, ()>) -> Result<(), VolumeError> {
-        let log = self.logging();
+        let log = self.logging()?;
         let (batch, records) = {
             let mut core = self.core()?;
             core.writable()?;
@@ -135,7 +135,7 @@ impl Shared {
             return Ok(());
         }
         // A checkpoint under way may have the records; and a ring that is full now may not be when that is done.
-        let group = self.flushing();
+        let group = self.flushing()?;
         if matches!(self.has_stored(wanted), Ok(true)) {
             return Ok(());
         }
@@ -145,7 +145,7 @@ impl Shared {
     /// Writes what the store does not have of the log; whether it has the first `wanted` records then. An error is the store's, or the
     /// keys'.
     fn has_stored(&self, wanted: u64) -> Result<bool, VolumeError> {
-        let log = self.logging();
+        let log = self.logging()?;
         let batch = {
             let mut core = self.core()?;
             if core.log.stored >= wanted {
@@ -171,10 +171,10 @@ impl Shared {
         }
         let group = match self.flushing.try_lock() {
             Ok(group) => group,
-            Err(_) if urgent => self.flushing(),
-            Err(_) => return Ok(()),
+            Err(TryLockError::WouldBlock) if !urgent => return Ok(()),
+            Err(_) => self.flushing()?,
         };
-        let log = self.logging();
+        let log = self.logging()?;
         let batch = self.core()?.log.take_full();
         match batch {
             Err(VolumeError::Full(None)) => {
@@ -190,14 +190,14 @@ impl Shared {
         if self.read_only {
             return Ok(());
         }
-        let group = self.flushing();
+        let group = self.flushing()?;
         self.checkpoint_if_changed(&group)
     }
 
     /// A checkpoint, if one is due still: somebody else may have made it meanwhile.
     pub(super) fn checkpoint_if_due(&self) -> Result<(), VolumeError> {
         self.ready()?;
-        let group = self.flushing();
+        let group = self.flushing()?;
         let due = self.core()?.due(&self.backing);
         if due == Due::NotYet { Ok(()) } else { self.checkpoint_if_changed(&group) }
     }
@@ -275,7 +275,7 @@ impl Shared {
             self.anchoring.check()?;
             {
                 let _alone = self.alone_anyway();
-                let group = self.flushing();
+                let group = self.flushing()?;
                 let (closed, good) = {
                     let core = self.core()?;
                     (core.superblock.clean && !core.changed(), core.writable())
@@ -337,7 +337,7 @@ impl Shared {
     /// Decides what a checkpoint holds. Where each request hands its records to the log, they are handed to it before: with none lent to
     /// the checkpoint, requests go on meanwhile.
     fn freeze(&self, occasion: Occasion) -> Result<Plan, VolumeError> {
-        let log = self.logging();
+        let log = self.logging()?;
         let mut tries = if self.outlive { HAND_OVERS } else { 0 };
         loop {
             if tries > 0 {

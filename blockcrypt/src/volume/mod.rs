@@ -404,11 +404,15 @@ impl Core {
 
     /// No more writes: what is durable is unknown.
     fn fail(&mut self, error: VolumeError, events: &dyn crate::Events) -> VolumeError {
-        if matches!(self.state, Condition::Good) {
-            events.note(&format!("the volume takes no more writes: {error}"));
-            self.state = Condition::Failed(error.to_string());
-        }
+        self.give_up(error.to_string(), events);
         error
+    }
+
+    fn give_up(&mut self, why: String, events: &dyn crate::Events) {
+        if matches!(self.state, Condition::Good) {
+            events.note(&format!("the volume takes no more writes: {why}"));
+            self.state = Condition::Failed(why);
+        }
     }
 
     /// The anchor of the newest superblock and a log that is durable up to its block `sequence`, which follows `chain`.

@@ -264,7 +264,7 @@ impl Shared {
             let Core { space, stale_slots, .. } = &mut *core;
             space.hold(stale_slots);
         }
-        let group = self.flushing();
+        let group = self.flushing()?;
         self.top_up(&group)
     }
 
@@ -272,12 +272,12 @@ impl Shared {
     fn finish_creation(&self) -> Result<(), VolumeError> {
         self.first_checkpoint()?;
         self.core()?.space.release_all();
-        let group = self.flushing();
+        let group = self.flushing()?;
         self.top_up(&group)
     }
 
     fn first_checkpoint(&self) -> Result<(), VolumeError> {
-        let group = self.flushing();
+        let group = self.flushing()?;
         self.write_checkpoint(&group, Occasion::Opening)
     }
 }

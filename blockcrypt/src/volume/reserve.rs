@@ -79,7 +79,7 @@ impl Shared {
                 return done;
             } else if frees_more {
                 // Blocks that were superseded are free once that is durable.
-                let group = self.flushing();
+                let group = self.flushing()?;
                 self.commit(&group)?;
                 drop(group);
                 self.punch_freed()?;

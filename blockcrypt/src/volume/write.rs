@@ -196,7 +196,7 @@ impl Shared {
         if flush {
             // Superseded blocks wait for their records to be durable, then for their room to be given back; this is nobody's FLUSH,
             // so no anchor is owed.
-            let group = self.flushing();
+            let group = self.flushing()?;
             self.commit(&group)?;
             drop(group);
             self.punch_freed()?;

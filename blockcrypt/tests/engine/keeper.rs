@@ -1,0 +1,122 @@
+//! A volume's own thread that dies.
+
+use crate::common::{MIB, Provider, Random, SimStore, check_good};
+use fealty_blockcrypt::{OpenOptions, Store, Volume, VolumeError};
+use policy::AnchorMode;
+use std::io;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+const SIZE: u64 = 16 * MIB;
+const BLOCK: usize = 4096;
+/// A checkpoint is due before so many writes: see `background`.
+const DUE: u64 = 64 * 62 * 3 / 8 + 62;
+
+/// A store over which the thread named `volume` panics, once, where it is asked to.
+struct Deadly {
+    inner: Arc<SimStore>,
+    armed: AtomicBool,
+}
+
+impl Deadly {
+    fn over(inner: Arc<SimStore>) -> Arc<Self> {
+        Arc::new(Self { inner, armed: AtomicBool::new(false) })
+    }
+
+    fn pass(&self) {
+        let own = std::thread::current().name() == Some("volume");
+        assert!(!(own && self.armed.swap(false, Ordering::SeqCst)), "a fault of this program, as a test asks for");
+    }
+}
+
+impl Store for Deadly {
+    fn len(&self) -> io::Result<u64> {
+        self.inner.len()
+    }
+    fn read_at(&self, buffer: &mut [u8], offset: u64) -> io::Result<()> {
+        self.inner.read_at(buffer, offset)
+    }
+    fn write_at(&self, bytes: &[u8], offset: u64) -> io::Result<()> {
+        self.pass();
+        self.inner.write_at(bytes, offset)
+    }
+    fn sync_data(&self) -> io::Result<()> {
+        self.inner.sync_data()
+    }
+    fn set_len(&self, bytes: u64) -> io::Result<()> {
+        self.inner.set_len(bytes)
+    }
+}
+
+fn at(number: u64) -> u64 {
+    number * 7 % (SIZE / BLOCK as u64) * BLOCK as u64
+}
+
+fn content(number: u64) -> Vec<u8> {
+    number.to_le_bytes().repeat(BLOCK / 8)
+}
+
+#[track_caller]
+fn holds(volume: &Volume, numbers: std::ops::Range<u64>) {
+    let mut found = vec![0; BLOCK];
+    for number in numbers {
+        volume.read(at(number), &mut found).expect("read");
+        assert!(found == content(number), "{number}");
+    }
+}
+
+fn eventually(what: &str, is: impl Fn() -> bool) {
+    let begun = Instant::now();
+    while !is() {
+        assert!(begun.elapsed() < Duration::from_secs(120), "not within 120 s: {what}");
+        std::thread::sleep(Duration::from_millis(1));
+    }
+}
+
+/// What the checkpoint had of the log is in no log any more.
+#[test]
+fn where_it_panics_nothing_is_called_durable_that_is_not_and_nobody_waits_for_it() {
+    for outlive in [false, true] {
+        let (provider, sim) = (Provider::new(AnchorMode::Close), SimStore::new());
+        let store = Deadly::over(sim.clone());
+        provider.create(store.clone(), SIZE).expect("a volume").close().expect("closed");
+        let options = OpenOptions { outlive, ..OpenOptions::default() };
+        let volume = provider.open_with(store.clone(), &provider.grant(), options).expect("opens");
+        const DURABLE: u64 = 100;
+        (0..DURABLE).for_each(|number| volume.write(at(number), &content(number)).expect("written"));
+        volume.flush().expect("durable");
+        store.armed.store(true, Ordering::SeqCst);
+        let mut number = DURABLE;
+        while number < DUE && volume.write(at(number), &content(number)).is_ok() {
+            number += 1;
+        }
+        eventually("the panic", || !store.armed.load(Ordering::SeqCst));
+        let flushed = volume.flush();
+        let failed = |done: Result<(), VolumeError>| match done {
+            Err(VolumeError::Failed(why)) => assert!(why.contains("panicked"), "{why}"),
+            other => panic!("{other:?}"),
+        };
+        if flushed.is_ok() {
+            drop(volume);
+            sim.crash(&mut Random(1));
+            holds(&provider.open(sim).expect("opens"), 0..number);
+            panic!("nothing was lost all the same");
+        }
+        failed(flushed);
+        volume.rest();
+        eventually("a volume that takes no more writes", || volume.write(at(0), &content(0)).is_err());
+        failed(volume.write(at(0), &content(0)));
+        failed(volume.discard(at(0), BLOCK as u64));
+        failed(volume.checkpoint());
+        failed(volume.take_snapshot("one").map(drop));
+        failed(volume.close().map(drop));
+        assert!(provider.heard().iter().any(|event| event.contains("panicked")));
+        holds(&volume, 1..number);
+        drop(volume);
+        sim.crash(&mut Random(1));
+        let volume = provider.open(sim).expect("opens");
+        holds(&volume, 1..DURABLE);
+        check_good(&volume);
+    }
+}
