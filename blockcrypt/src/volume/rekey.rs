@@ -24,7 +24,7 @@ use policy::KeyId;
 impl Shared {
     pub(super) fn rewrap(&self, old: &Kek, new: &Kek) -> Result<(), VolumeError> {
         self.check_writable(0, 0)?;
-        let _alone = self.alone()?;
+        let alone = self.alone()?;
         let group = self.flushing()?;
         let (current, older) = {
             let core = self.core()?;
@@ -50,7 +50,8 @@ impl Shared {
         // Once more, so that neither superblock has the old wrapping.
         self.write_checkpoint(&group, Occasion::Running)?;
         self.wipe_stale_slots()?;
-        drop(group);
+        // Who waits for the key provider holds up nobody's writes.
+        drop((group, alone));
         self.anchoring.after_flush()
     }
 

@@ -1,11 +1,11 @@
-//! A volume's own thread that dies.
+//! A volume's own thread that dies, and what neither it nor whoever waits for the provider keeps others from.
 
 use crate::common::{MIB, Provider, Random, SimStore, check_good};
-use fealty_blockcrypt::{OpenOptions, Store, Volume, VolumeError};
-use policy::AnchorMode;
+use fealty_blockcrypt::{AnchorRefused, Anchors, OpenOptions, Store, Volume, VolumeError};
+use policy::{AnchorMode, VolumeAnchor};
 use std::io;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, mpsc};
 use std::time::{Duration, Instant};
 
 const SIZE: u64 = 16 * MIB;
@@ -119,4 +119,52 @@ fn where_it_panics_nothing_is_called_durable_that_is_not_and_nobody_waits_for_it
         holds(&volume, 1..DURABLE);
         check_good(&volume);
     }
+}
+
+/// A provider that keeps some anchors and answers to the next when it is told to.
+struct Slow {
+    left: Mutex<u32>,
+    asked: mpsc::SyncSender<()>,
+    answer: Mutex<mpsc::Receiver<()>>,
+}
+
+impl Anchors for Slow {
+    fn keep(&self, _: &VolumeAnchor) -> Result<(), AnchorRefused> {
+        let mut left = self.left.lock().expect("no panic");
+        if *left == 0 {
+            let _ = self.asked.send(());
+            let _ = self.answer.lock().expect("no panic").recv();
+        }
+        *left = left.saturating_sub(1);
+        Ok(())
+    }
+}
+
+#[test]
+fn a_rewrap_that_waits_for_its_last_anchor_holds_up_no_writes() {
+    let (provider, sim) = (Provider::new(AnchorMode::Flush), SimStore::new());
+    provider.create(sim.clone(), MIB).expect("a volume").close().expect("closed");
+    let (asked, hears) = mpsc::sync_channel(8);
+    let (answers, answer) = mpsc::channel();
+    // The opener's, and the one after which the old key may go.
+    let slow = Arc::new(Slow { left: Mutex::new(2), asked, answer: Mutex::new(answer) });
+    let (grant, old) = (provider.grant(), provider.kek());
+    let volume = Volume::open(sim, &grant, &old, OpenOptions::default(), slow, provider.clone()).expect("opens");
+    provider.set_kek(78, 8);
+    let new = provider.kek();
+    std::thread::scope(|scope| {
+        let rewrap = scope.spawn(|| volume.rewrap(&old, &new));
+        hears.recv().expect("asked");
+        let writer = scope.spawn(|| volume.write(0, &content(1)));
+        let begun = Instant::now();
+        while !writer.is_finished() && begun.elapsed() < Duration::from_secs(10) {
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        let waited = !writer.is_finished();
+        drop(answers);
+        assert!(!waited, "the write waits for the provider");
+        writer.join().expect("no panic").expect("written");
+        rewrap.join().expect("no panic").expect("rewrapped");
+    });
+    check_good(&volume);
 }
