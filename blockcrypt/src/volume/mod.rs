@@ -20,7 +20,7 @@
 //! | `clone` | the same data under another UUID |
 //! | `check` | verifies all of it |
 //!
-//! Locks, in the order in which they are taken: `gate` (held by each request that changes something, shared; and alone by what
+//! Locks, in the order in which they are taken: `closer` (one `close` at a time), `gate` (held by each request that changes something, shared; and alone by what
 //! must not meet one: a snapshot, a resize, `close`), `ranges` (two requests that change the same blocks follow each other),
 //! `flushing` (one FLUSH or checkpoint at a time), `logging` (one writer of the log), `core` (map, free space, log), then either the keys' (over a computation, never
 //! over I/O) or the anchors'. The volume's own thread holds one more while it has the volume, before all others. [`Volume::wipe_keys`] takes only the last two, so that no store and no provider can delay it.
