@@ -115,15 +115,11 @@ impl Space {
         }
     }
 
-    /// Blocks that were reserved for pages and not used: spare, but for the zone's.
-    pub(crate) fn give_back(&mut self, blocks: &[u64]) {
-        for block in blocks {
-            if self.zone.contains(block) {
-                self.reserved.remove(*block);
-            } else {
-                self.spare.push(*block);
-            }
-        }
+    /// Blocks that were reserved for pages and not used. The first `spare` of them were spare, and are again.
+    pub(crate) fn give_back(&mut self, blocks: &[u64], spare: usize) {
+        let (spare, others) = blocks.split_at(spare);
+        self.add_spare(spare.iter().copied());
+        self.unreserve(others.iter().copied());
     }
 
     /// Reserved blocks become spare.
@@ -238,9 +234,15 @@ impl Space {
         Ok(())
     }
 
-    /// Takes back a [`take`](Self::take).
+    /// Takes back a [`take`](Self::take); the block is free.
     pub(crate) fn untake(&mut self, block: u64, forest: &mut Forest) -> Result<(), Halt> {
         self.mark(block..block + 1, false, forest)
+    }
+
+    /// Free blocks for which the store has room are spare.
+    pub(crate) fn spare_again(&mut self, blocks: &[u64]) {
+        blocks.iter().for_each(|block| self.reserved.insert(*block));
+        self.add_spare(blocks.iter().copied());
     }
 
     /// Marks blocks beyond the volume's end and outside its pool as used: what a new volume begins with.

@@ -578,6 +578,27 @@ mod tests {
         }
     }
 
+    /// A store that runs full meanwhile may have room for no others.
+    #[test]
+    fn a_checkpoint_that_fails_gives_back_the_spare_blocks_that_it_took() {
+        let store = Arc::new(Moody::default());
+        let kek = Kek::new(KeyId(1), Secret::random().expect("room"));
+        let volume = Volume::create(store.clone(), 1 << 20, &grant(), &kek, Arc::new(Nobody), Arc::new(Nobody));
+        let volume = volume.expect("a volume");
+        let spare = || volume.shared.core().expect("sound").space.spare();
+        volume.write(0, &[1; BLOCK]).expect("written");
+        let before = spare();
+        store.refuses.store(true, Ordering::SeqCst);
+        for _ in 0..3 {
+            volume.checkpoint().expect_err("the store takes nothing");
+            assert_eq!(spare(), before);
+        }
+        store.refuses.store(false, Ordering::SeqCst);
+        volume.checkpoint().expect("it does again");
+        let report = volume.check(&mut |_| {}).expect("a check");
+        assert!(report.good() && report.leaked_blocks == 0, "{report:?}");
+    }
+
     /// An opener believes what a clean superblock says without making the log durable first.
     #[test]
     fn what_a_request_in_hand_writes_after_a_close_that_failed_does_not_follow_a_clean_superblock() {

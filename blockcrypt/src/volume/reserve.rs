@@ -439,16 +439,18 @@ mod tests {
         // As one leaves them whose pages are on their way, in a store that is full.
         let taken = shared.with_core(|core| {
             (core.checkpointing, core.tight) = (true, true);
-            let all = core.space.spare() as u64 + core.space.free_in_zone(&mut core.forest)?;
-            (0..all).map(|_| core.space.reserve_for_page(&mut core.forest)).collect::<Result<Vec<_>, _>>()
+            let spare = core.space.spare();
+            let all = spare as u64 + core.space.free_in_zone(&mut core.forest)?;
+            let taken = (0..all).map(|_| core.space.reserve_for_page(&mut core.forest));
+            Ok((taken.collect::<Result<Vec<_>, _>>()?, spare))
         });
-        let taken = taken.expect("there are some");
+        let (taken, spare) = taken.expect("there are some");
         std::thread::scope(|scope| {
             let discard = scope.spawn(|| volume.discard(0, BLOCK as u64));
             std::thread::sleep(std::time::Duration::from_millis(50));
             {
                 let mut core = shared.core().expect("sound");
-                core.space.give_back(&taken);
+                core.space.give_back(&taken, spare);
                 core.checkpointing = false;
             }
             drop(group);
