@@ -140,14 +140,21 @@ impl Anchors for Slow {
     }
 }
 
+impl Slow {
+    /// One that answers to so many at once; what hears when it is asked for the next, and what lets it answer when that is dropped.
+    fn after(left: u32) -> (Arc<Self>, mpsc::Receiver<()>, mpsc::Sender<()>) {
+        let (asked, hears) = mpsc::sync_channel(8);
+        let (answers, answer) = mpsc::channel();
+        (Arc::new(Self { left: Mutex::new(left), asked, answer: Mutex::new(answer) }), hears, answers)
+    }
+}
+
 #[test]
 fn a_rewrap_that_waits_for_its_last_anchor_holds_up_no_writes() {
     let (provider, sim) = (Provider::new(AnchorMode::Flush), SimStore::new());
     provider.create(sim.clone(), MIB).expect("a volume").close().expect("closed");
-    let (asked, hears) = mpsc::sync_channel(8);
-    let (answers, answer) = mpsc::channel();
     // The opener's, and the one after which the old key may go.
-    let slow = Arc::new(Slow { left: Mutex::new(2), asked, answer: Mutex::new(answer) });
+    let (slow, hears, answers) = Slow::after(2);
     let (grant, old) = (provider.grant(), provider.kek());
     let volume = Volume::open(sim, &grant, &old, OpenOptions::default(), slow, provider.clone()).expect("opens");
     provider.set_kek(78, 8);
@@ -167,4 +174,29 @@ fn a_rewrap_that_waits_for_its_last_anchor_holds_up_no_writes() {
         rewrap.join().expect("no panic").expect("rewrapped");
     });
     check_good(&volume);
+}
+
+/// The volume's own thread is where the provider hangs, or a FLUSH is.
+#[test]
+fn writes_and_the_checkpoints_that_they_need_wait_for_no_provider() {
+    for mode in [AnchorMode::Interval, AnchorMode::Flush] {
+        let (provider, sim) = (Provider::new(mode), SimStore::new());
+        provider.create(sim.clone(), SIZE).expect("a volume").close().expect("closed");
+        let (slow, hears, answers) = Slow::after(1);
+        let (grant, kek) = (provider.grant(), provider.kek());
+        let volume = Volume::open(sim, &grant, &kek, OpenOptions::default(), slow, provider.clone()).expect("opens");
+        volume.write(at(0), &content(0)).expect("written");
+        std::thread::scope(|scope| {
+            let flush = scope.spawn(|| volume.flush());
+            hears.recv().expect("asked");
+            let epoch = volume.info().epoch;
+            // Several times what the log holds.
+            (0..4 * DUE).for_each(|number| volume.write(at(number), &content(number)).expect("written"));
+            assert!(volume.info().epoch > epoch);
+            assert!(mode == AnchorMode::Interval || !flush.is_finished(), "it is not anchored yet");
+            drop(answers);
+            flush.join().expect("no panic").expect("flushed");
+        });
+        volume.close().expect("closed");
+    }
 }
