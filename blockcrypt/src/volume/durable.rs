@@ -483,7 +483,7 @@ fn put_superblock(block: &crate::format::Block, place: usize, from: &Backing) ->
 mod tests {
     use super::CHECKPOINT_EVERY;
     use crate::format::BLOCK;
-    use crate::{AnchorRefused, Anchors, Events, Kek, MemoryStore, Nobody, Store, Volume, inspect};
+    use crate::{AnchorRefused, Anchors, Events, Kek, MemoryStore, Nobody, Store, Volume, VolumeError, inspect};
     use policy::disk::{CipherSuite, VolumeGrant};
     use policy::{AnchorMode, KeyId, VolumeAnchor, VolumeId};
     use secretmem::Secret;
@@ -575,6 +575,28 @@ mod tests {
             store.refuses.store(false, Ordering::SeqCst);
             timed();
             assert!(!shared.core().expect("sound").changed());
+        }
+    }
+
+    #[test]
+    fn where_the_own_thread_panics_that_is_told_also_where_it_had_the_volume_s_memory_in_its_hands() {
+        for in_core in [false, true] {
+            let notes = Arc::new(Notes::default());
+            let kek = Kek::new(KeyId(1), Secret::random().expect("room"));
+            let store = MemoryStore::default();
+            let volume = Volume::create(store, 1 << 20, &grant(), &kek, Arc::new(Nobody), notes.clone());
+            let volume = volume.expect("a volume");
+            std::thread::scope(|scope| {
+                let panics = scope.spawn(|| {
+                    let _core = in_core.then(|| volume.shared.core());
+                    panic!("a fault of this program, as a test asks for");
+                });
+                panics.join().expect_err("it panics");
+            });
+            volume.shared.thread_panicked();
+            let told = notes.0.lock().expect("no panic").clone();
+            assert!(told.len() == 1 && told[0].contains("panicked"), "{told:?}");
+            assert!(matches!(volume.write(0, &[1; BLOCK]), Err(VolumeError::Failed(_))));
         }
     }
 

@@ -136,8 +136,10 @@ impl Shared {
 
     /// The volume's own thread panicked.
     pub(super) fn thread_panicked(&self) {
-        if let Ok(mut core) = self.core() {
-            core.give_up("its own thread panicked".to_owned(), &*self.backing.events);
+        match self.core() {
+            Ok(mut core) => core.give_up("its own thread panicked".to_owned(), &*self.backing.events),
+            // Where it had that in its hands nothing goes on.
+            Err(error) => self.backing.events.note(&error.to_string()),
         }
     }
 
