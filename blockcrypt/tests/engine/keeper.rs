@@ -1,10 +1,9 @@
 //! A volume's own thread that dies, and what neither it nor whoever waits for the provider keeps others from.
 
-use crate::common::{MIB, Provider, Random, SimStore, check_good};
+use crate::common::{MIB, Provider, Random, SimStore, check_good, lock};
 use fealty_blockcrypt::{AnchorRefused, Anchors, OpenOptions, Store, Volume, VolumeError};
 use policy::{AnchorMode, VolumeAnchor};
 use std::io;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, mpsc};
 use std::time::{Duration, Instant};
 
@@ -13,20 +12,37 @@ const BLOCK: usize = 4096;
 /// A checkpoint is due before so many writes: see `background`.
 const DUE: u64 = 64 * 62 * 3 / 8 + 62;
 
-/// A store over which the thread named `volume` panics, once, where it is asked to.
+/// A store over which the thread named `volume` panics, once, after so many steps from when it is asked to.
 struct Deadly {
     inner: Arc<SimStore>,
-    armed: AtomicBool,
+    steps: Mutex<Option<u32>>,
 }
 
 impl Deadly {
     fn over(inner: Arc<SimStore>) -> Arc<Self> {
-        Arc::new(Self { inner, armed: AtomicBool::new(false) })
+        Arc::new(Self { inner, steps: Mutex::new(None) })
+    }
+
+    fn panic_after(&self, steps: Option<u32>) {
+        *lock(&self.steps) = steps;
+    }
+
+    /// Whether it has.
+    fn panicked(&self) -> bool {
+        lock(&self.steps).is_none()
     }
 
     fn pass(&self) {
-        let own = std::thread::current().name() == Some("volume");
-        assert!(!(own && self.armed.swap(false, Ordering::SeqCst)), "a fault of this program, as a test asks for");
+        let mut steps = lock(&self.steps);
+        if std::thread::current().name() != Some("volume") {
+            return;
+        }
+        if *steps == Some(0) {
+            *steps = None;
+            drop(steps);
+            panic!("a fault of this program, as a test asks for");
+        }
+        *steps = steps.map(|left| left - 1);
     }
 }
 
@@ -42,6 +58,7 @@ impl Store for Deadly {
         self.inner.write_at(bytes, offset)
     }
     fn sync_data(&self) -> io::Result<()> {
+        self.pass();
         self.inner.sync_data()
     }
     fn set_len(&self, bytes: u64) -> io::Result<()> {
@@ -66,18 +83,16 @@ fn holds(volume: &Volume, numbers: std::ops::Range<u64>) {
     }
 }
 
-fn eventually(what: &str, is: impl Fn() -> bool) {
-    let begun = Instant::now();
-    while !is() {
-        assert!(begun.elapsed() < Duration::from_secs(120), "not within 120 s: {what}");
-        std::thread::sleep(Duration::from_millis(1));
-    }
-}
-
 /// What the checkpoint had of the log is in no log any more.
 #[test]
-fn where_it_panics_nothing_is_called_durable_that_is_not_and_nobody_waits_for_it() {
-    for outlive in [false, true] {
+fn wherever_it_panics_nothing_is_called_durable_that_is_not_and_nobody_waits_for_it() {
+    let failed = |done: Result<(), VolumeError>| match done {
+        Err(VolumeError::Failed(why)) => assert!(why.contains("panicked"), "{why}"),
+        other => panic!("{other:?}"),
+    };
+    // A checkpoint of these has eight.
+    for (outlive, steps) in (0..20).map(|i| (i % 2 == 1, i / 2)) {
+        println!("outlive {outlive}, after {steps} steps");
         let (provider, sim) = (Provider::new(AnchorMode::Close), SimStore::new());
         let store = Deadly::over(sim.clone());
         provider.create(store.clone(), SIZE).expect("a volume").close().expect("closed");
@@ -86,37 +101,30 @@ fn where_it_panics_nothing_is_called_durable_that_is_not_and_nobody_waits_for_it
         const DURABLE: u64 = 100;
         (0..DURABLE).for_each(|number| volume.write(at(number), &content(number)).expect("written"));
         volume.flush().expect("durable");
-        store.armed.store(true, Ordering::SeqCst);
+        store.panic_after(Some(steps));
         let mut number = DURABLE;
         while number < DUE && volume.write(at(number), &content(number)).is_ok() {
             number += 1;
         }
-        eventually("the panic", || !store.armed.load(Ordering::SeqCst));
-        let flushed = volume.flush();
-        let failed = |done: Result<(), VolumeError>| match done {
-            Err(VolumeError::Failed(why)) => assert!(why.contains("panicked"), "{why}"),
-            other => panic!("{other:?}"),
-        };
-        if flushed.is_ok() {
-            drop(volume);
-            sim.crash(&mut Random(1));
-            holds(&provider.open(sim).expect("opens"), 0..number);
-            panic!("nothing was lost all the same");
-        }
-        failed(flushed);
         volume.rest();
-        eventually("a volume that takes no more writes", || volume.write(at(0), &content(0)).is_err());
-        failed(volume.write(at(0), &content(0)));
-        failed(volume.discard(at(0), BLOCK as u64));
-        failed(volume.checkpoint());
-        failed(volume.take_snapshot("one").map(drop));
-        failed(volume.close().map(drop));
-        assert!(provider.heard().iter().any(|event| event.contains("panicked")));
-        holds(&volume, 1..number);
+        let flushed = volume.flush();
+        if store.panicked() {
+            failed(flushed);
+            failed(volume.write(at(0), &content(0)));
+            failed(volume.discard(at(0), BLOCK as u64));
+            failed(volume.checkpoint());
+            failed(volume.take_snapshot("one").map(drop));
+            failed(volume.close().map(drop));
+            assert!(provider.heard().iter().any(|event| event.contains("panicked")));
+            holds(&volume, 0..number);
+            number = DURABLE;
+        } else {
+            flushed.expect("nobody panicked");
+        }
         drop(volume);
-        sim.crash(&mut Random(1));
+        sim.crash(&mut Random(steps.into()));
         let volume = provider.open(sim).expect("opens");
-        holds(&volume, 1..DURABLE);
+        holds(&volume, 0..number);
         check_good(&volume);
     }
 }
