@@ -115,15 +115,11 @@ impl Space {
         }
     }
 
-    /// Blocks that were reserved for pages and not used: spare, but for the zone's.
-    pub(crate) fn give_back(&mut self, blocks: &[u64]) {
-        for block in blocks {
-            if self.zone.contains(block) {
-                self.reserved.remove(*block);
-            } else {
-                self.spare.push(*block);
-            }
-        }
+    /// Blocks that were reserved for pages and not used. The first `spare` of them were spare, and are again.
+    pub(crate) fn give_back(&mut self, blocks: &[u64], spare: usize) {
+        let (spare, others) = blocks.split_at(spare);
+        self.add_spare(spare.iter().copied());
+        self.unreserve(others.iter().copied());
     }
 
     /// Reserved blocks become spare.
@@ -136,11 +132,14 @@ impl Space {
         self.spare.len()
     }
 
-    /// How many blocks of the zone are free.
+    /// How many blocks of the zone are free: counted a word at a time, as writes wait for it.
     pub(crate) fn free_in_zone(&mut self, forest: &mut Forest) -> Result<u64, Halt> {
+        let (zone, bits) = (self.zone.clone(), BITS as u64);
         let mut free = 0;
-        for block in self.zone.clone() {
-            free += u64::from(self.is_free(block, forest)?);
+        for page in zone.start / bits..zone.end.div_ceil(bits) {
+            let base = page * bits;
+            let within = zone.start.saturating_sub(base) as usize..((zone.end - base) as usize).min(BITS);
+            free += count_set(self.idle(page, &forest.page(bitmap(page))?.bytes), within);
         }
         Ok(free)
     }
@@ -195,10 +194,15 @@ impl Space {
             *clear = count_clear(bits);
         }
         let end = ((within.end - base) as usize).min(BITS);
-        let bits = words(bits);
-        let idle = |i| !(u64::from_le_bytes(bits[i]) | self.held.word(page, i) | self.reserved.word(page, i));
-        let run = first_run(idle, (start - base) as usize..end, usize::try_from(want).unwrap_or(usize::MAX));
+        let want = usize::try_from(want).unwrap_or(usize::MAX);
+        let run = first_run(self.idle(page, bits), (start - base) as usize..end, want);
         Ok(run.map(|run| base + run.start as u64..base + run.end as u64))
+    }
+
+    /// The words of a bitmap page, with bits set for blocks in which nothing lies, and nothing is about to.
+    fn idle<'a>(&'a self, page: u64, bits: &'a Block) -> impl Fn(usize) -> u64 + 'a {
+        let bits = words(bits);
+        move |i| !(u64::from_le_bytes(bits[i]) | self.held.word(page, i) | self.reserved.word(page, i))
     }
 
     /// Blocks in use become free, or the other way round. The bitmap page must be in memory before anything is changed.
@@ -230,9 +234,15 @@ impl Space {
         Ok(())
     }
 
-    /// Takes back a [`take`](Self::take).
+    /// Takes back a [`take`](Self::take); the block is free.
     pub(crate) fn untake(&mut self, block: u64, forest: &mut Forest) -> Result<(), Halt> {
         self.mark(block..block + 1, false, forest)
+    }
+
+    /// Free blocks for which the store has room are spare.
+    pub(crate) fn spare_again(&mut self, blocks: &[u64]) {
+        blocks.iter().for_each(|block| self.reserved.insert(*block));
+        self.add_spare(blocks.iter().copied());
     }
 
     /// Marks blocks beyond the volume's end and outside its pool as used: what a new volume begins with.
@@ -386,6 +396,15 @@ fn is_clear(page: &Block, i: usize) -> bool {
     !crate::format::page::bit(page, i)
 }
 
+/// How many bits of `within` are set. `word` gives them, 64 at a time.
+fn count_set(word: impl Fn(usize) -> u64, within: Range<usize>) -> u64 {
+    let inside = |i: usize| {
+        let (start, end) = (within.start.saturating_sub(i * 64), within.end - i * 64);
+        (u64::MAX << start) & (u64::MAX >> (64 - end.min(64)))
+    };
+    (within.start / 64..within.end.div_ceil(64)).map(|i| u64::from((word(i) & inside(i)).count_ones())).sum()
+}
+
 /// The first set bit of `within`, and those that follow it, `want` at most. `word` gives the bits, 64 at a time.
 fn first_run(word: impl Fn(usize) -> u64, within: Range<usize>, want: usize) -> Option<Range<usize>> {
     let mut mask = u64::MAX << (within.start % 64);
@@ -423,7 +442,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn the_first_run_is_the_one_that_a_bit_by_bit_search_finds(
+        fn words_say_what_a_look_at_each_bit_does(
             edges in prop::collection::vec(0..BITS, 0..40), start in 0..BITS, end in 0..BITS, want in 1_usize..300
         ) {
             // Every edge turns what follows around, so that runs are long and cross words.
@@ -434,6 +453,8 @@ mod tests {
                 first..first + (first..end).take(want).take_while(|i| all[*i]).count()
             });
             prop_assert_eq!(first_run(word, start..end, want), expected);
+            let end = end.max(start);
+            prop_assert_eq!(count_set(word, start..end), all[start..end].iter().filter(|set| **set).count() as u64);
         }
     }
 }

@@ -97,6 +97,12 @@ impl Anchoring {
         self.changed.notify_all();
     }
 
+    /// Nobody asks for what is late any more.
+    pub(crate) fn give_up(&self, why: &str) {
+        self.state().given_up = Some(why.to_owned());
+        self.changed.notify_all();
+    }
+
     pub(crate) fn stop(&self) {
         self.state().stopped = true;
         self.changed.notify_all();
@@ -195,10 +201,7 @@ impl Anchoring {
     /// Waits while the provider has not answered for long.
     fn wait_if_late(&self) -> Result<(), VolumeError> {
         let late = |s: &State| s.late_since.is_some_and(|since| since.elapsed() >= self.patience) && !s.silent;
-        let mut state = self.state();
-        if late(&state) {
-            self.events.note("FLUSH waits: the provider has kept no anchor of this volume for 30 s");
-        }
+        let (mut state, mut told) = (self.state(), false);
         while late(&state) && state.refused.is_none() {
             if let Some(why) = &state.given_up {
                 return Err(VolumeError::Anchor(AnchorRefused::GivenUp(why.clone())));
@@ -208,6 +211,9 @@ impl Anchoring {
             }
             if state.stopped {
                 return Err(VolumeError::Closed);
+            }
+            if !std::mem::replace(&mut told, true) {
+                self.events.note("FLUSH waits: the provider has kept no anchor of this volume for 30 s");
             }
             (state, _) = self.changed.wait_timeout(state, INTERVAL).unwrap_or_else(PoisonError::into_inner);
         }
@@ -244,10 +250,14 @@ mod tests {
     type Ends = (Arc<Anchoring>, mpsc::Receiver<VolumeAnchor>, mpsc::Sender<Result<(), AnchorRefused>>);
 
     fn anchoring(mode: AnchorMode) -> Ends {
+        anchoring_heard(mode, Arc::new(Nobody))
+    }
+
+    fn anchoring_heard(mode: AnchorMode, events: Arc<dyn Events>) -> Ends {
         let (asked, heard) = mpsc::sync_channel(8);
         let (answer, answers) = mpsc::channel();
         let slow = Arc::new(Slow { asked, answers: Mutex::new(answers) });
-        let mut made = Anchoring::new(slow, Arc::new(Nobody), mode, Some(anchor(1)));
+        let mut made = Anchoring::new(slow, events, mode, Some(anchor(1)));
         made.patience = Duration::from_millis(60);
         (Arc::new(made), heard, answer)
     }
@@ -323,6 +333,29 @@ mod tests {
             ours.keep_now().expect("kept");
             ours.after_flush().expect("nothing is owed");
         }
+    }
+
+    #[derive(Default)]
+    struct Notes(Mutex<u32>);
+
+    impl Events for Notes {
+        fn integrity(&self, _: Option<u64>, _: Option<u64>, _: &str) {}
+        fn note(&self, _: &str) {
+            *self.0.lock().expect("no panic") += 1;
+        }
+    }
+
+    #[test]
+    fn a_flush_that_ends_with_what_was_given_up_does_not_say_that_it_waits() {
+        let notes = Arc::new(Notes::default());
+        let (ours, _heard, _answer) = anchoring_heard(AnchorMode::Interval, notes.clone());
+        ours.durable(anchor(2));
+        ours.give_up("the VM ends");
+        std::thread::sleep(Duration::from_millis(80));
+        for _ in 0..3 {
+            ours.after_flush().expect_err("given up");
+        }
+        assert_eq!(*notes.0.lock().expect("no panic"), 0);
     }
 
     #[test]

@@ -87,7 +87,7 @@ const OF_A_SNAPSHOT: Reasons =
 /// The check holds the volume's lock: no request is served meanwhile.
 pub(super) fn check(shared: &Shared, heard: &mut dyn FnMut(CheckStep)) -> Result<CheckReport, VolumeError> {
     let _alone = shared.alone_anyway();
-    let _group = shared.flushing();
+    let _group = shared.flushing()?;
     let mut core = shared.core()?;
     shared.ready()?;
     let from = &shared.backing;

@@ -10,13 +10,13 @@
 use super::log::Batch;
 use super::plan::Plan;
 use super::shared::Shared;
-use super::{CHECKPOINT_EVERY, Core, DIRTY_PAGES, MOST_DIRTY};
+use super::{Asked, CHECKPOINT_EVERY, Core, DIRTY_PAGES, MOST_DIRTY};
 use crate::VolumeError;
 use crate::backing::Backing;
 use crate::format::log::RECORDS;
 use policy::VolumeAnchor;
 use std::sync::atomic::Ordering;
-use std::sync::{MutexGuard, PoisonError};
+use std::sync::{MutexGuard, PoisonError, TryLockError};
 use std::time::Instant;
 
 /// What a checkpoint is for.
@@ -67,7 +67,7 @@ impl Shared {
             core.log.appended
         };
         {
-            let group = self.flushing();
+            let group = self.flushing()?;
             // Somebody else's FLUSH may have covered this one while it waited for its turn.
             if self.core()?.log.durable < written {
                 self.commit(&group)?;
@@ -79,7 +79,7 @@ impl Shared {
 
     /// Makes everything written so far durable.
     pub(super) fn commit(&self, group: &MutexGuard<'_, ()>) -> Result<(), VolumeError> {
-        let log = self.logging();
+        let log = self.logging()?;
         let (batch, records) = {
             let mut core = self.core()?;
             core.writable()?;
@@ -135,7 +135,7 @@ impl Shared {
             return Ok(());
         }
         // A checkpoint under way may have the records; and a ring that is full now may not be when that is done.
-        let group = self.flushing();
+        let group = self.flushing()?;
         if matches!(self.has_stored(wanted), Ok(true)) {
             return Ok(());
         }
@@ -145,7 +145,7 @@ impl Shared {
     /// Writes what the store does not have of the log; whether it has the first `wanted` records then. An error is the store's, or the
     /// keys'.
     fn has_stored(&self, wanted: u64) -> Result<bool, VolumeError> {
-        let log = self.logging();
+        let log = self.logging()?;
         let batch = {
             let mut core = self.core()?;
             if core.log.stored >= wanted {
@@ -171,10 +171,10 @@ impl Shared {
         }
         let group = match self.flushing.try_lock() {
             Ok(group) => group,
-            Err(_) if urgent => self.flushing(),
-            Err(_) => return Ok(()),
+            Err(TryLockError::WouldBlock) if !urgent => return Ok(()),
+            Err(_) => self.flushing()?,
         };
-        let log = self.logging();
+        let log = self.logging()?;
         let batch = self.core()?.log.take_full();
         match batch {
             Err(VolumeError::Full(None)) => {
@@ -190,14 +190,14 @@ impl Shared {
         if self.read_only {
             return Ok(());
         }
-        let group = self.flushing();
+        let group = self.flushing()?;
         self.checkpoint_if_changed(&group)
     }
 
     /// A checkpoint, if one is due still: somebody else may have made it meanwhile.
     pub(super) fn checkpoint_if_due(&self) -> Result<(), VolumeError> {
         self.ready()?;
-        let group = self.flushing();
+        let group = self.flushing()?;
         let due = self.core()?.due(&self.backing);
         if due == Due::NotYet { Ok(()) } else { self.checkpoint_if_changed(&group) }
     }
@@ -205,20 +205,23 @@ impl Shared {
     /// The volume's own thread was asked for one. If that comes to nothing it is not asked again: whoever needs one next, needs it at once
     /// and makes it himself.
     pub(super) fn asked_checkpoint(&self) {
-        match self.checkpoint_if_due() {
-            Ok(()) | Err(VolumeError::NoKeys | VolumeError::Closed) => {
-                if let Ok(mut core) = self.core() {
-                    core.asked = false;
-                }
-            }
-            Err(error) => self.fruitless(&error),
-        }
+        let made = self.checkpoint_if_due();
+        self.own_thread_made(made);
     }
 
-    /// A checkpoint that no request waits for came to nothing. That the volume takes no more writes is told where it is found.
-    fn fruitless(&self, error: &VolumeError) {
-        if self.core().is_ok_and(|core| core.writable().is_ok()) {
-            self.backing.events.note(&format!("a checkpoint came to nothing: {error}"));
+    /// How a checkpoint that no request waits for came out. One that came to nothing is told, once until one is made. That the volume takes
+    /// no more writes is told where it is found.
+    fn own_thread_made(&self, made: Result<(), VolumeError>) {
+        let Ok(mut core) = self.core() else { return };
+        match made {
+            Ok(()) | Err(VolumeError::NoKeys | VolumeError::Closed) => core.asked = Asked::Not,
+            Err(error) => {
+                let told = std::mem::replace(&mut core.asked, Asked::InVain) == Asked::InVain;
+                if !told && core.writable().is_ok() {
+                    drop(core);
+                    self.backing.events.note(&format!("a checkpoint came to nothing: {error}"));
+                }
+            }
         }
     }
 
@@ -239,11 +242,9 @@ impl Shared {
         let due = self.core().is_ok_and(|core| {
             core.last_checkpoint.elapsed() >= CHECKPOINT_EVERY && !core.log.is_empty() && core.writable().is_ok()
         });
-        if due
-            && let Err(error) = self.checkpoint()
-            && !matches!(error, VolumeError::NoKeys | VolumeError::Closed)
-        {
-            self.fruitless(&error);
+        if due {
+            let made = self.checkpoint();
+            self.own_thread_made(made);
         }
     }
 
@@ -274,7 +275,7 @@ impl Shared {
             self.anchoring.check()?;
             {
                 let _alone = self.alone_anyway();
-                let group = self.flushing();
+                let group = self.flushing()?;
                 let (closed, good) = {
                     let core = self.core()?;
                     (core.superblock.clean && !core.changed(), core.writable())
@@ -336,7 +337,7 @@ impl Shared {
     /// Decides what a checkpoint holds. Where each request hands its records to the log, they are handed to it before: with none lent to
     /// the checkpoint, requests go on meanwhile.
     fn freeze(&self, occasion: Occasion) -> Result<Plan, VolumeError> {
-        let log = self.logging();
+        let log = self.logging()?;
         let mut tries = if self.outlive { HAND_OVERS } else { 0 };
         loop {
             if tries > 0 {
@@ -440,7 +441,7 @@ impl Core {
     /// A checkpoint is durable; its anchor.
     fn settle(&mut self, plan: Plan, from: &Backing, occasion: Occasion) -> Result<VolumeAnchor, VolumeError> {
         self.place = plan.place;
-        (self.checkpointing, self.asked) = (false, false);
+        (self.checkpointing, self.asked) = (false, Asked::Not);
         let key = plan.next.key();
         plan.settle_pages(&mut self.forest, key);
         // The head may be further on by now, with blocks that are not durable.
@@ -480,12 +481,16 @@ fn put_superblock(block: &crate::format::Block, place: usize, from: &Backing) ->
 
 #[cfg(test)]
 mod tests {
+    use super::CHECKPOINT_EVERY;
     use crate::format::BLOCK;
-    use crate::{AnchorRefused, Anchors, Kek, MemoryStore, Nobody, Volume, inspect};
+    use crate::{AnchorRefused, Anchors, Events, Kek, MemoryStore, Nobody, Store, Volume, VolumeError, inspect};
     use policy::disk::{CipherSuite, VolumeGrant};
     use policy::{AnchorMode, KeyId, VolumeAnchor, VolumeId};
     use secretmem::Secret;
-    use std::sync::{Arc, mpsc};
+    use std::io;
+    use std::sync::atomic::{AtomicBool, Ordering};
+    use std::sync::{Arc, Mutex, mpsc};
+    use std::time::Instant;
 
     /// Keeps each anchor; its answers are lost.
     struct Unheard(mpsc::Sender<VolumeAnchor>);
@@ -497,10 +502,8 @@ mod tests {
         }
     }
 
-    /// An opener believes what a clean superblock says without making the log durable first.
-    #[test]
-    fn what_a_request_in_hand_writes_after_a_close_that_failed_does_not_follow_a_clean_superblock() {
-        let grant = VolumeGrant {
+    fn grant() -> VolumeGrant {
+        VolumeGrant {
             volume: VolumeId::random(),
             customer: "acme".parse().expect("id"),
             cipher: CipherSuite::Aes256XtsHmacSha256,
@@ -509,11 +512,122 @@ mod tests {
             open_number: 1.try_into().expect("number"),
             anchor: None,
             anchor_mode: AnchorMode::Close,
-        };
+        }
+    }
+
+    /// Takes no writes for a while.
+    #[derive(Default)]
+    struct Moody {
+        store: MemoryStore,
+        refuses: AtomicBool,
+    }
+
+    impl Store for Moody {
+        fn len(&self) -> io::Result<u64> {
+            self.store.len()
+        }
+        fn read_at(&self, buffer: &mut [u8], offset: u64) -> io::Result<()> {
+            self.store.read_at(buffer, offset)
+        }
+        fn write_at(&self, bytes: &[u8], offset: u64) -> io::Result<()> {
+            match self.refuses.load(Ordering::SeqCst) {
+                true => Err(io::Error::other("not now")),
+                false => self.store.write_at(bytes, offset),
+            }
+        }
+        fn sync_data(&self) -> io::Result<()> {
+            self.store.sync_data()
+        }
+        fn set_len(&self, bytes: u64) -> io::Result<()> {
+            self.store.set_len(bytes)
+        }
+    }
+
+    #[derive(Default)]
+    struct Notes(Mutex<Vec<String>>);
+
+    impl Events for Notes {
+        fn integrity(&self, _: Option<u64>, _: Option<u64>, _: &str) {}
+        fn note(&self, text: &str) {
+            self.0.lock().expect("no panic").push(text.to_owned());
+        }
+    }
+
+    /// The volume's own thread tries each second.
+    #[test]
+    fn checkpoints_that_keep_failing_are_told_once_until_one_is_made() {
+        let (store, notes) = (Arc::new(Moody::default()), Arc::new(Notes::default()));
         let kek = Kek::new(KeyId(1), Secret::random().expect("room"));
+        let volume = Volume::create(store.clone(), 1 << 20, &grant(), &kek, Arc::new(Nobody), notes.clone());
+        let volume = volume.expect("a volume");
+        let shared = &volume.shared;
+        let timed = || {
+            let long_ago = Instant::now().checked_sub(CHECKPOINT_EVERY);
+            shared.core().expect("sound").last_checkpoint = long_ago.expect("up for a minute");
+            shared.timed_checkpoint();
+        };
+        for round in 1..=2 {
+            volume.write(0, &[1; BLOCK]).expect("written");
+            store.refuses.store(true, Ordering::SeqCst);
+            (0..3).for_each(|_| timed());
+            let told = notes.0.lock().expect("no panic").clone();
+            assert_eq!(told.len(), round, "{told:?}");
+            store.refuses.store(false, Ordering::SeqCst);
+            timed();
+            assert!(!shared.core().expect("sound").changed());
+        }
+    }
+
+    #[test]
+    fn where_the_own_thread_panics_that_is_told_also_where_it_had_the_volume_s_memory_in_its_hands() {
+        for in_core in [false, true] {
+            let notes = Arc::new(Notes::default());
+            let kek = Kek::new(KeyId(1), Secret::random().expect("room"));
+            let store = MemoryStore::default();
+            let volume = Volume::create(store, 1 << 20, &grant(), &kek, Arc::new(Nobody), notes.clone());
+            let volume = volume.expect("a volume");
+            std::thread::scope(|scope| {
+                let panics = scope.spawn(|| {
+                    let _core = in_core.then(|| volume.shared.core());
+                    panic!("a fault of this program, as a test asks for");
+                });
+                panics.join().expect_err("it panics");
+            });
+            volume.shared.thread_panicked();
+            let told = notes.0.lock().expect("no panic").clone();
+            assert!(told.len() == 1 && told[0].contains("panicked"), "{told:?}");
+            assert!(matches!(volume.write(0, &[1; BLOCK]), Err(VolumeError::Failed(_))));
+        }
+    }
+
+    /// A store that runs full meanwhile may have room for no others.
+    #[test]
+    fn a_checkpoint_that_fails_gives_back_the_spare_blocks_that_it_took() {
+        let store = Arc::new(Moody::default());
+        let kek = Kek::new(KeyId(1), Secret::random().expect("room"));
+        let volume = Volume::create(store.clone(), 1 << 20, &grant(), &kek, Arc::new(Nobody), Arc::new(Nobody));
+        let volume = volume.expect("a volume");
+        let spare = || volume.shared.core().expect("sound").space.spare();
+        volume.write(0, &[1; BLOCK]).expect("written");
+        let before = spare();
+        store.refuses.store(true, Ordering::SeqCst);
+        for _ in 0..3 {
+            volume.checkpoint().expect_err("the store takes nothing");
+            assert_eq!(spare(), before);
+        }
+        store.refuses.store(false, Ordering::SeqCst);
+        volume.checkpoint().expect("it does again");
+        let report = volume.check(&mut |_| {}).expect("a check");
+        assert!(report.good() && report.leaked_blocks == 0, "{report:?}");
+    }
+
+    /// An opener believes what a clean superblock says without making the log durable first.
+    #[test]
+    fn what_a_request_in_hand_writes_after_a_close_that_failed_does_not_follow_a_clean_superblock() {
         let (kept, anchors) = mpsc::channel();
         let (store, provider) = (Arc::new(MemoryStore::default()), Arc::new(Unheard(kept)));
-        let volume = Volume::create(store.clone(), 1 << 20, &grant, &kek, provider, Arc::new(Nobody));
+        let kek = Kek::new(KeyId(1), Secret::random().expect("room"));
+        let volume = Volume::create(store.clone(), 1 << 20, &grant(), &kek, provider, Arc::new(Nobody));
         let volume = volume.expect("a volume");
         let shared = &volume.shared;
         for discards in [false, true] {

@@ -3,6 +3,7 @@
 use super::anchoring::{Anchoring, INTERVAL};
 use super::shared::Shared;
 use crate::VolumeError;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
 use std::thread;
 use std::time::Instant;
@@ -31,8 +32,26 @@ struct Orders {
 pub(super) fn start(shared: &Arc<Shared>) -> Result<(), VolumeError> {
     let (told, anchoring, volume) = (shared.housekeeper.clone(), shared.anchoring.clone(), Arc::downgrade(shared));
     let thread = thread::Builder::new().name("volume".to_owned()).stack_size(256 * 1024);
-    thread.spawn(move || told.keep_house(&anchoring, &volume)).map_err(|_| VolumeError::System("thread"))?;
+    thread.spawn(move || keep_house(&told, &anchoring, &volume)).map_err(|_| VolumeError::System("thread"))?;
     Ok(())
+}
+
+/// Whoever waits for the thread hears of it where it panics.
+fn keep_house(told: &Housekeeper, anchoring: &Anchoring, volume: &Weak<Shared>) {
+    let _gone = Gone(told);
+    if catch_unwind(AssertUnwindSafe(|| told.keep_house(anchoring, volume))).is_err() {
+        anchoring.give_up("the volume's own thread panicked, and nobody asks any more");
+        told.with(volume, Shared::thread_panicked);
+    }
+}
+
+/// Nobody waits for the thread any more once this goes.
+struct Gone<'a>(&'a Housekeeper);
+
+impl Drop for Gone<'_> {
+    fn drop(&mut self) {
+        self.0.end();
+    }
 }
 
 impl Housekeeper {
@@ -49,9 +68,13 @@ impl Housekeeper {
     /// The thread ends, and has let go of the volume when this returns: whoever opens the store next finds it at rest and unlocked. It may
     /// wait for the provider's answer for longer, but without the volume.
     pub(super) fn stop(&self) {
+        self.end();
+        drop(self.at_work());
+    }
+
+    fn end(&self) {
         self.orders().stop = true;
         self.changed.notify_all();
-        drop(self.at_work());
     }
 
     fn at_work(&self) -> MutexGuard<'_, ()> {

@@ -20,7 +20,7 @@
 //! | `clone` | the same data under another UUID |
 //! | `check` | verifies all of it |
 //!
-//! Locks, in the order in which they are taken: `gate` (held by each request that changes something, shared; and alone by what
+//! Locks, in the order in which they are taken: `closer` (one `close` at a time), `gate` (held by each request that changes something, shared; and alone by what
 //! must not meet one: a snapshot, a resize, `close`), `ranges` (two requests that change the same blocks follow each other),
 //! `flushing` (one FLUSH or checkpoint at a time), `logging` (one writer of the log), `core` (map, free space, log), then either the keys' (over a computation, never
 //! over I/O) or the anchors'. The volume's own thread holds one more while it has the volume, before all others. [`Volume::wipe_keys`] takes only the last two, so that no store and no provider can delay it.
@@ -127,12 +127,21 @@ pub(crate) struct Core {
     tight: bool,
     /// A checkpoint is under way.
     checkpointing: bool,
-    /// The volume's own thread was asked for one, and has not begun it; or it came to nothing.
-    asked: bool,
+    asked: Asked,
     /// The map is a snapshot's.
     is_snapshot: bool,
     state: Condition,
     last_checkpoint: Instant,
+}
+
+/// What the volume's own thread was asked for.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Asked {
+    Not,
+    /// A checkpoint, which is not made yet.
+    ForOne,
+    /// Its last one came to nothing, and that was told: it is not asked again before one is made.
+    InVain,
 }
 
 enum Condition {
@@ -395,11 +404,15 @@ impl Core {
 
     /// No more writes: what is durable is unknown.
     fn fail(&mut self, error: VolumeError, events: &dyn crate::Events) -> VolumeError {
-        if matches!(self.state, Condition::Good) {
-            events.note(&format!("the volume takes no more writes: {error}"));
-            self.state = Condition::Failed(error.to_string());
-        }
+        self.give_up(error.to_string(), events);
         error
+    }
+
+    fn give_up(&mut self, why: String, events: &dyn crate::Events) {
+        if matches!(self.state, Condition::Good) {
+            events.note(&format!("the volume takes no more writes: {why}"));
+            self.state = Condition::Failed(why);
+        }
     }
 
     /// The anchor of the newest superblock and a log that is durable up to its block `sequence`, which follows `chain`.

@@ -6,7 +6,7 @@ use super::log::Log;
 use super::recovery::{self, Recovered};
 use super::shared::Shared;
 use super::superblocks::{Found, State, Superblocks, find_state, find_superblocks};
-use super::{Condition, Core, Volume};
+use super::{Asked, Condition, Core, Volume};
 use crate::backing::Backing;
 use crate::format::anchor::AnchorFields;
 use crate::format::geometry::{Geometry, store_size};
@@ -264,7 +264,7 @@ impl Shared {
             let Core { space, stale_slots, .. } = &mut *core;
             space.hold(stale_slots);
         }
-        let group = self.flushing();
+        let group = self.flushing()?;
         self.top_up(&group)
     }
 
@@ -272,12 +272,12 @@ impl Shared {
     fn finish_creation(&self) -> Result<(), VolumeError> {
         self.first_checkpoint()?;
         self.core()?.space.release_all();
-        let group = self.flushing();
+        let group = self.flushing()?;
         self.top_up(&group)
     }
 
     fn first_checkpoint(&self) -> Result<(), VolumeError> {
-        let group = self.flushing();
+        let group = self.flushing()?;
         self.write_checkpoint(&group, Occasion::Opening)
     }
 }
@@ -317,7 +317,7 @@ impl Core {
             dropped: 0,
             tight: false,
             checkpointing: false,
-            asked: false,
+            asked: Asked::Not,
             is_snapshot: false,
             superblock,
             state: Condition::Good,

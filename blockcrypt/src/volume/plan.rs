@@ -21,8 +21,9 @@ use std::sync::Arc;
 pub(super) struct Plan {
     /// Leaves first, each with its new place; none where nothing is left of it.
     pages: Vec<Moved>,
-    /// Blocks that were taken for pages.
+    /// Blocks that were taken for pages; and how many of them, from the first, were spare.
     taken: Vec<u64>,
+    spare: usize,
     /// Blocks of pages that are free once this is durable.
     pub(super) freed: Vec<u64>,
     /// Lists that changed, and where they go.
@@ -71,9 +72,11 @@ impl Core {
     /// Decides what a checkpoint holds. Nothing is changed before all that is needed is in memory.
     pub(super) fn freeze(&mut self, from: &Backing, occasion: Occasion) -> Result<Plan, Halt> {
         self.writable()?;
-        let mut places = Places::default();
-        if let Err(halt) = self.find_places(&mut places) {
-            self.space.give_back(&places.reserved);
+        let (mut places, spare) = (Places::default(), self.space.spare());
+        let found = self.find_places(&mut places);
+        let spare = spare - self.space.spare();
+        if let Err(halt) = found {
+            self.space.give_back(&places.reserved, spare);
             return Err(halt);
         }
         // From here on every page is there.
@@ -106,6 +109,7 @@ impl Core {
         Ok(Plan {
             pages,
             taken: places.reserved,
+            spare,
             freed: places.freed,
             slots: places.slots,
             snapshots: places.snapshots,
@@ -215,14 +219,19 @@ impl Core {
     /// Takes back what a checkpoint did to memory. Its pages are all there.
     pub(super) fn thaw(&mut self, plan: &mut Plan, from: &Backing) -> Result<(), Halt> {
         let mut undone = Ok(());
-        for block in plan.taken.drain(..) {
-            undone = undone.and(self.space.untake(block, &mut self.forest));
+        for block in &plan.taken {
+            undone = undone.and(self.space.untake(*block, &mut self.forest));
         }
         for block in plan.freed.drain(..) {
             undone = undone.and(self.space.keep(block, &mut self.forest));
         }
+        let slots = plan.slots.take().unwrap_or_default();
+        let mut spare = std::mem::take(&mut plan.taken);
+        spare.truncate(plan.spare);
+        spare.retain(|block| !slots.contains(block));
+        self.space.spare_again(&spare);
         // These may have been written already.
-        for block in plan.slots.take().into_iter().flatten() {
+        for block in slots {
             undone = undone.and(self.space.free_held(block, &mut self.forest));
             self.stale_slots.push(block);
         }

@@ -24,8 +24,8 @@ use policy::KeyId;
 impl Shared {
     pub(super) fn rewrap(&self, old: &Kek, new: &Kek) -> Result<(), VolumeError> {
         self.check_writable(0, 0)?;
-        let _alone = self.alone()?;
-        let group = self.flushing();
+        let alone = self.alone()?;
+        let group = self.flushing()?;
         let (current, older) = {
             let core = self.core()?;
             core.writable()?;
@@ -50,7 +50,8 @@ impl Shared {
         // Once more, so that neither superblock has the old wrapping.
         self.write_checkpoint(&group, Occasion::Running)?;
         self.wipe_stale_slots()?;
-        drop(group);
+        // Who waits for the key provider holds up nobody's writes.
+        drop((group, alone));
         self.anchoring.after_flush()
     }
 
@@ -60,7 +61,7 @@ impl Shared {
         self.check_writable(0, 0)?;
         {
             // No checkpoint is under way, which would take this back.
-            let _group = self.flushing();
+            let _group = self.flushing()?;
             let mut core = self.core()?;
             let current = core.superblock.key();
             core.superblock.rotation.first.get_or_insert(current);
@@ -122,7 +123,7 @@ impl Shared {
     /// All that can be is sealed anew, and durable: from here on another new key is another rotation's.
     fn end_rotation(&self) -> Result<(), VolumeError> {
         let _among_others = self.among_others()?;
-        let group = self.flushing();
+        let group = self.flushing()?;
         let due = {
             let mut core = self.core()?;
             !std::mem::replace(&mut core.superblock.rotation.ended, true) || core.changed()
@@ -210,7 +211,7 @@ impl Shared {
                 Search::Found => return Ok(true),
                 Search::Nothing => {}
             }
-            let held = (self.alone()?, self.flushing());
+            let held = (self.alone()?, self.flushing()?);
             // A revert, which counts as a snapshot too, brings older entries back where it was looked already.
             if self.core()?.snapshots_taken == taken {
                 break held;

@@ -56,7 +56,7 @@ impl Shared {
             });
             let Err(VolumeError::Full(in_store)) = &done else { return done };
             let in_store = in_store.is_some();
-            let (checkpoint, fits, frees_more) = {
+            let (checkpointing, checkpoint, fits, frees_more) = {
                 let core = self.core()?;
                 let for_data = core.free_for_data(from) < wants.data;
                 let for_pages =
@@ -64,9 +64,13 @@ impl Shared {
                 // A store that is full has room for the pages that are dirty, and needs none for them afterwards.
                 let for_store = in_store && core.forest.dirty() > 0;
                 let fits = !in_store && core.fits_alone(wants, from);
-                (core.room_in_log().is_err() || for_pages || for_store, fits, core.space.frees_more())
+                let checkpoint = core.room_in_log().is_err() || for_pages || for_store;
+                (core.checkpointing, checkpoint, fits, core.space.frees_more())
             };
-            if checkpoint {
+            if checkpointing {
+                // What room there is shows when it is done.
+                drop(self.flushing()?);
+            } else if checkpoint {
                 match self.checkpoint() {
                     Err(_) if in_store => return done,
                     made => made?,
@@ -79,7 +83,7 @@ impl Shared {
                 return done;
             } else if frees_more {
                 // Blocks that were superseded are free once that is durable.
-                let group = self.flushing();
+                let group = self.flushing()?;
                 self.commit(&group)?;
                 drop(group);
                 self.punch_freed()?;
@@ -410,6 +414,48 @@ mod tests {
         volume.shared.core().expect("sound").fail(VolumeError::System("write a superblock"), &*fixture.provider);
         let refused = volume.discard(0, BLOCK as u64).expect_err("it takes no more writes");
         assert!(matches!(refused, VolumeError::Failed(_)), "{refused}");
+    }
+
+    /// What it took for pages, and what those replace, is no room that a request has to do without.
+    #[test]
+    fn a_request_that_finds_no_room_during_a_checkpoint_waits_for_it() {
+        let kek = Kek::new(KeyId(1), Secret::random().expect("room"));
+        let (store, provider) = (Arc::new(MemoryStore::default()), Arc::new(Provider::default()));
+        let mut fixture = Fixture { store, provider, kek, volume: VolumeId::random(), openings: 0 };
+        let (grant, provider) = (fixture.grant(), fixture.provider.clone());
+        let volume = Volume::create(fixture.store.clone(), 1 << 20, &grant, &fixture.kek, provider.clone(), provider);
+        let volume = volume.expect("a volume");
+        volume.write(0, &[1; BLOCK]).and_then(|()| volume.checkpoint()).expect("written");
+        let shared = &volume.shared;
+        let counted = shared.with_core(|core| {
+            let mut one_by_one = 0;
+            for block in shared.backing.geometry().zone() {
+                one_by_one += u64::from(core.space.is_free(block, &mut core.forest)?);
+            }
+            Ok((core.space.free_in_zone(&mut core.forest)?, one_by_one))
+        });
+        assert!(counted.is_ok_and(|(free, one_by_one)| free == one_by_one && free > 0));
+        let group = shared.flushing().expect("sound");
+        // As one leaves them whose pages are on their way, in a store that is full.
+        let taken = shared.with_core(|core| {
+            (core.checkpointing, core.tight) = (true, true);
+            let spare = core.space.spare();
+            let all = spare as u64 + core.space.free_in_zone(&mut core.forest)?;
+            let taken = (0..all).map(|_| core.space.reserve_for_page(&mut core.forest));
+            Ok((taken.collect::<Result<Vec<_>, _>>()?, spare))
+        });
+        let (taken, spare) = taken.expect("there are some");
+        std::thread::scope(|scope| {
+            let discard = scope.spawn(|| volume.discard(0, BLOCK as u64));
+            std::thread::sleep(std::time::Duration::from_millis(50));
+            {
+                let mut core = shared.core().expect("sound");
+                core.space.give_back(&taken, spare);
+                core.checkpointing = false;
+            }
+            drop(group);
+            discard.join().expect("no panic").expect("there is room again");
+        });
     }
 
     #[test]

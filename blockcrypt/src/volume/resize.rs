@@ -40,7 +40,7 @@ impl Shared {
     ) -> Result<(), VolumeError> {
         self.check_writable(0, 0)?;
         let alone = self.alone()?;
-        let group = self.flushing();
+        let group = self.flushing()?;
         let (from, old) = (&self.backing, self.backing.geometry());
         let found = from.store.len().map_err(VolumeError::store("say its length"))?;
         let (size, store) = plan(&old, found)?;
@@ -115,7 +115,7 @@ impl Shared {
         }
         {
             let _alone = self.alone()?;
-            let group = self.flushing();
+            let group = self.flushing()?;
             self.settle_all(&group)?;
             self.with_core(|core| {
                 // Snapshots may hold the pages that the new end cuts.

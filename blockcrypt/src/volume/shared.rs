@@ -63,7 +63,7 @@ impl Shared {
 
     /// The volume's memory; not to be held over a cipher or the store.
     pub(super) fn core(&self) -> Result<MutexGuard<'_, Core>, VolumeError> {
-        self.core.lock().map_err(|_| VolumeError::Failed("a thread panicked".to_owned()))
+        self.core.lock().map_err(panicked)
     }
 
     /// Does `f` under the lock, again from its beginning after each page that it misses.
@@ -134,6 +134,15 @@ impl Shared {
         self.housekeeper.stop();
     }
 
+    /// The volume's own thread panicked.
+    pub(super) fn thread_panicked(&self) {
+        match self.core() {
+            Ok(mut core) => core.give_up("its own thread panicked".to_owned(), &*self.backing.events),
+            // Where it had that in its hands nothing goes on.
+            Err(error) => self.backing.events.note(&error.to_string()),
+        }
+    }
+
     /// An error once it is closed.
     pub(super) fn open(&self) -> Result<(), VolumeError> {
         if self.closed.load(Ordering::Acquire) { Err(VolumeError::Closed) } else { Ok(()) }
@@ -145,12 +154,14 @@ impl Shared {
         self.backing.has_keys()
     }
 
-    pub(super) fn flushing(&self) -> MutexGuard<'_, ()> {
-        self.flushing.lock().unwrap_or_else(PoisonError::into_inner)
+    /// An error, here and with [`logging`](Self::logging), once somebody who held it panicked: records and pages that were in his hands are
+    /// lost to memory, so that nothing can be called durable any more.
+    pub(super) fn flushing(&self) -> Result<MutexGuard<'_, ()>, VolumeError> {
+        self.flushing.lock().map_err(panicked)
     }
 
-    pub(super) fn logging(&self) -> MutexGuard<'_, ()> {
-        self.logging.lock().unwrap_or_else(PoisonError::into_inner)
+    pub(super) fn logging(&self) -> Result<MutexGuard<'_, ()>, VolumeError> {
+        self.logging.lock().map_err(panicked)
     }
 
     pub(super) fn info(&self) -> VolumeInfo {
@@ -199,6 +210,10 @@ impl Core {
             }
         }
     }
+}
+
+fn panicked<T>(_: PoisonError<T>) -> VolumeError {
+    VolumeError::Failed("a thread panicked".to_owned())
 }
 
 /// Ranges of blocks that are being changed.

@@ -73,7 +73,7 @@ impl Shared {
             return Err(VolumeError::SnapshotName);
         }
         let alone = self.alone()?;
-        let group = self.flushing();
+        let group = self.flushing()?;
         // It keeps the map as it is, which takes nothing yet; but where nothing could be changed beside it, none is taken.
         let admit = || self.with_core(|core| core.admit(Wants { data: 0, leaves: 1 }, &self.backing));
         if admit().is_err() {
@@ -114,7 +114,7 @@ impl Shared {
         loop {
             self.finish_deletion(heard)?;
             let _alone = self.alone()?;
-            let group = self.flushing();
+            let group = self.flushing()?;
             let mut core = self.core()?;
             if core.is_deleting() {
                 // Somebody else began one meanwhile.
@@ -145,7 +145,7 @@ impl Shared {
     /// A step of a deletion, if there is one.
     pub(super) fn deletion_step(&self, heard: &mut dyn FnMut(u64, u64)) -> Result<(), VolumeError> {
         let _alone = self.alone()?;
-        let group = self.flushing();
+        let group = self.flushing()?;
         if self.core()?.is_deleting() { self.step(&group, heard) } else { Ok(()) }
     }
 
@@ -154,7 +154,7 @@ impl Shared {
         loop {
             self.finish_deletion(&mut |_, _| {})?;
             let _alone = self.alone()?;
-            let group = self.flushing();
+            let group = self.flushing()?;
             if self.core()?.is_deleting() {
                 // Somebody else began one meanwhile, maybe of this very snapshot.
                 continue;

@@ -6,7 +6,7 @@ use super::durable::Due;
 use super::read::Done;
 use super::reserve::Wants;
 use super::shared::Shared;
-use super::{Core, leaf};
+use super::{Asked, Core, leaf};
 use crate::VolumeError;
 use crate::backing::Backing;
 use crate::format::log::{RECORDS, Record};
@@ -182,8 +182,10 @@ impl Shared {
             let mut core = self.core()?;
             let full = core.free_for_data(&self.backing) < self.at_once() && core.space.frees_more();
             let due = core.due(&self.backing);
-            let ask = due == Due::Soon && self.background && !core.asked;
-            core.asked |= ask;
+            let ask = due == Due::Soon && self.background && core.asked == Asked::Not;
+            if ask {
+                core.asked = Asked::ForOne;
+            }
             (due, ask, full)
         };
         if ask {
@@ -194,7 +196,7 @@ impl Shared {
         if flush {
             // Superseded blocks wait for their records to be durable, then for their room to be given back; this is nobody's FLUSH,
             // so no anchor is owed.
-            let group = self.flushing();
+            let group = self.flushing()?;
             self.commit(&group)?;
             drop(group);
             self.punch_freed()?;

@@ -3,7 +3,7 @@
 //! | module | what it tests |
 //! | --- | --- |
 //! | `requests`, `discards`, `batches`, `parallel` | requests, alone, together and of several threads |
-//! | `durable`, `background`, `kill`, `hanging`, `device` | what is kept, and when: power, SIGKILL, a store that hangs, a block device |
+//! | `durable`, `background`, `keeper`, `kill`, `hanging`, `device` | what is kept, and when: power, SIGKILL, a panic, a store that hangs, a block device |
 //! | `snapshots`, `room`, `full` | snapshots, the room that they use up, and when there is none left |
 //! | `resize`, `growth` | other sizes |
 //! | `rekey`, `rewrap`, `clone`, `erase`, `slots` | other keys, and none |
@@ -35,6 +35,7 @@ mod growth;
 mod hanging;
 mod hooked;
 mod hostile;
+mod keeper;
 mod kill;
 mod known;
 mod model;
