@@ -234,8 +234,8 @@ impl Shared {
         self.write_checkpoint(group, Occasion::Running)
     }
 
-    /// The housekeeping thread's.
-    pub(super) fn timed_checkpoint(&self) {
+    /// The housekeeping thread's. One that fails is told of, unless it is tried `again`; returns false then.
+    pub(super) fn timed_checkpoint(&self, again: bool) -> bool {
         let due = self.core().is_ok_and(|core| {
             core.last_checkpoint.elapsed() >= CHECKPOINT_EVERY && !core.log.is_empty() && core.writable().is_ok()
         });
@@ -243,8 +243,12 @@ impl Shared {
             && let Err(error) = self.checkpoint()
             && !matches!(error, VolumeError::NoKeys | VolumeError::Closed)
         {
-            self.fruitless(&error);
+            if !again {
+                self.fruitless(&error);
+            }
+            return false;
         }
+        true
     }
 
     /// The housekeeping thread's: one step of a deletion that nobody else goes on with, for the thread has anchors to keep. One that
@@ -481,11 +485,13 @@ fn put_superblock(block: &crate::format::Block, place: usize, from: &Backing) ->
 #[cfg(test)]
 mod tests {
     use crate::format::BLOCK;
-    use crate::{AnchorRefused, Anchors, Kek, MemoryStore, Nobody, Volume, inspect};
+    use crate::{AnchorRefused, Anchors, Events, Kek, MemoryStore, Nobody, Store, Volume, inspect};
     use policy::disk::{CipherSuite, VolumeGrant};
     use policy::{AnchorMode, KeyId, VolumeAnchor, VolumeId};
     use secretmem::Secret;
-    use std::sync::{Arc, mpsc};
+    use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+    use std::sync::{Arc, Mutex, mpsc};
+    use std::time::{Duration, Instant};
 
     /// Keeps each anchor; its answers are lost.
     struct Unheard(mpsc::Sender<VolumeAnchor>);
@@ -497,10 +503,8 @@ mod tests {
         }
     }
 
-    /// An opener believes what a clean superblock says without making the log durable first.
-    #[test]
-    fn what_a_request_in_hand_writes_after_a_close_that_failed_does_not_follow_a_clean_superblock() {
-        let grant = VolumeGrant {
+    fn grant() -> VolumeGrant {
+        VolumeGrant {
             volume: VolumeId::random(),
             customer: "acme".parse().expect("id"),
             cipher: CipherSuite::Aes256XtsHmacSha256,
@@ -509,7 +513,79 @@ mod tests {
             open_number: 1.try_into().expect("number"),
             anchor: None,
             anchor_mode: AnchorMode::Close,
+        }
+    }
+
+    /// A store that one day takes no writes, and counts them from then on.
+    #[derive(Default)]
+    struct Full {
+        inner: MemoryStore,
+        full: AtomicBool,
+        refused: AtomicUsize,
+    }
+
+    impl Store for Full {
+        fn len(&self) -> std::io::Result<u64> {
+            self.inner.len()
+        }
+        fn read_at(&self, buffer: &mut [u8], offset: u64) -> std::io::Result<()> {
+            self.inner.read_at(buffer, offset)
+        }
+        fn write_at(&self, bytes: &[u8], offset: u64) -> std::io::Result<()> {
+            if self.full.load(Ordering::SeqCst) {
+                self.refused.fetch_add(1, Ordering::SeqCst);
+                return Err(std::io::ErrorKind::StorageFull.into());
+            }
+            self.inner.write_at(bytes, offset)
+        }
+        fn sync_data(&self) -> std::io::Result<()> {
+            self.inner.sync_data()
+        }
+        fn set_len(&self, bytes: u64) -> std::io::Result<()> {
+            self.inner.set_len(bytes)
+        }
+    }
+
+    #[derive(Default)]
+    struct Heard(Mutex<Vec<String>>);
+
+    impl Events for Heard {
+        fn integrity(&self, _: Option<u64>, _: Option<u64>, _: &str) {}
+        fn note(&self, text: &str) {
+            self.0.lock().expect("sound").push(text.to_owned());
+        }
+    }
+
+    #[test]
+    fn a_checkpoint_that_time_asks_for_and_that_keeps_failing_is_told_of_once() {
+        let (store, heard) = (Arc::new(Full::default()), Arc::new(Heard::default()));
+        let kek = Kek::new(KeyId(1), Secret::random().expect("room"));
+        let volume = Volume::create(store.clone(), 1 << 20, &grant(), &kek, Arc::new(Nobody), heard.clone());
+        let volume = volume.expect("a volume");
+        let told = || heard.0.lock().expect("sound").iter().filter(|text| text.contains("came to nothing")).count();
+        let until = |what: &str, is: &dyn Fn() -> bool| {
+            let begun = Instant::now();
+            while !is() {
+                assert!(begun.elapsed() < Duration::from_secs(120), "not within 120 s: {what}");
+                std::thread::sleep(Duration::from_millis(10));
+            }
         };
+        for round in 1..=2 {
+            volume.write(0, &[7; BLOCK]).expect("written");
+            store.full.store(true, Ordering::SeqCst);
+            store.refused.store(0, Ordering::SeqCst);
+            volume.shared.core().expect("sound").last_checkpoint -= super::CHECKPOINT_EVERY;
+            until("the checkpoint is tried again and again", &|| store.refused.load(Ordering::SeqCst) >= 3);
+            assert_eq!(told(), round);
+            store.full.store(false, Ordering::SeqCst);
+            until("it is made", &|| !volume.shared.core().expect("sound").changed());
+        }
+    }
+
+    /// An opener believes what a clean superblock says without making the log durable first.
+    #[test]
+    fn what_a_request_in_hand_writes_after_a_close_that_failed_does_not_follow_a_clean_superblock() {
+        let grant = grant();
         let kek = Kek::new(KeyId(1), Secret::random().expect("room"));
         let (kept, anchors) = mpsc::channel();
         let (store, provider) = (Arc::new(MemoryStore::default()), Arc::new(Unheard(kept)));

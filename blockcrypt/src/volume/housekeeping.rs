@@ -77,6 +77,8 @@ impl Housekeeper {
     fn keep_house(&self, anchoring: &Anchoring, volume: &Weak<Shared>) {
         // Rounds without a try at a deletion that failed, and how many of them are left.
         let (mut pause, mut left) = (0, 0);
+        // Whether the last checkpoint that time asked for was made.
+        let mut checkpointed = true;
         let mut round = Instant::now() + INTERVAL;
         while let Some(asked) = self.sleep(round) {
             if asked > self.orders().answered {
@@ -91,7 +93,7 @@ impl Housekeeper {
             // From the answer on: asked again at once, whoever waits to ask, as `close` does, would not get its turn for as long as the
             // provider hangs.
             round = Instant::now() + INTERVAL;
-            self.with(volume, Shared::timed_checkpoint);
+            checkpointed = self.with(volume, |volume| volume.timed_checkpoint(!checkpointed)).unwrap_or(true);
             if left > 0 {
                 left -= 1;
                 continue;
