@@ -25,7 +25,7 @@ use policy::report::{EndReason, ReportEvent};
 use policy::{CustomerId, InstanceNumber, LeaseTerms, VmId, VolumeAnchor};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::Duration;
 
 /// Milliseconds that anybody waits for an anchor to be kept before it is asked for again.
@@ -68,8 +68,8 @@ enum Job {
     KeepLease(LeaseTerms, u64),
     /// Hold later releases against what was started.
     Establish(Box<Established>),
-    /// Make an anchor durable.
-    Anchor { anchor: VolumeAnchor, closed: bool, answer: Sender<AnchorAnswer> },
+    /// Make an anchor durable, while it is waited for.
+    Anchor { anchor: VolumeAnchor, closed: bool, waited_for: Weak<()>, answer: Sender<AnchorAnswer> },
     /// There are reports.
     Reports,
     /// Deliver all reports until this long from now, then end.
@@ -146,7 +146,9 @@ impl Link {
     /// Makes `anchor` durable at the provider: returns when it is, or why it is not.
     pub fn anchor(&self, anchor: VolumeAnchor, closed: bool) -> AnchorAnswer {
         let (answer, wait) = channel();
-        if self.jobs.send(Job::Anchor { anchor, closed, answer }).is_err() {
+        let waiting = Arc::new(());
+        let waited_for = Arc::downgrade(&waiting);
+        if self.jobs.send(Job::Anchor { anchor, closed, waited_for, answer }).is_err() {
             return AnchorAnswer::Refused(gone().message);
         }
         let asked_ms = boottime_ms();

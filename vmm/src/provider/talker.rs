@@ -91,10 +91,11 @@ impl Talker<'_> {
     fn serve(mut self, jobs: &Receiver<Job>) {
         loop {
             let now = boottime_ms();
-            if self.report_at <= now {
-                self.deliver();
-            } else if self.renew_at <= now {
+            // The lease first; and of reports that wait one at a time, so that a slow provider keeps nobody from lease and anchors.
+            if self.renew_at <= now {
                 self.renew();
+            } else if self.report_at <= now {
+                self.deliver();
             }
             let due = self.report_at.min(self.renew_at).saturating_sub(boottime_ms());
             match jobs.recv_timeout(Duration::from_millis(due).min(LOOK)) {
@@ -108,8 +109,11 @@ impl Talker<'_> {
                     self.renew_at = asked_ms.saturating_add(terms.renew_ms());
                 }
                 Ok(Job::Establish(established)) => self.attester.establish(*established),
-                Ok(Job::Anchor { anchor, closed, answer }) => {
-                    let _ = answer.send(self.anchor(anchor, closed));
+                // One that was given up meanwhile would only keep others waiting.
+                Ok(Job::Anchor { anchor, closed, waited_for, answer }) => {
+                    if waited_for.strong_count() > 0 {
+                        let _ = answer.send(self.anchor(anchor, closed));
+                    }
                 }
                 Ok(Job::Reports) => self.report_at = self.report_at.min(boottime_ms()),
                 Ok(Job::Farewell(limit, answer)) => {
@@ -129,6 +133,11 @@ impl Talker<'_> {
     }
 
     fn renew(&mut self) {
+        if self.shared.hurry_ms.load(Ordering::SeqCst) != u64::MAX {
+            // The VM ends, with the lease that it has: whoever starts it elsewhere need not wait for another one's end.
+            self.renew_at = u64::MAX;
+            return;
+        }
         let wiped = self.shared.wiped.load(Ordering::SeqCst);
         let operation = if wiped { Operation::ResumeKeys } else { Operation::Renew };
         match self.attester.attest(&OperationRequest::plain(operation), &mut |_: Step| {}) {
@@ -170,29 +179,26 @@ impl Talker<'_> {
         }
     }
 
-    /// Delivers reports in order until none waits or one can't be delivered now.
+    /// Delivers the oldest report, if any; when the next try is due, `report_at` says.
     fn deliver(&mut self) {
         self.report_at = u64::MAX;
         let Some(number) = self.instance else { return };
-        loop {
-            let first = self.shared.outbox().as_ref().and_then(|o| o.first().cloned());
-            let Some(report) = first else { return };
-            match self.client().report(number, &report.bytes) {
-                Ok(()) => {
-                    self.reports.reset();
-                    if let Some(outbox) = self.shared.outbox().as_mut() {
-                        outbox.delivered();
+        let first = self.shared.outbox().as_ref().and_then(|o| o.first().cloned());
+        let Some(report) = first else { return };
+        match self.client().report(number, &report.bytes) {
+            Ok(()) => {
+                self.reports.reset();
+                if let Some(outbox) = self.shared.outbox().as_mut() {
+                    outbox.delivered();
+                    if !outbox.is_empty() {
+                        self.report_at = 0;
                     }
                 }
-                Err(error) if error.problem() == Some(ProblemType::OldInstance) => {
-                    self.superseded(&chain(&error));
-                    return;
-                }
-                Err(error) => {
-                    self.report_at = boottime_ms() + self.reports.next(jitter());
-                    self.complain("report not delivered", &chain(&error));
-                    return;
-                }
+            }
+            Err(error) if error.problem() == Some(ProblemType::OldInstance) => self.superseded(&chain(&error)),
+            Err(error) => {
+                self.report_at = boottime_ms() + self.reports.next(jitter());
+                self.complain("report not delivered", &chain(&error));
             }
         }
     }
@@ -220,7 +226,7 @@ impl Talker<'_> {
                 return true;
             }
             let pause = self.report_at.saturating_sub(boottime_ms());
-            if self.report_at == u64::MAX || boottime_ms().saturating_add(pause) > end {
+            if self.report_at == u64::MAX || pause > 0 && boottime_ms().saturating_add(pause) > end {
                 return false;
             }
             std::thread::sleep(Duration::from_millis(pause));
