@@ -31,7 +31,7 @@ use std::time::Duration;
 /// Milliseconds that anybody waits for an anchor to be kept before it is asked for again.
 const ANCHOR_MS: u64 = 45_000;
 
-/// The same for one that is asked for when there is no time any more: a provider that is well answers in less.
+/// The same for one that is asked for when there is no time (any more): a provider that is well answers in less.
 const LAST_ANCHOR_MS: u64 = 1_000;
 
 /// How often whoever waits for an anchor looks whether there is time still.
@@ -83,6 +83,8 @@ struct Shared {
     wiped: AtomicBool,
     /// Until when anchors are waited for, in milliseconds of CLOCK_BOOTTIME.
     hurry_ms: AtomicU64,
+    /// Since when the VM is to stand still, in milliseconds of CLOCK_BOOTTIME.
+    still_ms: AtomicU64,
 }
 
 impl Shared {
@@ -107,6 +109,7 @@ impl Link {
             outbox: Mutex::new(None),
             wiped: AtomicBool::new(false),
             hurry_ms: AtomicU64::new(u64::MAX),
+            still_ms: AtomicU64::new(u64::MAX),
         });
         let ours = shared.clone();
         crate::threads::spawn("provider", post.clone(), move || talker::run(contacts, steps, inbox, &ours, &post))?;
@@ -162,6 +165,14 @@ impl Link {
                 Err(RecvTimeoutError::Timeout) if now_ms >= hurry_ms.max(asked_ms.saturating_add(LAST_ANCHOR_MS)) => {
                     return AnchorAnswer::GivenUp("no answer, and the VM ends".into());
                 }
+                // Behind one that was asked for before, a FLUSH may wait. Others are waited for as ever: volumes that rest are anchored too.
+                Err(RecvTimeoutError::Timeout)
+                    if self.shared.still_ms.load(Ordering::SeqCst) != u64::MAX
+                        && asked_ms < self.shared.still_ms.load(Ordering::SeqCst).saturating_add(LAST_ANCHOR_MS)
+                        && now_ms >= asked_ms.saturating_add(LAST_ANCHOR_MS) =>
+                {
+                    return AnchorAnswer::Away("no answer, and the VM is to stand still".into());
+                }
                 Err(RecvTimeoutError::Timeout) if now_ms >= asked_ms.saturating_add(ANCHOR_MS) => {
                     return AnchorAnswer::Away("no answer in time".into());
                 }
@@ -174,6 +185,11 @@ impl Link {
     pub fn hurry(&self, patience: Duration) {
         let end_ms = boottime_ms().saturating_add(u64::try_from(patience.as_millis()).unwrap_or(u64::MAX));
         self.shared.hurry_ms.fetch_min(end_ms, Ordering::SeqCst);
+    }
+
+    /// Whether the VM is to stand still: whoever waits for an anchor now waits for a moment only, and asks again later.
+    pub fn stand_still(&self, still: bool) {
+        self.shared.still_ms.store(if still { boottime_ms() } else { u64::MAX }, Ordering::SeqCst);
     }
 
     /// Whether an operation may be done: there is room for its report.
