@@ -97,31 +97,35 @@ impl Talker<'_> {
             } else if self.report_at <= now {
                 self.deliver();
             }
-            let due = self.report_at.min(self.renew_at).saturating_sub(boottime_ms());
-            match jobs.recv_timeout(Duration::from_millis(due).min(LOOK)) {
-                Ok(Job::Attest(request, stage, answer)) => {
-                    // Who asked may have given up: then what came is dropped, and with it wiped.
-                    let _ = answer.send(self.attest(&request, &stage));
-                }
-                Ok(Job::SpeakFor(instance)) => self.instance = Some(instance),
-                Ok(Job::KeepLease(terms, asked_ms)) => {
-                    self.renewals = Backoff::for_lease(&terms);
-                    self.renew_at = asked_ms.saturating_add(terms.renew_ms());
-                }
-                Ok(Job::Establish(established)) => self.attester.establish(*established),
-                // One that was given up meanwhile would only keep others waiting.
-                Ok(Job::Anchor { anchor, closed, waited_for, answer }) => {
-                    if waited_for.strong_count() > 0 {
-                        let _ = answer.send(self.anchor(anchor, closed));
+            // Then what takes no time, and one thing that does.
+            loop {
+                let due = self.report_at.min(self.renew_at).saturating_sub(boottime_ms());
+                match jobs.recv_timeout(Duration::from_millis(due).min(LOOK)) {
+                    Ok(Job::SpeakFor(instance)) => self.instance = Some(instance),
+                    Ok(Job::KeepLease(terms, asked_ms)) => {
+                        self.renewals = Backoff::for_lease(&terms);
+                        self.renew_at = asked_ms.saturating_add(terms.renew_ms());
                     }
+                    Ok(Job::Establish(established)) => self.attester.establish(*established),
+                    Ok(Job::Reports) => self.report_at = self.report_at.min(boottime_ms()),
+                    // Given up meanwhile: it would only keep others waiting.
+                    Ok(Job::Anchor { waited_for, .. }) if waited_for.strong_count() == 0 => {}
+                    Ok(Job::Anchor { anchor, closed, answer, .. }) => {
+                        let _ = answer.send(self.anchor(anchor, closed));
+                        break;
+                    }
+                    Ok(Job::Attest(request, stage, answer)) => {
+                        // Who asked may have given up: then what came is dropped, and with it wiped.
+                        let _ = answer.send(self.attest(&request, &stage));
+                        break;
+                    }
+                    Ok(Job::Farewell(limit, answer)) => {
+                        let _ = answer.send(self.farewell(limit));
+                        return;
+                    }
+                    Err(RecvTimeoutError::Timeout) => break,
+                    Err(RecvTimeoutError::Disconnected) => return,
                 }
-                Ok(Job::Reports) => self.report_at = self.report_at.min(boottime_ms()),
-                Ok(Job::Farewell(limit, answer)) => {
-                    let _ = answer.send(self.farewell(limit));
-                    return;
-                }
-                Err(RecvTimeoutError::Timeout) => {}
-                Err(RecvTimeoutError::Disconnected) => return,
             }
         }
     }
