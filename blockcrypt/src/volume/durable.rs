@@ -573,8 +573,9 @@ mod tests {
         for round in 1..=2 {
             volume.write(0, &[7; BLOCK]).expect("written");
             store.full.store(true, Ordering::SeqCst);
-            store.refused.store(0, Ordering::SeqCst);
             volume.shared.core().expect("sound").last_checkpoint -= super::CHECKPOINT_EVERY;
+            until("it is told", &|| told() >= round);
+            store.refused.store(0, Ordering::SeqCst);
             until("the checkpoint is tried again and again", &|| store.refused.load(Ordering::SeqCst) >= 3);
             assert_eq!(told(), round);
             store.full.store(false, Ordering::SeqCst);
