@@ -354,3 +354,28 @@ fn the_end_of_a_vm_is_reported_to_a_slow_provider_before_anchors_that_nobody_wai
     assert_eq!(ended.code, Some(14), "{}", ended.err);
     assert!(!ended.err.contains("end-not-reported"), "{}", ended.err);
 }
+
+#[test]
+fn a_slow_provider_keeps_the_last_anchors_of_a_vm_before_it_takes_its_last_reports() {
+    let lab = two_disks(lease(600, 10));
+    let slow = slow(&lab);
+    let disk = |name: &str| json!({"id": name, "volume": lab.volume_id(name), "anchor_mode": "interval"});
+    let disks = [disk("root"), disk("data")];
+    let writes = format!("{WRITES},tick");
+    lab.seal_with(&writes, "interval", |config| config["disks"] = disks.to_vec().into(), &["--provider", &slow.url()]);
+    let socket = lab.text("api.sock");
+    let mut vm = Background::start(&mut lab.vm(&["--api-socket", &socket]));
+    vm.until("tick", LIMIT);
+    wait("the first report", || lab.audit_kinds().contains(&"report".into()));
+    slow.delay(Duration::from_millis(1500));
+    for word in ["pause", "resume"].repeat(4) {
+        lab.run_tool("fealty", &["ctl", &socket, word]).good();
+    }
+    vm.signal(15);
+    vm.until("power-button", LIMIT);
+    vm.signal(15);
+    let ended = vm.end(LIMIT);
+    assert_eq!(ended.code, Some(14), "{}", ended.err);
+    assert_eq!(ended.err.matches("volume-closed").count(), 2, "{}", ended.err);
+    assert!(!ended.err.contains("end-not-reported"), "{}", ended.err);
+}

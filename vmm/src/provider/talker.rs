@@ -89,16 +89,18 @@ struct Talker<'t> {
 
 impl Talker<'_> {
     fn serve(mut self, jobs: &Receiver<Job>) {
+        let mut idle = true;
         loop {
             let now = boottime_ms();
             // The lease first; and of reports that wait one at a time, so that a slow provider keeps nobody from lease and anchors.
             if self.renew_at <= now {
                 self.renew();
-            } else if self.report_at <= now {
+            } else if self.report_at <= now && (idle || !self.hurries()) {
                 self.deliver();
             }
-            // Then what takes no time, and one thing that does.
-            loop {
+            // Then what takes no time, and one thing that does. Of a VM that ends these are its last anchors, for which there is less time than
+            // for its reports.
+            idle = loop {
                 let due = self.report_at.min(self.renew_at).saturating_sub(boottime_ms());
                 match jobs.recv_timeout(Duration::from_millis(due).min(LOOK)) {
                     Ok(Job::SpeakFor(instance)) => self.instance = Some(instance),
@@ -112,21 +114,21 @@ impl Talker<'_> {
                     Ok(Job::Anchor { waited_for, .. }) if waited_for.strong_count() == 0 => {}
                     Ok(Job::Anchor { anchor, closed, answer, .. }) => {
                         let _ = answer.send(self.anchor(anchor, closed));
-                        break;
+                        break false;
                     }
                     Ok(Job::Attest(request, stage, answer)) => {
                         // Who asked may have given up: then what came is dropped, and with it wiped.
                         let _ = answer.send(self.attest(&request, &stage));
-                        break;
+                        break false;
                     }
                     Ok(Job::Farewell(limit, answer)) => {
                         let _ = answer.send(self.farewell(limit));
                         return;
                     }
-                    Err(RecvTimeoutError::Timeout) => break,
+                    Err(RecvTimeoutError::Timeout) => break true,
                     Err(RecvTimeoutError::Disconnected) => return,
                 }
-            }
+            };
         }
     }
 
@@ -136,8 +138,13 @@ impl Talker<'_> {
         opened.map_err(|error| Denied { failure: super::failure(&error), instance: self.attester.released() })
     }
 
+    /// Whether the VM ends.
+    fn hurries(&self) -> bool {
+        self.shared.hurry_ms.load(Ordering::SeqCst) != u64::MAX
+    }
+
     fn renew(&mut self) {
-        if self.shared.hurry_ms.load(Ordering::SeqCst) != u64::MAX {
+        if self.hurries() {
             // The VM ends, with the lease that it has: whoever starts it elsewhere need not wait for another one's end.
             self.renew_at = u64::MAX;
             return;
