@@ -128,15 +128,28 @@ impl Volumes {
 
 impl Opened {
     fn rest(&self) -> Result<(), String> {
+        self.flush().map_err(|e| self.unflushed(&chain(&e)))
+    }
+
+    fn flush(&self) -> Result<(), VolumeError> {
         self.resting.store(true, Ordering::SeqCst);
-        let rested = self.volume.checkpoint();
+        let flushed = self.volume.checkpoint();
         self.resting.store(false, Ordering::SeqCst);
-        rested.map_err(|e| format!("volume {} is not flushed: {}", self.name, chain(&e)))
+        flushed
+    }
+
+    fn unflushed(&self, why: &str) -> String {
+        format!("volume {} is not flushed: {why}", self.name)
     }
 
     fn close(&self, link: &Link, steps: Steps) -> Result<(), String> {
-        let rested = self.rest();
-        let closed = self.volume.close().map_err(|e| chain(&e));
+        // Nobody puts keys back any more.
+        let why = |error: VolumeError| match error {
+            VolumeError::NoKeys => "its keys went with the lease".to_owned(),
+            other => chain(&other),
+        };
+        let rested = self.flush().map_err(|e| self.unflushed(&why(e)));
+        let closed = self.volume.close().map_err(why);
         // What closes is flushed, whatever came before.
         let flushed = if closed.is_ok() { Ok(()) } else { rested };
         match closed.and_then(|anchor| self.anchor_closed(anchor, link)) {
@@ -374,6 +387,7 @@ mod tests {
         assert_eq!(volumes.close(&link, Steps::new(true)), Ok(()), "what rested before its keys went is flushed");
         let volumes = Volumes { all: vec![opened("e", &Arc::default())] };
         volumes.wipe_keys();
-        assert!(volumes.close(&link, Steps::new(true)).is_err());
+        let lost = volumes.close(&link, Steps::new(true));
+        assert_eq!(lost, Err("volume e is not flushed: its keys went with the lease".to_owned()));
     }
 }

@@ -227,7 +227,7 @@ fn live(
         flushing.stand_still(still);
         anchoring.stand_still(still);
     };
-    let helm = Arc::new(Helm::new(running.clone(), gate, Box::new(still)));
+    let helm = Arc::new(Helm::new(running.clone(), gate.clone(), Box::new(still)));
     let protected = Arc::new(Protected {
         link: link.clone(),
         instance: opened.release.instance,
@@ -251,13 +251,15 @@ fn live(
         let mut watch = Watch { steps, signals, inbox, operations, keyboard, typing, grace, guard: Some(guard) };
         watch.until_end(running.events())
     });
-    let closing = closing(&volumes, protected.lease_end_ms.load(Ordering::SeqCst), &post, steps);
+    let closing = closing(&protected, &post, steps);
     // Requests in hand may wait for an anchor, and so do volumes that are closed.
     link.hurry(CLOSING);
     patiently(&|| running.stop(), || drop(volumes.rest()));
     drop(raw);
     let flushed = volumes.close(&link, steps);
     drop(closing);
+    // A renewal that was still to bring keys back finds it closed.
+    gate.close();
     volumes.wipe_keys();
     begun_operations.settle(SETTLING);
     end.map(|end| (end, flushed))
@@ -265,13 +267,16 @@ fn live(
 
 /// What is done at its time, until this is dropped, while a VM that ends waits for its stores: it is told for which; keys are wiped at the
 /// lease's end, whatever hangs; and then nothing is waited for without end, for without keys there is not much that could still be made durable.
-fn closing(volumes: &Arc<Volumes>, lease_end_ms: u64, post: &Post, steps: Steps) -> [Result<Deadline, Failure>; 3] {
+fn closing(protected: &Protected, post: &Post, steps: Steps) -> [Result<Deadline, Failure>; 3] {
+    let (volumes, lease_end_ms) = (&protected.volumes, protected.lease_end_ms.load(Ordering::SeqCst));
     let told = volumes.clone();
     let tell = tell_waiting(post, steps, move || told.resting().join(", "));
-    let kept = volumes.clone();
+    let (kept, wiped) = (volumes.clone(), protected.link.are_keys_wiped());
     let wipe = Deadline::new(lease_end_ms, post.clone(), move || {
         kept.wipe_keys();
-        steps.step("keys-wiped", "the lease ended before the volumes were closed");
+        if !wiped {
+            steps.step("keys-wiped", "the lease ended before the volumes were closed");
+        }
     });
     if wipe.is_err() {
         volumes.wipe_keys();
