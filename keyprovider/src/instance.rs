@@ -1,7 +1,7 @@
 //! What a running VM process may do beside attesting: report, and move its volumes' anchors forward. Its client key is who
 //! it is; the path only repeats that. Whatever an older instance sends is refused.
 
-use crate::bounds::Allowance;
+use crate::bounds::{Allowance, PerMinute};
 use crate::provider::Provider;
 use crate::server::body::{At, Json, Raw, SMALL, parse};
 use crate::server::gate::Caller;
@@ -35,7 +35,7 @@ pub async fn report(
     check_text(&report.event)?;
     let digest = Digest::of(&body);
     let now_us = provider.clock.now_us();
-    bounded(&provider, &caller, &vm, number, now_us).await?;
+    bounded(&provider, (&provider.reports, "reports"), &caller, &vm, number, now_us).await?;
     let mut tx = provider.db.write().await?;
     let mut instance = running(&mut tx, &caller, &vm, number).await?;
     if report.sequence == instance.report_sequence && digest == instance.report_digest {
@@ -96,7 +96,7 @@ pub async fn anchor(
     Json(update): Json<AnchorUpdate>,
 ) -> Result<StatusCode, Refusal> {
     let now_us = provider.clock.now_us();
-    bounded(&provider, &caller, &vm, number, now_us).await?;
+    bounded(&provider, (&provider.anchors, "anchors"), &caller, &vm, number, now_us).await?;
     let mut tx = provider.db.write().await?;
     let instance = running(&mut tx, &caller, &vm, number).await?;
     let kind = HolderKind::Instance(vm, number);
@@ -234,6 +234,7 @@ fn check_key(volume: &Volume, new: &VolumeAnchor) -> Result<(), Refusal> {
 /// uncounted: keys that anybody can make would use up the room for those that count.
 async fn bounded(
     provider: &Provider,
+    (written, what): (&PerMinute<Digest>, &str),
     caller: &Caller,
     vm: &VmId,
     number: InstanceNumber,
@@ -241,10 +242,10 @@ async fn bounded(
 ) -> Result<(), Refusal> {
     let mut reader = provider.db.read().await?;
     running(&mut reader, caller, vm, number).await?;
-    if provider.reports.allow(&caller.key, now_us) == Allowance::Yes {
+    if written.allow(&caller.key, now_us) == Allowance::Yes {
         return Ok(());
     }
-    Err(Refusal::new(ProblemType::TooMuch, "too many reports and anchors in a minute").hint("send it again later"))
+    Err(Refusal::new(ProblemType::TooMuch, format!("too many {what} in a minute")).hint("send it again later"))
 }
 
 /// The instance that asks, if it is the newest of its VM.

@@ -35,7 +35,7 @@ const ADMIN_AUTHORITY: &str = "fealty administrators authority";
 /// Refusals logged for a customer in a minute.
 const REFUSALS: u32 = 120;
 
-/// Reports taken from an instance in a minute.
+/// Reports taken from an instance in a minute, and anchors.
 const REPORTS: u32 = 3000;
 
 /// What SQLite keeps beside a database, by the ends of the names.
@@ -84,8 +84,10 @@ pub struct Provider {
     pub rules: RulesCache,
     /// Bounds what those who are refused write into a customer's audit log.
     pub refusals: PerMinute<(CustomerId, Refused)>,
-    /// Bounds what an instance, by its client key, writes: reports and anchors.
+    /// Bounds what an instance, by its client key, reports.
     pub reports: PerMinute<Digest>,
+    /// The same for anchors, apart: a guest that flushes all the while keeps no report, its end's least of all, from being taken.
+    pub anchors: PerMinute<Digest>,
     /// Its folder.
     pub dir: PathBuf,
     _lock: OwnedFd,
@@ -286,6 +288,7 @@ impl Provider {
             rules: RulesCache::default(),
             refusals: PerMinute::new(REFUSALS),
             reports: PerMinute::new(REPORTS),
+            anchors: PerMinute::new(REPORTS),
             dir: dir.to_owned(),
             _lock: lock,
         })

@@ -37,6 +37,7 @@ enum Command {
 const RUN_HELP: &str = "\
 On a terminal, Ctrl-A x ends the VM, Ctrl-A c shows its status, Ctrl-A Ctrl-A types Ctrl-A.
 SIGTERM or SIGINT presses the power button; a second one, or the grace time's end, stops the VM with its volumes flushed.
+A store that hangs then is told of, and waited for until a minute after the lease's end; SIGKILL ends the VM with what was flushed before.
 Steps and errors go to standard error, the guest's console alone to standard output.";
 
 #[derive(Args, Debug)]

@@ -10,6 +10,7 @@ use crate::operations::Protected;
 use crate::post::{Message, Post};
 use crate::provider::Renewal;
 use crate::steps::Steps;
+use crate::threads::patiently;
 use crate::volumes::Volumes;
 use crate::watch::End;
 use attest::flow::OpenedRelease;
@@ -187,19 +188,32 @@ impl Hands {
         while let Ok(work) = work.recv() {
             match work {
                 Work::Quiesce => {
-                    self.helm.hold(Hold::Lease);
+                    self.hold(Hold::Lease);
                     self.post.put(Message::Quiet(self.volumes.rest()));
                 }
                 Work::Back(opened) => self.back(&opened),
-                Work::Reports(true) => drop(self.helm.hold(Hold::Reports)),
+                Work::Reports(true) => self.hold(Hold::Reports),
                 Work::Reports(false) => drop(self.helm.release(Hold::Reports)),
             }
         }
     }
 
+    /// Holds the machine. A disk whose store hangs is not quiet before that answers; what the others hold is durable all the same before the
+    /// keys go.
+    fn hold(&self, why: Hold) {
+        let hold = || {
+            self.helm.hold(why);
+        };
+        patiently(&hold, || drop(self.volumes.rest()));
+    }
+
     fn back(&self, opened: &OpenedRelease) {
         let wiped = self.protected.link.are_keys_wiped();
         if wiped {
+            // That lease is over as well, where a store held this up for so long: the next renewal brings the keys back.
+            if !self.helm.gate().may_submit() {
+                return;
+            }
             if let Err(why) = self.volumes.put_back_keys(opened) {
                 self.post.put(Message::Died(why));
                 return;
@@ -211,6 +225,7 @@ impl Hands {
         if !self.helm.gate().may_submit() {
             self.volumes.wipe_keys();
             self.protected.link.keys_wiped(true);
+            self.protected.link.report(ReportEvent::KeysWiped);
             return;
         }
         self.helm.release(Hold::Lease);

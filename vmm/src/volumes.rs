@@ -13,7 +13,8 @@ use policy::report::ReportEvent;
 use policy::{VolumeAnchor, VolumeId};
 use secretmem::Secret;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::thread;
 use std::time::Duration;
 
 /// All volumes of one VM, in the order of its disks.
@@ -30,6 +31,8 @@ pub struct Opened {
     pub readonly: bool,
     /// The volume.
     pub volume: Arc<Volume>,
+    /// Whether somebody waits for it to be flushed.
+    resting: AtomicBool,
 }
 
 impl Volumes {
@@ -61,7 +64,17 @@ impl Volumes {
 
     /// Makes everything durable that the guest wrote, before keys go: of all, whatever becomes of one, and without the provider.
     pub fn rest(&self) -> Result<(), String> {
-        self.all.iter().map(Opened::rest).fold(Ok(()), Result::and)
+        self.each(Opened::rest)
+    }
+
+    /// Those that somebody waits for to be flushed: where that takes long, their stores hang.
+    pub fn resting(&self) -> Vec<&str> {
+        self.all.iter().filter(|opened| opened.resting.load(Ordering::SeqCst)).map(|opened| &*opened.name).collect()
+    }
+
+    /// The machine is to stand still: no FLUSH of the guest's waits for the provider until it is not.
+    pub fn stand_still(&self, still: bool) {
+        self.all.iter().for_each(|opened| opened.volume.let_flush_wait(!still));
     }
 
     /// Wipes all keys, at once.
@@ -81,21 +94,29 @@ impl Volumes {
         Ok(())
     }
 
-    /// Closes all: first everything is made durable, then each is anchored as closed. An anchor that is not kept is told and no
-    /// more: the next opener finds what is durable. An error is data that are not.
+    /// Closes all: everything of each is made durable, then it is anchored as closed. An anchor that is not kept is told and no more: the
+    /// next opener finds what is durable. An error is data that are not.
     pub fn close(&self, link: &Link, steps: Steps) -> Result<(), String> {
-        let rested: Vec<_> = self.all.iter().map(Opened::rest).collect();
-        let mut result = Ok(());
-        for (opened, rested) in self.all.iter().zip(rested) {
-            let closed = opened.volume.close().map_err(|e| chain(&e));
-            // What closes is flushed, whatever came before.
-            result = result.and(if closed.is_ok() { Ok(()) } else { rested });
-            match closed.and_then(|anchor| opened.anchor_closed(anchor, link)) {
-                Ok(()) => steps.step("volume-closed", &opened.name),
-                Err(why) => steps.step("volume-not-closed", &format!("{}: {why}", opened.name)),
-            }
-        }
-        result
+        self.each(|opened| opened.close(link, steps))
+    }
+
+    /// Does `act` with all at once, so that one whose store hangs holds up no other. The first one's error.
+    fn each(&self, act: impl Fn(&Opened) -> Result<(), String> + Sync) -> Result<(), String> {
+        let Some((first, others)) = self.all.split_first() else { return Ok(()) };
+        let act = &act;
+        thread::scope(|scope| {
+            let begin =
+                |opened| thread::Builder::new().name("volume-rest".into()).spawn_scoped(scope, move || act(opened));
+            let begun: Vec<_> = others.iter().map(|opened| (opened, begin(opened))).collect();
+            let ended = begun.into_iter().map(|(opened, thread)| match thread {
+                Ok(thread) => {
+                    thread.join().unwrap_or_else(|_| Err(format!("volume {}: a thread panicked", opened.name)))
+                }
+                // Without threads they wait for each other.
+                Err(_) => act(opened),
+            });
+            std::iter::once_with(|| act(first)).chain(ended).fold(Ok(()), Result::and)
+        })
     }
 
     /// Closes all before a guest ran: there is nothing of it to lose, and nothing to wait for.
@@ -107,7 +128,35 @@ impl Volumes {
 
 impl Opened {
     fn rest(&self) -> Result<(), String> {
-        self.volume.checkpoint().map_err(|e| format!("volume {} is not flushed: {}", self.name, chain(&e)))
+        self.flush().map_err(|e| self.unflushed(&chain(&e)))
+    }
+
+    fn flush(&self) -> Result<(), VolumeError> {
+        self.resting.store(true, Ordering::SeqCst);
+        let flushed = self.volume.checkpoint();
+        self.resting.store(false, Ordering::SeqCst);
+        flushed
+    }
+
+    fn unflushed(&self, why: &str) -> String {
+        format!("volume {} is not flushed: {why}", self.name)
+    }
+
+    fn close(&self, link: &Link, steps: Steps) -> Result<(), String> {
+        // Nobody puts keys back any more.
+        let why = |error: VolumeError| match error {
+            VolumeError::NoKeys => "its keys went with the lease".to_owned(),
+            other => chain(&other),
+        };
+        let rested = self.flush().map_err(|e| self.unflushed(&why(e)));
+        let closed = self.volume.close().map_err(why);
+        // What closes is flushed, whatever came before.
+        let flushed = if closed.is_ok() { Ok(()) } else { rested };
+        match closed.and_then(|anchor| self.anchor_closed(anchor, link)) {
+            Ok(()) => steps.step("volume-closed", &self.name),
+            Err(why) => steps.step("volume-not-closed", &format!("{}: {why}", self.name)),
+        }
+        flushed
     }
 
     fn anchor_closed(&self, anchor: VolumeAnchor, link: &Link) -> Result<(), String> {
@@ -149,7 +198,8 @@ fn open(
     });
     let options = OpenOptions { read_only: disk.readonly, ..OpenOptions::default() };
     let volume = Volume::open(store, &grant, &kek, options, keeper.clone(), keeper).map_err(|e| bad(chain(&e)))?;
-    Ok(Opened { name: disk.id.to_string(), readonly: disk.readonly, volume: Arc::new(volume) })
+    let (name, resting) = (disk.id.to_string(), AtomicBool::new(false));
+    Ok(Opened { name, readonly: disk.readonly, volume: Arc::new(volume), resting })
 }
 
 fn kek(opened: &OpenedRelease, volume: VolumeId) -> Result<Kek, Failure> {
@@ -257,7 +307,8 @@ impl Disk for VolumeDisk {
 
 fn disk_error(error: VolumeError) -> DiskError {
     match error {
-        VolumeError::NoKeys => DiskError::NoKeys,
+        // A FLUSH is not to wait for the provider now; its data are durable.
+        VolumeError::NoKeys | VolumeError::Anchor(AnchorRefused::Away(_)) => DiskError::NotNow,
         other => DiskError::Io(Box::new(other)),
     }
 }
@@ -313,7 +364,7 @@ mod tests {
         let volume = Volume::create(store.clone(), 1 << 20, &grant, &kek, Arc::new(Nobody), Arc::new(Nobody));
         let volume = volume.expect("a volume");
         volume.write(0, &[7; 4096]).expect("written");
-        Opened { name: name.into(), readonly: false, volume: Arc::new(volume) }
+        Opened { name: name.into(), readonly: false, volume: Arc::new(volume), resting: AtomicBool::new(false) }
     }
 
     #[test]
@@ -336,6 +387,7 @@ mod tests {
         assert_eq!(volumes.close(&link, Steps::new(true)), Ok(()), "what rested before its keys went is flushed");
         let volumes = Volumes { all: vec![opened("e", &Arc::default())] };
         volumes.wipe_keys();
-        assert!(volumes.close(&link, Steps::new(true)).is_err());
+        let lost = volumes.close(&link, Steps::new(true));
+        assert_eq!(lost, Err("volume e is not flushed: its keys went with the lease".to_owned()));
     }
 }

@@ -70,7 +70,7 @@ struct KeyedDisk {
 
 impl KeyedDisk {
     fn check(&self) -> Result<(), DiskError> {
-        if self.keys.load(Ordering::SeqCst) { Ok(()) } else { Err(DiskError::NoKeys) }
+        if self.keys.load(Ordering::SeqCst) { Ok(()) } else { Err(DiskError::NotNow) }
     }
 }
 

@@ -35,6 +35,8 @@ struct State {
     /// Nobody waited for the last one that was asked for.
     given_up: Option<String>,
     keys_wiped: bool,
+    /// FLUSH does not wait for the provider.
+    hasty: bool,
     stopped: bool,
 }
 
@@ -53,6 +55,7 @@ impl Anchoring {
             refused: None,
             given_up: None,
             keys_wiped: false,
+            hasty: false,
             stopped: false,
         };
         Self {
@@ -103,6 +106,11 @@ impl Anchoring {
         self.changed.notify_all();
     }
 
+    pub(crate) fn set_hasty(&self, hasty: bool) {
+        self.state().hasty = hasty;
+        self.changed.notify_all();
+    }
+
     pub(crate) fn stop(&self) {
         self.state().stopped = true;
         self.changed.notify_all();
@@ -125,7 +133,7 @@ impl Anchoring {
         };
         if self.mode == AnchorMode::Interval && late && !silent {
             // Away: the next round asks again, and FLUSH waits in time. Refused: noted by `keep`.
-            let _ = self.keep_once();
+            let _ = self.keep_once(false);
         }
     }
 
@@ -135,16 +143,19 @@ impl Anchoring {
         self.keep(Some(self.patience))
     }
 
-    /// Asks until the newest state is kept, or refused, or given up, or the keys are gone, or for `patience`.
+    /// Asks until the newest state is kept, or refused, or given up, or the keys are gone, or for `patience`; for FLUSH, which has none, also
+    /// until it is not to wait any more.
     fn keep(&self, patience: Option<Duration>) -> Result<(), VolumeError> {
         if self.state().silent {
             return Ok(());
         }
         let begun = Instant::now();
         loop {
-            match self.keep_once() {
+            let flush = patience.is_none();
+            match self.keep_once(flush) {
                 Err(VolumeError::Anchor(AnchorRefused::Away(why))) => {
-                    if patience.is_some_and(|p| begun.elapsed() >= p) || self.state().stopped {
+                    let state = self.state();
+                    if patience.is_some_and(|p| begun.elapsed() >= p) || state.stopped || flush && state.hasty {
                         return Err(VolumeError::Anchor(AnchorRefused::Away(why)));
                     }
                 }
@@ -153,7 +164,7 @@ impl Anchoring {
             let state = self.state();
             let (state, _) = self
                 .changed
-                .wait_timeout_while(state, INTERVAL, |s| !s.stopped && !s.keys_wiped)
+                .wait_timeout_while(state, INTERVAL, |s| !(s.stopped || s.keys_wiped || flush && s.hasty))
                 .unwrap_or_else(PoisonError::into_inner);
             if state.keys_wiped {
                 return Err(VolumeError::NoKeys);
@@ -161,12 +172,16 @@ impl Anchoring {
         }
     }
 
-    fn keep_once(&self) -> Result<(), VolumeError> {
+    fn keep_once(&self, flush: bool) -> Result<(), VolumeError> {
         let _one_at_a_time = self.keeping.lock().unwrap_or_else(PoisonError::into_inner);
         self.check()?;
         let newest = {
             let state = self.state();
             match &state.durable {
+                // Several FLUSHes that wait for their turn here all go at once.
+                Some(anchor) if flush && state.hasty && state.kept.as_ref() != Some(anchor) => {
+                    return Err(not_waited_for());
+                }
                 Some(anchor) if state.kept.as_ref() != Some(anchor) => anchor.clone(),
                 _ => return Ok(()),
             }
@@ -212,6 +227,9 @@ impl Anchoring {
             if state.stopped {
                 return Err(VolumeError::Closed);
             }
+            if state.hasty {
+                return Err(not_waited_for());
+            }
             if !std::mem::replace(&mut told, true) {
                 self.events.note("FLUSH waits: the provider has kept no anchor of this volume for 30 s");
             }
@@ -220,6 +238,10 @@ impl Anchoring {
         drop(state);
         self.check()
     }
+}
+
+fn not_waited_for() -> VolumeError {
+    VolumeError::Anchor(AnchorRefused::Away("FLUSH does not wait for the provider".to_owned()))
 }
 
 #[cfg(test)]
@@ -303,6 +325,37 @@ mod tests {
             }
             let ended = flush.join().expect("joined");
             assert!(matches!(ended, Err(VolumeError::NoKeys | VolumeError::Closed)), "{ended:?}");
+        }
+    }
+
+    #[test]
+    fn a_flush_that_is_not_to_wait_goes_at_once_and_one_that_may_again_asks_again() {
+        for mode in [AnchorMode::Interval, AnchorMode::Flush] {
+            let (ours, heard, answer) = anchoring(mode);
+            ours.durable(anchor(2));
+            std::thread::sleep(Duration::from_millis(80));
+            let flush = || {
+                let ours = ours.clone();
+                std::thread::spawn(move || ours.after_flush())
+            };
+            let waits = [flush(), flush()];
+            std::thread::sleep(Duration::from_millis(50));
+            assert!(waits.iter().all(|flush| !flush.is_finished()), "{mode:?}: they wait");
+            ours.set_hasty(true);
+            if mode == AnchorMode::Flush {
+                // Only the one that has asked hears an answer.
+                answer.send(Err(AnchorRefused::Away("no route".to_owned()))).expect("heard");
+            }
+            for flush in waits {
+                let ended = flush.join().expect("joined");
+                assert!(matches!(ended, Err(VolumeError::Anchor(AnchorRefused::Away(_)))), "{mode:?}: {ended:?}");
+            }
+            assert_eq!(heard.try_iter().count(), usize::from(mode == AnchorMode::Flush));
+            ours.set_hasty(false);
+            answer.send(Ok(())).expect("heard");
+            ours.tick();
+            ours.after_flush().expect("kept");
+            assert_eq!(ours.kept(), Some(anchor(2)));
         }
     }
 

@@ -375,6 +375,12 @@ impl Volume {
         Ok(())
     }
 
+    /// Whether FLUSH waits for the provider, which it does at first. While it does not, one whose anchor the mode asks for, and that is not kept
+    /// yet, gives [`AnchorRefused::Away`](crate::AnchorRefused::Away), those that wait at once: their data are durable, and who sent one sends it again later.
+    pub fn let_flush_wait(&self, wait: bool) {
+        self.shared.anchoring.set_hasty(!wait);
+    }
+
     /// Facts.
     pub fn info(&self) -> VolumeInfo {
         self.shared.info()

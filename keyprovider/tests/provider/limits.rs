@@ -1,11 +1,11 @@
 //! Attack 39: what is too large, too many, too slow or no sense at all.
 
-use crate::support::Lab;
 use crate::support::vm::SoftVm;
+use crate::support::{Lab, anchor_of};
 use attest::client::Method;
-use attest::protocol::{ProblemType, REQUEST_LIMIT};
+use attest::protocol::{AnchorUpdate, ProblemType, REQUEST_LIMIT};
 use policy::report::{Report, ReportEvent};
-use policy::{Digest, InstanceNumber, Operation};
+use policy::{Digest, InstanceNumber, KeyId, Operation, VolumeId};
 use rustix::process::{Resource, getrlimit, setrlimit};
 use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer, PrivatePkcs8KeyDer};
@@ -243,6 +243,19 @@ fn attack_39_reports_of_strangers_use_up_nobodys_room() {
         let refused = stranger.send_report(instance, &report);
         assert_eq!(refused.expect_err("refused").problem(), Some(ProblemType::Forbidden));
     }
+}
+
+#[test]
+fn an_instance_whose_guest_uses_up_its_anchors_of_a_minute_reports_all_the_same() {
+    let lab = Lab::new();
+    let mut vm = SoftVm::new(&lab);
+    let instance = vm.start(&lab.host).release.instance;
+    // Of a volume that it does not hold: counted, and refused before anything is written.
+    let update = AnchorUpdate { anchor: anchor_of(VolumeId::random(), 1, 1, KeyId(0)), closed: false };
+    let mut problem = || vm.anchor(instance, &update).expect_err("refused").problem();
+    assert_eq!(problem(), Some(ProblemType::VolumeHeld));
+    assert!((0..3100).any(|_| problem() == Some(ProblemType::TooMuch)), "anchors are bounded too");
+    vm.end(instance).expect("its end is reported");
 }
 
 #[test]

@@ -25,13 +25,13 @@ use policy::report::{EndReason, ReportEvent};
 use policy::{CustomerId, InstanceNumber, LeaseTerms, VmId, VolumeAnchor};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::Duration;
 
 /// Milliseconds that anybody waits for an anchor to be kept before it is asked for again.
 const ANCHOR_MS: u64 = 45_000;
 
-/// The same for one that is asked for when there is no time any more: a provider that is well answers in less.
+/// The same for one that is asked for when there is no time (any more): a provider that is well answers in less.
 const LAST_ANCHOR_MS: u64 = 1_000;
 
 /// How often whoever waits for an anchor looks whether there is time still.
@@ -68,8 +68,8 @@ enum Job {
     KeepLease(LeaseTerms, u64),
     /// Hold later releases against what was started.
     Establish(Box<Established>),
-    /// Make an anchor durable.
-    Anchor { anchor: VolumeAnchor, closed: bool, answer: Sender<AnchorAnswer> },
+    /// Make an anchor durable, while it is waited for.
+    Anchor { anchor: VolumeAnchor, closed: bool, waited_for: Weak<()>, answer: Sender<AnchorAnswer> },
     /// There are reports.
     Reports,
     /// Deliver all reports until this long from now, then end.
@@ -83,6 +83,8 @@ struct Shared {
     wiped: AtomicBool,
     /// Until when anchors are waited for, in milliseconds of CLOCK_BOOTTIME.
     hurry_ms: AtomicU64,
+    /// Since when the VM is to stand still, in milliseconds of CLOCK_BOOTTIME.
+    still_ms: AtomicU64,
 }
 
 impl Shared {
@@ -107,6 +109,7 @@ impl Link {
             outbox: Mutex::new(None),
             wiped: AtomicBool::new(false),
             hurry_ms: AtomicU64::new(u64::MAX),
+            still_ms: AtomicU64::new(u64::MAX),
         });
         let ours = shared.clone();
         crate::threads::spawn("provider", post.clone(), move || talker::run(contacts, steps, inbox, &ours, &post))?;
@@ -146,7 +149,9 @@ impl Link {
     /// Makes `anchor` durable at the provider: returns when it is, or why it is not.
     pub fn anchor(&self, anchor: VolumeAnchor, closed: bool) -> AnchorAnswer {
         let (answer, wait) = channel();
-        if self.jobs.send(Job::Anchor { anchor, closed, answer }).is_err() {
+        let waiting = Arc::new(());
+        let waited_for = Arc::downgrade(&waiting);
+        if self.jobs.send(Job::Anchor { anchor, closed, waited_for, answer }).is_err() {
             return AnchorAnswer::Refused(gone().message);
         }
         let asked_ms = boottime_ms();
@@ -160,6 +165,14 @@ impl Link {
                 Err(RecvTimeoutError::Timeout) if now_ms >= hurry_ms.max(asked_ms.saturating_add(LAST_ANCHOR_MS)) => {
                     return AnchorAnswer::GivenUp("no answer, and the VM ends".into());
                 }
+                // Behind one that was asked for before, a FLUSH may wait. Others are waited for as ever: volumes that rest are anchored too.
+                Err(RecvTimeoutError::Timeout)
+                    if self.shared.still_ms.load(Ordering::SeqCst) != u64::MAX
+                        && asked_ms < self.shared.still_ms.load(Ordering::SeqCst).saturating_add(LAST_ANCHOR_MS)
+                        && now_ms >= asked_ms.saturating_add(LAST_ANCHOR_MS) =>
+                {
+                    return AnchorAnswer::Away("no answer, and the VM is to stand still".into());
+                }
                 Err(RecvTimeoutError::Timeout) if now_ms >= asked_ms.saturating_add(ANCHOR_MS) => {
                     return AnchorAnswer::Away("no answer in time".into());
                 }
@@ -172,6 +185,11 @@ impl Link {
     pub fn hurry(&self, patience: Duration) {
         let end_ms = boottime_ms().saturating_add(u64::try_from(patience.as_millis()).unwrap_or(u64::MAX));
         self.shared.hurry_ms.fetch_min(end_ms, Ordering::SeqCst);
+    }
+
+    /// Whether the VM is to stand still: whoever waits for an anchor now waits for a moment only, and asks again later.
+    pub fn stand_still(&self, still: bool) {
+        self.shared.still_ms.store(if still { boottime_ms() } else { u64::MAX }, Ordering::SeqCst);
     }
 
     /// Whether an operation may be done: there is room for its report.

@@ -89,36 +89,46 @@ struct Talker<'t> {
 
 impl Talker<'_> {
     fn serve(mut self, jobs: &Receiver<Job>) {
+        let mut idle = true;
         loop {
             let now = boottime_ms();
-            if self.report_at <= now {
-                self.deliver();
-            } else if self.renew_at <= now {
+            // The lease first; and of reports that wait one at a time, so that a slow provider keeps nobody from lease and anchors.
+            if self.renew_at <= now {
                 self.renew();
+            } else if self.report_at <= now && (idle || !self.hurries()) {
+                self.deliver();
             }
-            let due = self.report_at.min(self.renew_at).saturating_sub(boottime_ms());
-            match jobs.recv_timeout(Duration::from_millis(due).min(LOOK)) {
-                Ok(Job::Attest(request, stage, answer)) => {
-                    // Who asked may have given up: then what came is dropped, and with it wiped.
-                    let _ = answer.send(self.attest(&request, &stage));
+            // Then what takes no time, and one thing that does. Of a VM that ends these are its last anchors, for which there is less time than
+            // for its reports.
+            idle = loop {
+                let due = self.report_at.min(self.renew_at).saturating_sub(boottime_ms());
+                match jobs.recv_timeout(Duration::from_millis(due).min(LOOK)) {
+                    Ok(Job::SpeakFor(instance)) => self.instance = Some(instance),
+                    Ok(Job::KeepLease(terms, asked_ms)) => {
+                        self.renewals = Backoff::for_lease(&terms);
+                        self.renew_at = asked_ms.saturating_add(terms.renew_ms());
+                    }
+                    Ok(Job::Establish(established)) => self.attester.establish(*established),
+                    Ok(Job::Reports) => self.report_at = self.report_at.min(boottime_ms()),
+                    // Given up meanwhile: it would only keep others waiting.
+                    Ok(Job::Anchor { waited_for, .. }) if waited_for.strong_count() == 0 => {}
+                    Ok(Job::Anchor { anchor, closed, answer, .. }) => {
+                        let _ = answer.send(self.anchor(anchor, closed));
+                        break false;
+                    }
+                    Ok(Job::Attest(request, stage, answer)) => {
+                        // Who asked may have given up: then what came is dropped, and with it wiped.
+                        let _ = answer.send(self.attest(&request, &stage));
+                        break false;
+                    }
+                    Ok(Job::Farewell(limit, answer)) => {
+                        let _ = answer.send(self.farewell(limit));
+                        return;
+                    }
+                    Err(RecvTimeoutError::Timeout) => break true,
+                    Err(RecvTimeoutError::Disconnected) => return,
                 }
-                Ok(Job::SpeakFor(instance)) => self.instance = Some(instance),
-                Ok(Job::KeepLease(terms, asked_ms)) => {
-                    self.renewals = Backoff::for_lease(&terms);
-                    self.renew_at = asked_ms.saturating_add(terms.renew_ms());
-                }
-                Ok(Job::Establish(established)) => self.attester.establish(*established),
-                Ok(Job::Anchor { anchor, closed, answer }) => {
-                    let _ = answer.send(self.anchor(anchor, closed));
-                }
-                Ok(Job::Reports) => self.report_at = self.report_at.min(boottime_ms()),
-                Ok(Job::Farewell(limit, answer)) => {
-                    let _ = answer.send(self.farewell(limit));
-                    return;
-                }
-                Err(RecvTimeoutError::Timeout) => {}
-                Err(RecvTimeoutError::Disconnected) => return,
-            }
+            };
         }
     }
 
@@ -128,7 +138,17 @@ impl Talker<'_> {
         opened.map_err(|error| Denied { failure: super::failure(&error), instance: self.attester.released() })
     }
 
+    /// Whether the VM ends.
+    fn hurries(&self) -> bool {
+        self.shared.hurry_ms.load(Ordering::SeqCst) != u64::MAX
+    }
+
     fn renew(&mut self) {
+        if self.hurries() {
+            // The VM ends, with the lease that it has: whoever starts it elsewhere need not wait for another one's end.
+            self.renew_at = u64::MAX;
+            return;
+        }
         let wiped = self.shared.wiped.load(Ordering::SeqCst);
         let operation = if wiped { Operation::ResumeKeys } else { Operation::Renew };
         match self.attester.attest(&OperationRequest::plain(operation), &mut |_: Step| {}) {
@@ -170,29 +190,26 @@ impl Talker<'_> {
         }
     }
 
-    /// Delivers reports in order until none waits or one can't be delivered now.
+    /// Delivers the oldest report, if any; when the next try is due, `report_at` says.
     fn deliver(&mut self) {
         self.report_at = u64::MAX;
         let Some(number) = self.instance else { return };
-        loop {
-            let first = self.shared.outbox().as_ref().and_then(|o| o.first().cloned());
-            let Some(report) = first else { return };
-            match self.client().report(number, &report.bytes) {
-                Ok(()) => {
-                    self.reports.reset();
-                    if let Some(outbox) = self.shared.outbox().as_mut() {
-                        outbox.delivered();
+        let first = self.shared.outbox().as_ref().and_then(|o| o.first().cloned());
+        let Some(report) = first else { return };
+        match self.client().report(number, &report.bytes) {
+            Ok(()) => {
+                self.reports.reset();
+                if let Some(outbox) = self.shared.outbox().as_mut() {
+                    outbox.delivered();
+                    if !outbox.is_empty() {
+                        self.report_at = 0;
                     }
                 }
-                Err(error) if error.problem() == Some(ProblemType::OldInstance) => {
-                    self.superseded(&chain(&error));
-                    return;
-                }
-                Err(error) => {
-                    self.report_at = boottime_ms() + self.reports.next(jitter());
-                    self.complain("report not delivered", &chain(&error));
-                    return;
-                }
+            }
+            Err(error) if error.problem() == Some(ProblemType::OldInstance) => self.superseded(&chain(&error)),
+            Err(error) => {
+                self.report_at = boottime_ms() + self.reports.next(jitter());
+                self.complain("report not delivered", &chain(&error));
             }
         }
     }
@@ -220,7 +237,7 @@ impl Talker<'_> {
                 return true;
             }
             let pause = self.report_at.saturating_sub(boottime_ms());
-            if self.report_at == u64::MAX || boottime_ms().saturating_add(pause) > end {
+            if self.report_at == u64::MAX || pause > 0 && boottime_ms().saturating_add(pause) > end {
                 return false;
             }
             std::thread::sleep(Duration::from_millis(pause));

@@ -17,6 +17,7 @@ use crate::api::{Api, Socket};
 use crate::console::terminal::RawMode;
 use crate::console::{Console, Keyboard, Target};
 use crate::exit::{Exit, Failure};
+use crate::lease::{Deadline, boottime_ms};
 use crate::machine::console::Line;
 use crate::machine::{ConsoleBackend, Machine, MachineError, ThreadHook, ThreadKind};
 use crate::post::Post;
@@ -29,6 +30,9 @@ use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
+
+/// When a VM that ends says that it waits for a store: not for the provider's anchors any more. And when one that starts does.
+const STORE: Duration = Duration::from_secs(15);
 
 /// What both kinds of runs are told.
 pub struct Settings {
@@ -131,6 +135,25 @@ fn tell_start(steps: Steps, typing: Typing, before: bool) {
     if before == (typing == Typing::Terminal && !steps.json()) {
         steps.step("runs", "");
     }
+}
+
+/// Tells, unless what this returns is dropped before, that a VM that ends waits for a store: for those of the disks that `which` names then, or
+/// whose requests in hand do not end.
+fn tell_waiting(
+    post: &Post,
+    steps: Steps,
+    which: impl FnOnce() -> String + Send + 'static,
+) -> Result<Deadline, Failure> {
+    Deadline::new(boottime_ms().saturating_add(millis(STORE)), post.clone(), move || {
+        let (which, seconds) = (which(), STORE.as_secs());
+        let which = if which.is_empty() { "a request in hand" } else { &which };
+        let what = "SIGKILL ends the VM with what was flushed before";
+        steps.step("waiting", &format!("{which}: its store has not answered for {seconds} s; {what}"));
+    })
+}
+
+fn millis(time: Duration) -> u64 {
+    u64::try_from(time.as_millis()).unwrap_or(u64::MAX)
 }
 
 /// What a machine's failure means for the exit code.

@@ -4,7 +4,8 @@
 //! wrong is the instance's end, and the provider is told so before the process exits.
 
 use super::{
-    Host, Settings, connect, disks, folder_of, hook, machine_failure, outcome, read_file, serve_api, tell_start,
+    Host, STORE, Settings, connect, disks, folder_of, hook, machine_failure, millis, outcome, read_file, serve_api,
+    tell_start, tell_waiting,
 };
 use crate::api::Api;
 use crate::attach::{Attachment, Ends, add_devices, describe};
@@ -12,7 +13,7 @@ use crate::console::{Console, Keyboard};
 use crate::exit::{Exit, Failure, chain};
 use crate::guard::Guard;
 use crate::helm::Helm;
-use crate::lease::{Deadline, LeaseClock, LeaseGate};
+use crate::lease::{Deadline, LeaseClock, LeaseGate, boottime_ms};
 use crate::machine::{Boot, Disk, DiskSlot, EarlyVm, Image, Machine, Running, Shape, Traits, open_kvm};
 use crate::opener::{Access, Mapping, Opener};
 use crate::operations::{Facts, Operations, Protected};
@@ -23,6 +24,7 @@ use crate::registrar::Registrar;
 use crate::sandbox::{Filter, close_inherited, close_thread, harden, process};
 use crate::signals::Signals;
 use crate::steps::Steps;
+use crate::threads::patiently;
 use crate::volumes::{VolumeDisk, Volumes};
 use crate::watch::{End, Watch};
 use attest::flow::OpenedRelease;
@@ -44,6 +46,9 @@ const LOOK: Duration = Duration::from_millis(100);
 
 /// How long a VM that ends waits for the key provider to keep its volumes' last anchors: for all of them together.
 const CLOSING: Duration = Duration::from_secs(10);
+
+/// How long after its lease a VM that ends waits for a store.
+const LEFT: Duration = Duration::from_secs(60);
 
 /// How long a VM that ends waits for a core dump to notice that.
 const SETTLING: Duration = Duration::from_secs(2);
@@ -190,7 +195,14 @@ fn live(
     steps.step("opened", "the sealed part fits its header, the release stands in the audit log");
     let Prepared { file, opener, signals, post, inbox, lines, api, link } = prepared;
     link.establish(established);
+    let waiting = Deadline::new(boottime_ms().saturating_add(millis(STORE)), post.clone(), move || {
+        let seconds = STORE.as_secs();
+        let what =
+            "where a store, or the key provider, hangs, the process ends with its lease; SIGKILL ends it at once";
+        steps.step("waiting", &format!("volumes have been opening for {seconds} s: {what}"));
+    });
     let (machine, volumes) = build(early, &config, &opened, &opener, &link, &signals, steps)?;
+    drop(waiting);
     drop(opener);
     if let Some(failure) = unwanted(&signals) {
         volumes.close_unused(&link, steps);
@@ -210,7 +222,12 @@ fn live(
     };
     link.report(ReportEvent::Runs);
 
-    let helm = Arc::new(Helm::new(running.clone(), gate));
+    let (flushing, anchoring) = (volumes.clone(), link.clone());
+    let still = move |still| {
+        flushing.stand_still(still);
+        anchoring.stand_still(still);
+    };
+    let helm = Arc::new(Helm::new(running.clone(), gate.clone(), Box::new(still)));
     let protected = Arc::new(Protected {
         link: link.clone(),
         instance: opened.release.instance,
@@ -234,30 +251,61 @@ fn live(
         let mut watch = Watch { steps, signals, inbox, operations, keyboard, typing, grace, guard: Some(guard) };
         watch.until_end(running.events())
     });
-    let kept = volumes.clone();
-    let closing = Deadline::new(protected.lease_end_ms.load(Ordering::SeqCst), post, move || {
-        kept.wipe_keys();
-        steps.step("keys-wiped", "the lease ended before the volumes were closed");
-    });
-    if closing.is_err() {
-        volumes.wipe_keys();
-    }
+    let closing = closing(&protected, &post, steps);
     // Requests in hand may wait for an anchor, and so do volumes that are closed.
     link.hurry(CLOSING);
-    running.stop();
+    patiently(&|| running.stop(), || drop(volumes.rest()));
     drop(raw);
     let flushed = volumes.close(&link, steps);
+    drop(closing);
+    // A renewal that was still to bring keys back finds it closed.
+    gate.close();
     volumes.wipe_keys();
     begun_operations.settle(SETTLING);
     end.map(|end| (end, flushed))
+}
+
+/// What is done at its time, until this is dropped, while a VM that ends waits for its stores: it is told for which; keys are wiped at the
+/// lease's end, whatever hangs; and then nothing is waited for without end, for without keys there is not much that could still be made durable.
+fn closing(protected: &Protected, post: &Post, steps: Steps) -> [Result<Deadline, Failure>; 3] {
+    let (volumes, lease_end_ms) = (&protected.volumes, protected.lease_end_ms.load(Ordering::SeqCst));
+    let told = volumes.clone();
+    let tell = tell_waiting(post, steps, move || told.resting().join(", "));
+    let (kept, wiped) = (volumes.clone(), protected.link.are_keys_wiped());
+    let wipe = Deadline::new(lease_end_ms, post.clone(), move || {
+        kept.wipe_keys();
+        if !wiped {
+            steps.step("keys-wiped", "the lease ended before the volumes were closed");
+        }
+    });
+    if wipe.is_err() {
+        volumes.wipe_keys();
+    }
+    // Of a VM that has waited for its provider for long, that is from now on.
+    let left_ms = lease_end_ms.max(boottime_ms()).saturating_add(millis(LEFT));
+    let left = volumes.clone();
+    let left = Deadline::new(left_ms, post.clone(), move || {
+        let which = match &left.resting()[..] {
+            [] => "volumes may not be".to_owned(),
+            hang => format!("{} not", hang.join(", ")),
+        };
+        let why = format!("the lease has ended, and a store hangs: {which} flushed");
+        crate::console::terminal::restore();
+        exit_at_once(&Failure::new(Exit::Volume, why), steps)
+    });
+    [tell, wipe, left]
+}
+
+fn exit_at_once(failure: &Failure, steps: Steps) {
+    steps.failure(failure);
+    std::process::exit(failure.exit as i32);
 }
 
 /// The end of a process whose volumes do not open within their lease. No guest ran, so nothing is lost; its keys go with it.
 fn end_at_once(steps: Steps) {
     let failure =
         Failure::new(Exit::Lease, "the lease ended while volumes were opened: a store, or the key provider, hangs");
-    steps.failure(&failure);
-    std::process::exit(failure.exit as i32);
+    exit_at_once(&failure, steps);
 }
 
 /// The machine with its kernel, and its volumes: both at once, because one waits for the provider.

@@ -2,7 +2,9 @@
 
 use super::disks::settings as disk_settings;
 use super::plain::{CONFIG_LIMIT, parse};
-use super::{Settings, connect, folder_of, hook, machine_failure, outcome, read_file, serve_api, tell_start};
+use super::{
+    Settings, connect, folder_of, hook, machine_failure, outcome, read_file, serve_api, tell_start, tell_waiting,
+};
 use crate::attach::{Ends, add_devices, describe};
 use crate::console::Console;
 use crate::exit::{Exit, Failure};
@@ -56,17 +58,19 @@ pub fn run(file: &Path, settings: &Settings) -> Result<Exit, Failure> {
     let gate = Arc::new(LeaseGate::unlimited());
     tell_start(steps, typing, true);
     let running = machine.start(permit, gate.clone(), hook()).map_err(|e| machine_failure(&e))?;
-    let helm = Arc::new(Helm::new(running.clone(), gate));
-    let operations = Arc::new(Operations::new(helm, facts, post, None));
+    let helm = Arc::new(Helm::new(running.clone(), gate, Box::new(|_| {})));
+    let operations = Arc::new(Operations::new(helm, facts, post.clone(), None));
     if let Some(api) = &api {
         api.runs(operations.clone());
     }
     tell_start(steps, typing, false);
     let mut watch = Watch { steps, signals, inbox, operations, keyboard, typing, grace: settings.grace, guard: None };
     let end = watch.until_end(running.events());
+    let waiting = tell_waiting(&post, steps, String::new);
     running.stop();
     drop(raw);
     let flushed = running.flush_disks();
+    drop(waiting);
     let flushed = flushed.map_err(|(name, e)| format!("disk {name} is not flushed: {}", crate::exit::chain(&e)));
     drop(taken);
     let (result, _, _) = outcome(end, flushed);

@@ -58,7 +58,8 @@ pub enum DiskError {
     /// The disk does not know such requests.
     #[error("the disk does not know how")]
     Unsupported,
-    /// The keys are gone: the request stays in the queue until the machine is resumed with keys.
-    #[error("the disk has no keys at the moment")]
-    NoKeys,
+    /// The keys are gone, or the machine is to stand still and a FLUSH would wait for the provider: the request stays in the queue until the
+    /// machine is resumed.
+    #[error("the disk can't do it at the moment")]
+    NotNow,
 }

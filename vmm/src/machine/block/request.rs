@@ -202,7 +202,7 @@ impl Facts {
 pub(super) enum Outcome {
     /// The status is written; this many bytes in all.
     Done(u32),
-    /// Nothing is written, because there are no keys: it must stay in the queue.
+    /// Nothing is written, because it can't be done now: it must stay in the queue.
     Parked,
     /// The driver is broken.
     Malformed,
@@ -220,7 +220,7 @@ pub(super) struct Server<'a> {
 
 impl Server<'_> {
     /// Serves requests that share the buffer, [`PIECE`] bytes in all, writes together and then reads: how each ended, in order. None
-    /// where a single one found no keys: then nothing is answered, and all stay in the queue, to be done again.
+    /// where a single one can't be done now: then nothing is answered, and all stay in the queue, to be done again.
     pub(super) fn serve_together(
         &self,
         asked: &[(Chain, Request)],
@@ -366,13 +366,13 @@ impl Server<'_> {
     }
 
     fn gate(&self) -> Result<(), Failure> {
-        (self.may_submit)().then_some(()).ok_or(Failure::NoKeys)
+        (self.may_submit)().then_some(()).ok_or(Failure::NotNow)
     }
 }
 
 #[derive(Clone, Copy)]
 enum Failure {
-    NoKeys,
+    NotNow,
     Unsupported,
     Io,
 }
@@ -380,18 +380,18 @@ enum Failure {
 impl From<DiskError> for Failure {
     fn from(error: DiskError) -> Self {
         match error {
-            DiskError::NoKeys => Self::NoKeys,
+            DiskError::NotNow => Self::NotNow,
             DiskError::Unsupported => Self::Unsupported,
             DiskError::Io(_) => Self::Io,
         }
     }
 }
 
-/// The status of a request that is done; none where there were no keys for it.
+/// The status of a request that is done; none where it can't be done now.
 fn status(done: Result<(), Failure>) -> Option<u8> {
     match done {
         Ok(()) => Some(STATUS_OK),
-        Err(Failure::NoKeys) => None,
+        Err(Failure::NotNow) => None,
         Err(Failure::Unsupported) => Some(STATUS_UNSUPPORTED),
         Err(Failure::Io) => Some(STATUS_IOERR),
     }

@@ -264,7 +264,7 @@ fn without_keys_a_request_waits() {
     assert_eq!(closed.read(0, 512), (Outcome::Parked, UNTOUCHED));
     assert_eq!(closed.write(0, 512), (Outcome::Parked, UNTOUCHED));
     let mut wiped = Bench::new();
-    wiped.disk.fails = Some(|| DiskError::NoKeys);
+    wiped.disk.fails = Some(|| DiskError::NotNow);
     assert_eq!(wiped.read(0, 512), (Outcome::Parked, UNTOUCHED));
     wiped.disk.fails = Some(|| DiskError::Io("broken".into()));
     assert_eq!(wiped.read(0, 512).1, STATUS_IOERR);
@@ -343,7 +343,7 @@ fn without_keys_all_that_came_together_waits() {
     let asked = [(TYPE_IN, 1), (TYPE_OUT, 2)];
     assert_eq!(bench.serve_together(&asked), None);
     bench.open = true;
-    bench.disk.fails = Some(|| DiskError::NoKeys);
+    bench.disk.fails = Some(|| DiskError::NotNow);
     assert_eq!(bench.serve_together(&asked), None);
     assert!((0..2).all(|i| bench.status_of(i) == UNTOUCHED));
     bench.disk.fails = None;

@@ -143,7 +143,7 @@ impl Hand {
         Ok(Next::Look)
     }
 
-    /// Serves and answers what is in hand; false where there are no keys for it, and it is in the queue again.
+    /// Serves and answers what is in hand; false where it can't be done now, and is in the queue again.
     fn serve(
         &mut self,
         queue: &mut Virtqueue,
