@@ -88,8 +88,12 @@ fn while_there_are_no_descriptors_a_resize_waits() {
     let (volume, control) = (folder.name("a.vol"), folder.name("control"));
     keeper.good(&["create", &volume, "--size", "8M"]);
     let server = Server::start(&mut keeper, &folder, &volume, "--nbd", &["--control", &control]);
-    // It is ready, and needs none for itself any more.
+    // It is ready, all its threads have begun, and none needs any for itself any more.
     server.running.wait_for_output();
+    let begun = std::time::Instant::now();
+    while !server.running.is_asleep() {
+        assert!(begun.elapsed() < LIMIT, "it does not come to rest");
+    }
     // As many as it has: poll(2) takes no more than the limit, which must not become the reason.
     let opened = |fd: &u64| std::fs::symlink_metadata(format!("/proc/{}/fd/{fd}", server.running.pid())).is_ok();
     let all = (0..).find(|fd| !opened(fd)).expect("an end");
@@ -104,6 +108,7 @@ fn while_there_are_no_descriptors_a_resize_waits() {
         // The connection is there, and whoever it woke has looked at it.
         while !(connected(&control) && server.running.is_asleep()) {
             assert!(begun.elapsed() < LIMIT, "nobody connects");
+            assert!(!asked.is_finished(), "it does not wait: {:?}", asked.join());
         }
         prlimit(served, Resource::Nofile, before).expect("set");
         asked.join().expect("no panic")
