@@ -1,7 +1,6 @@
 //! Bounds on what one party writes in a minute. Without them, anybody who can reach the provider could fill the customers'
 //! audit logs with his refusals, and a tenant with his reports.
 
-use std::cmp::Ordering;
 use std::collections::HashMap;
 use std::hash::Hash;
 use std::sync::{Mutex, PoisonError};
@@ -16,43 +15,63 @@ const MINUTE_US: u64 = 60_000_000;
 pub enum Allowance {
     /// Yes.
     Yes,
-    /// No, and this is the first time in this minute.
+    /// No, and this is said for the first time in a minute.
     Spent,
     /// No.
     No,
 }
 
-/// So many a minute for each party.
+/// So many a minute for each party: as many at once, and then one whenever its time has come, so that whoever goes on all the while is
+/// slowed down and never stopped for long.
 #[derive(Debug)]
 pub struct PerMinute<K> {
-    limit: u32,
-    counts: Mutex<HashMap<K, (u64, u32)>>,
+    /// Microseconds that one takes up of a minute.
+    cost_us: u64,
+    accounts: Mutex<HashMap<K, Account>>,
+}
+
+#[derive(Debug, Default)]
+struct Account {
+    /// When what was done is paid for, up to a minute ahead.
+    paid_us: u64,
+    /// When it was last said that nothing is left.
+    said_us: Option<u64>,
+}
+
+impl Account {
+    fn said_lately(&self, now_us: u64) -> bool {
+        self.said_us.is_some_and(|said| now_us.saturating_sub(said) < MINUTE_US)
+    }
 }
 
 impl<K: Eq + Hash + Clone> PerMinute<K> {
-    /// At most `limit` a minute.
+    /// At most `limit` a minute in the long run, 1 to 60 million.
     pub fn new(limit: u32) -> Self {
-        Self { limit, counts: Mutex::default() }
+        Self { cost_us: MINUTE_US / u64::from(limit), accounts: Mutex::default() }
     }
 
     /// Whether this party may do one more.
     pub fn allow(&self, party: &K, now_us: u64) -> Allowance {
-        let mut all = self.counts.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut all = self.accounts.lock().unwrap_or_else(PoisonError::into_inner);
         if all.len() >= PARTIES {
-            all.retain(|_, (since, _)| now_us.saturating_sub(*since) < MINUTE_US);
+            all.retain(|_, account| account.paid_us > now_us || account.said_lately(now_us));
         }
         if all.len() >= PARTIES && !all.contains_key(party) {
             return Allowance::No;
         }
-        let (since, count) = all.entry(party.clone()).or_insert((now_us, 0));
-        if now_us.saturating_sub(*since) >= MINUTE_US {
-            (*since, *count) = (now_us, 0);
-        }
-        *count = count.saturating_add(1);
-        match (*count).cmp(&self.limit.saturating_add(1)) {
-            Ordering::Less => Allowance::Yes,
-            Ordering::Equal => Allowance::Spent,
-            Ordering::Greater => Allowance::No,
+        let account = all.entry(party.clone()).or_default();
+        let most_us = now_us.saturating_add(MINUTE_US);
+        // Of a clock that was set back nobody suffers for longer.
+        account.paid_us = account.paid_us.clamp(now_us, most_us);
+        let paid_us = account.paid_us.saturating_add(self.cost_us);
+        if paid_us <= most_us {
+            account.paid_us = paid_us;
+            Allowance::Yes
+        } else if account.said_lately(now_us) {
+            Allowance::No
+        } else {
+            account.said_us = Some(now_us);
+            Allowance::Spent
         }
     }
 }
@@ -68,8 +87,24 @@ mod tests {
             |party: &str, now| (0..1000).filter(|_| all.allow(&party.to_owned(), now) == Allowance::Yes).count();
         assert_eq!(allowed("acme", 5), 7);
         assert_eq!(allowed("other", 5), 7);
-        assert_eq!(allowed("acme", 4 + MINUTE_US), 0);
+        assert_eq!(allowed("acme", 5), 0);
         assert_eq!(allowed("acme", 5 + MINUTE_US), 7);
+        assert_eq!(allowed("acme", 5 + 9 * MINUTE_US), 7);
+        // A clock that was set back gives nothing away, and takes nothing for long.
+        assert_eq!(allowed("acme", 5), 0);
+        assert_eq!(allowed("acme", 5 + MINUTE_US), 7);
+    }
+
+    #[test]
+    fn whoever_goes_on_all_the_while_is_slowed_down_and_not_stopped() {
+        let all = PerMinute::new(60);
+        let second = MINUTE_US / 60;
+        let allowed = |now| (0..1000).filter(|_| all.allow(&1, now) == Allowance::Yes).count();
+        assert_eq!(allowed(0), 60);
+        for n in 1..500 {
+            assert_eq!(allowed(n * second - 1), 0);
+            assert_eq!(allowed(n * second), 1);
+        }
     }
 
     #[test]

@@ -437,7 +437,7 @@ async fn log(provider: &Provider, customer: &CustomerId, draft: Draft, counted: 
         match allowance {
             Allowance::Yes => append(&mut tx, now_us, draft).await.map(drop)?,
             Allowance::Spent => {
-                let draft = draft.detail("unlogged", "whatever else is refused in this minute");
+                let draft = draft.detail("unlogged", "more is refused in this minute than is logged");
                 append(&mut tx, now_us, draft).await.map(drop)?;
             }
             Allowance::No => {}

@@ -8,8 +8,8 @@ use std::net::Shutdown;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::process::Child;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Weak};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::Duration;
 
 /// How long before the end the command is asked to stop by itself, in milliseconds.
@@ -32,8 +32,8 @@ struct Shared {
     /// The conversation with the command, or with one that the command started.
     line: UnixStream,
     end_ms: AtomicU64,
-    /// Whether the command was ended.
-    ended: AtomicBool,
+    /// Whether the command was ended. Held while it is, so that whoever sees it gone learns why.
+    ended: Mutex<bool>,
 }
 
 impl Overtime {
@@ -42,7 +42,7 @@ impl Overtime {
         let failed = |e: rustix::io::Errno| CliError::Start("watching the command".into(), e.into());
         let id = i32::try_from(child.id()).ok().and_then(Pid::from_raw).ok_or(failed(rustix::io::Errno::SRCH))?;
         let command = pidfd_open(id, PidfdFlags::empty()).map_err(failed)?;
-        let shared = Arc::new(Shared { command, line, end_ms: end_ms.into(), ended: false.into() });
+        let shared = Arc::new(Shared { command, line, end_ms: end_ms.into(), ended: Mutex::default() });
         let watched = Arc::downgrade(&shared);
         let thread = std::thread::Builder::new().name("overtime".into()).spawn(move || look(&watched));
         thread.map_err(|e| CliError::Start("watching the command".into(), e))?;
@@ -61,18 +61,21 @@ impl Overtime {
 
     /// Whether the command was ended for it.
     pub(super) fn was_ended(&self) -> bool {
-        self.0.ended.load(Ordering::SeqCst)
+        *self.0.ended()
     }
 }
 
 impl Shared {
+    fn ended(&self) -> MutexGuard<'_, bool> {
+        self.ended.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     fn end(&self) {
         // A command may be a script around `fealty-disk`, which lives on and has the socket: it ends when this hangs up.
         let _ = self.line.shutdown(Shutdown::Both);
         // One that has ended by itself was not in the way.
-        if pidfd_send_signal(&self.command, Signal::KILL).is_ok() {
-            self.ended.store(true, Ordering::SeqCst);
-        }
+        let mut ended = self.ended();
+        *ended |= pidfd_send_signal(&self.command, Signal::KILL).is_ok();
     }
 }
 
