@@ -254,7 +254,8 @@ fn an_instance_whose_guest_uses_up_its_anchors_of_a_minute_reports_all_the_same(
     let update = AnchorUpdate { anchor: anchor_of(VolumeId::random(), 1, 1, KeyId(0)), closed: false };
     let mut problem = || vm.anchor(instance, &update).expect_err("refused").problem();
     assert_eq!(problem(), Some(ProblemType::VolumeHeld));
-    assert!((0..3100).any(|_| problem() == Some(ProblemType::TooMuch)), "anchors are bounded too");
+    // While it asks, fifty more are allowed it each second.
+    assert!((0..20_000).any(|_| problem() == Some(ProblemType::TooMuch)), "anchors are bounded too");
     vm.end(instance).expect("its end is reported");
 }
 
