@@ -183,7 +183,12 @@ struct Meeting {
     /// What the rotation does at its first read, and growth when the store is longer.
     reads: Mutex<Option<Box<dyn FnOnce() + Send>>>,
     grows: Mutex<Option<Box<dyn FnOnce() + Send>>>,
+    /// It takes no writes but the rotation's.
     fails: AtomicBool,
+}
+
+fn is_rotation() -> bool {
+    thread::current().name() == Some("rotation")
 }
 
 impl Store for Meeting {
@@ -191,14 +196,15 @@ impl Store for Meeting {
         self.inner.len()
     }
     fn read_at(&self, buffer: &mut [u8], offset: u64) -> io::Result<()> {
-        let rotates = thread::current().name() == Some("rotation");
-        if rotates && let Some(does) = lock(&self.reads).take() {
+        if is_rotation()
+            && let Some(does) = lock(&self.reads).take()
+        {
             does();
         }
         self.inner.read_at(buffer, offset)
     }
     fn write_at(&self, bytes: &[u8], offset: u64) -> io::Result<()> {
-        if self.fails.load(Ordering::SeqCst) {
+        if self.fails.load(Ordering::SeqCst) && !is_rotation() {
             Err(rustix::io::Errno::IO.into())
         } else {
             self.inner.write_at(bytes, offset)
